@@ -1,0 +1,1063 @@
+"""Topic 05 - Building from Scratch: the complete Transformer, trained to translate sentences that it never saw.
+
+python 05-building-from-scratch/building_from_scratch.py                        # the demo: train, score, draw; a minute
+python 05-building-from-scratch/building_from_scratch.py translate "the old man does not see her"
+python 05-building-from-scratch/building_from_scratch.py train --data pairs.tsv # your own source<TAB>target lines
+
+Papers: Vaswani et al. 2017 (arXiv 1706.03762), the architecture and the schedule; Szegedy et al. 2016 (arXiv
+1512.00567), label smoothing; Wu et al. 2016 (arXiv 1609.08144), beam search with a length penalty.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_mechanisms import MultiHeadAttention, causal_mask, padding_mask
+from sequence_modeling import BOS_ID, EOS_ID, FIRST_TOKENS, IGNORE, PAD_ID, Vocabulary, check_token_ids
+from transformer_architecture import (
+    Decoder,
+    Encoder,
+    FeedForward,
+    KeyValueCache,
+    LearnedPositions,
+    NoPositions,
+    SinusoidalPositions,
+)
+from translation_pairs import TASKS, Pair, join_tokens, read_pairs, sample_pairs, split_pairs, tokenize
+from workbench import (
+    ROOT,
+    RunConfig,
+    announce,
+    check_range,
+    locked,
+    pick_device,
+    progress,
+    run_verbs,
+    save_figure,
+    seed_everything,
+    shown,
+    write_atomically,
+)
+
+POSITIONS = {"sinusoidal": SinusoidalPositions, "learned": LearnedPositions, "none": NoPositions}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int = 64  # width of the residual stream
+    n_heads: int = 4  # attention heads; must divide d_model
+    d_ff: int = 256  # hidden width of the feed-forward networks
+    n_encoder_layers: int = 2  # encoder layers
+    n_decoder_layers: int = 2  # decoder layers
+    max_seq_len: int = 64  # longest source or target, in tokens
+    dropout: float = 0.0  # share of activations set to zero in training
+    norm_order: Literal["pre", "post"] = "pre"  # normalise before or after each sub-layer
+    positions: Literal["sinusoidal", "learned", "none"] = "sinusoidal"  # how the model sees order
+    tie_embeddings: bool = True  # one matrix for the target embedding and the output
+
+    def __post_init__(self) -> None:
+        check_range(self, "d_model", "n_heads", "d_ff", "n_encoder_layers", "n_decoder_layers", least=1)
+        check_range(self, "max_seq_len", least=2)
+        check_range(self, "dropout", least=0, below=1)
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    task: Literal["french", "dates"] = "french"  # the embedded pairs to learn from
+    data: Path | None = None  # a TSV file of source<TAB>target lines, in place of the embedded pairs
+    unit: Literal["words", "characters"] = "words"  # how to split the lines of --data
+    n_pairs: int = 20_000  # training pairs drawn from the embedded task
+    n_held_out: int = 500  # pairs drawn for each held-out split of the embedded task
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_pairs", "n_held_out", least=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 64  # pairs per step
+    max_steps: int = 1200  # optimizer steps
+    warmup_steps: int = 200  # steps in which the learning rate rises to its peak
+    learning_rate: float = 3e-3  # peak of the schedule
+    label_smoothing: float = 0.1  # probability moved from the right token to all tokens alike
+    grad_clip: float = 1.0  # largest norm of the gradient
+    save_every: int = 200  # steps between checkpoints
+    resume: bool = False  # go on from the newest checkpoint in --out
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "max_steps", "warmup_steps", "save_every", least=1)
+        check_range(self, "learning_rate", "grad_clip", above=0)
+        check_range(self, "label_smoothing", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    n_beams: int = 4  # hypotheses kept by beam search; 1 is greedy decoding
+    length_penalty: float = 0.6  # exponent of the length that divides the score of a hypothesis
+    max_new_tokens: int = 40  # longest translation, in tokens
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_beams", "max_new_tokens", least=1)
+        check_range(self, "length_penalty", least=0)
+
+
+# The model
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder of Vaswani et al. 2017, section 3, with pre-norm as the default order.
+
+    Shapes: src_ids (batch, src), tgt_ids (batch, tgt) -> logits (batch, tgt, vocab); logits[:, t] predicts token t + 1.
+    Padding stands at the end. It needs no mask among the targets: the causal mask already hides what comes later, and
+    the loss leaves padded positions out. Raises ValueError for ids outside the vocabularies and for sequences longer
+    than max_seq_len.
+    """
+
+    def __init__(self, config: ModelConfig, src_vocab_size: int, tgt_vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.src_vocab_size, self.tgt_vocab_size = config, src_vocab_size, tgt_vocab_size
+        sizes = (config.d_model, config.n_heads, config.d_ff, config.dropout, config.norm_order)
+        self.src_token_emb = nn.Embedding(src_vocab_size, config.d_model)
+        self.tgt_token_emb = nn.Embedding(tgt_vocab_size, config.d_model)
+        self.src_pos_emb = POSITIONS[config.positions](config.d_model, config.max_seq_len)
+        self.tgt_pos_emb = POSITIONS[config.positions](config.d_model, config.max_seq_len)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = Encoder(config.n_encoder_layers, *sizes)
+        self.decoder = Decoder(config.n_decoder_layers, *sizes)
+        self.lm_head = nn.Linear(config.d_model, tgt_vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_embeddings:
+            self.lm_head.weight = self.tgt_token_emb.weight
+
+    def init_weights(self) -> None:
+        """Embeddings get variance 1/d_model, so that after * sqrt(d_model) they are as large as the positions."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for emb in (self.src_token_emb, self.tgt_token_emb):
+            nn.init.normal_(emb.weight, std=self.config.d_model**-0.5)
+
+    def embed(self, token_ids: Tensor, token_emb: nn.Embedding, pos_emb: nn.Module, start: int = 0) -> Tensor:
+        check_token_ids(token_ids, token_emb.num_embeddings)
+        x = token_emb(token_ids) * math.sqrt(self.config.d_model)  # (batch, seq, d_model)
+        return self.dropout(pos_emb(x, start))  # (batch, seq, d_model)
+
+    def encode(self, src_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory (batch, src, d_model) and its mask (batch, 1, 1, src)."""
+        memory_mask = padding_mask(src_ids, PAD_ID)  # (batch, 1, 1, src)
+        memory = self.encoder(self.embed(src_ids, self.src_token_emb, self.src_pos_emb), memory_mask)
+        return memory, memory_mask
+
+    def decode(
+        self, tgt_ids: Tensor, memory: Tensor, memory_mask: Tensor, caches: list[KeyValueCache] | None = None
+    ) -> Tensor:
+        """Logits (batch, tgt, vocab); with caches, tgt_ids holds only the tokens that the caches have not seen."""
+        start = len(caches[0]) if caches else 0
+        x = self.embed(tgt_ids, self.tgt_token_emb, self.tgt_pos_emb, start)  # (batch, tgt, d_model)
+        n_new = tgt_ids.shape[1]
+        mask = causal_mask(n_new, start + n_new, device=x.device)
+        return self.lm_head(self.decoder(x, memory, mask, memory_mask, caches))  # (batch, tgt, vocab)
+
+    def forward(self, src_ids: Tensor, tgt_ids: Tensor) -> Tensor:
+        memory, memory_mask = self.encode(src_ids)
+        return self.decode(tgt_ids, memory, memory_mask)  # (batch, tgt, vocab)
+
+    def new_caches(self) -> list[KeyValueCache]:
+        return [KeyValueCache() for _ in self.decoder.blocks]
+
+
+# Loss and schedule
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy, in nats, against (1 - e) * the right token + e * the uniform distribution.
+
+    Szegedy et al. 2016, section 7. Shapes: logits (..., vocab), targets (...); a target of -100 does not count.
+    The uniform part includes the right token, so the smoothed target sums to 1. Raises ValueError if none counts.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    counted = targets != IGNORE
+    if not counted.any():
+        raise ValueError("no target counts: every position is padding; drop empty pairs")
+    right = -log_probs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    uniform = -log_probs.mean(dim=-1)
+    losses = (1 - label_smoothing) * right + label_smoothing * uniform
+    return losses[counted].mean()
+
+
+def noam_factor(step: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at `step` (the first is 1): a straight rise, then 1/sqrt(step).
+
+    Vaswani et al. 2017, equation 3, is d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5), with its peak
+    (d_model * warmup_steps)**-0.5 at step = warmup_steps.
+    """
+    return min(step / warmup_steps, math.sqrt(warmup_steps / step))
+
+
+# Pairs into batches
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The two vocabularies of a translator, and how text becomes tokens."""
+
+    src: Vocabulary
+    tgt: Vocabulary
+    unit: str
+
+    @classmethod
+    def from_pairs(cls, pairs: list[Pair], unit: str) -> "Codec":
+        return cls(
+            Vocabulary(sorted({token for pair in pairs for token in pair.source})),
+            Vocabulary(sorted({token for pair in pairs for token in pair.target})),
+            unit,
+        )
+
+    def encode_sources(self, sources: list[tuple[str, ...]]) -> Tensor:
+        """Sources to ids, each closed by <eos>, padded at the end: (batch, src)."""
+        return pad([self.src.encode(source) + [EOS_ID] for source in sources])
+
+    def encode_targets(self, targets: list[tuple[str, ...]]) -> tuple[Tensor, Tensor]:
+        """Targets to the decoder's input <bos> y1 ... yn and its answer y1 ... yn <eos>, each (batch, tgt).
+
+        The input is the answer moved one step to the right: without the shift the decoder would read the token that it
+        is asked for, and learn only to copy it.
+        """
+        ids = [self.tgt.encode(target) for target in targets]
+        return pad([[BOS_ID, *row] for row in ids]), pad([[*row, EOS_ID] for row in ids], IGNORE)
+
+    def decode_target(self, ids: list[int]) -> tuple[str, ...]:
+        ids = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+        return tuple(self.tgt.decode([index for index in ids if index not in (PAD_ID, BOS_ID)]))
+
+
+def pad(rows: list[list[int]], filler: int = PAD_ID) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+
+def epoch_batches(pairs: list[Pair], batch_size: int, seed: int, epoch: int) -> list[list[Pair]]:
+    """One epoch in batches of similar length, in an order that depends only on (seed, epoch).
+
+    Sorting within pools of 16 batches keeps padding low and the order random; a resumed run needs no stored position.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(pairs, len(pairs))
+    batches = []
+    for start in range(0, len(order), 16 * batch_size):
+        pool = sorted(order[start : start + 16 * batch_size], key=lambda pair: (len(pair.source), len(pair.target)))
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def endless_batches(pairs: list[Pair], batch_size: int, seed: int, first_step: int = 0) -> Iterator[list[Pair]]:
+    """Epoch after epoch, starting with the batch of `first_step` (counted from 0)."""
+    n_batches = math.ceil(len(pairs) / batch_size)
+    epoch, skip = divmod(first_step, n_batches)
+    while True:
+        yield from epoch_batches(pairs, batch_size, seed, epoch)[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+# Decoding: greedy, sampling, beam search
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    src_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Extend each source's translation token by token, with cached keys and values.
+
+    temperature 0 is greedy decoding; above 0 tokens are drawn from softmax(logits / temperature).
+    Returns ids (batch, new), padded after <eos>, and the log-probability of each token under the model at temperature
+    1, in nats (batch, new), 0 after <eos>. Raises ValueError for a negative or non-finite temperature.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    check_new_tokens(model, max_new_tokens)
+    memory, memory_mask = model.encode(src_ids)
+    caches, ids = model.new_caches(), torch.full_like(src_ids[:, :1], BOS_ID)
+    finished = torch.zeros(len(src_ids), dtype=torch.bool, device=src_ids.device)
+    tokens, scores = [], []
+    for _ in range(max_new_tokens):
+        logits = model.decode(ids, memory, memory_mask, caches)[:, -1]  # (batch, vocab)
+        log_probs = logits.log_softmax(dim=-1)  # (batch, vocab)
+        if temperature == 0:
+            ids = logits.argmax(dim=-1, keepdim=True)  # (batch, 1)
+        else:
+            ids = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)  # (batch, 1)
+        scores.append(log_probs.gather(1, ids).masked_fill(finished[:, None], 0.0))
+        ids = ids.masked_fill(finished[:, None], PAD_ID)  # (batch, 1)
+        tokens.append(ids)
+        finished = finished | (ids[:, 0] == EOS_ID)
+        if finished.all():
+            break
+    return torch.cat(tokens, dim=1), torch.cat(scores, dim=1)
+
+
+def check_new_tokens(model: Transformer, max_new_tokens: int) -> None:
+    limit = model.config.max_seq_len
+    if not 1 <= max_new_tokens <= limit:
+        raise ValueError(f"max_new_tokens must be in 1..{limit} (the model's max_seq_len), got {max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished candidate: its tokens without <bos>, and its score, log-probability / length ** length_penalty."""
+
+    score: float
+    tokens: tuple[int, ...]
+
+
+def beam_search(
+    step: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+    n_beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 0.6,
+    early_stop: bool = True,
+    bos_id: int = BOS_ID,
+    eos_id: int = EOS_ID,
+) -> list[list[Hypothesis]]:
+    """The best complete sequences of each item of a batch, best first, at most n_beams of them.
+
+    `step(tokens, parents)` gives the log-probabilities (batch * beams, vocab) of the next token: row i continues row
+    parents[i] of the call before with tokens[i]; rows of different items never mix. Scores are divided by length **
+    length_penalty, <eos> counted, because a sum of log-probabilities only falls: without division short wins.
+    early_stop ends an item as soon as it has n_beams hypotheses; otherwise it goes on until none can be beaten.
+    """
+    running = torch.full((batch_size, n_beams), -math.inf, dtype=torch.float64)  # sums of many logarithms
+    running[:, 0] = 0.0
+    tokens = torch.full((batch_size * n_beams,), bos_id)
+    parents = torch.arange(batch_size * n_beams)
+    prefixes: list[list[tuple[int, ...]]] = [[()] * n_beams for _ in range(batch_size)]
+    done: list[list[Hypothesis]] = [[] for _ in range(batch_size)]
+    closed = [False] * batch_size
+    for length in range(1, max_new_tokens + 1):
+        log_probs = step(tokens, parents).cpu().view(batch_size, n_beams, -1)  # (batch, beams, vocab)
+        vocab_size = log_probs.shape[-1]
+        total = (running[:, :, None] + log_probs).flatten(1)  # (batch, beams * vocab)
+        best = total.topk(min(2 * n_beams, total.shape[1]))  # two for each beam: half of them may be <eos>
+        rows, picks, extended = [], [], []
+        for item in range(batch_size):
+            survivors: list[tuple[float, int, int]] = []
+            for rank, (score, flat) in enumerate(
+                zip(best.values[item].tolist(), best.indices[item].tolist(), strict=True)
+            ):
+                beam, token = divmod(flat, vocab_size)
+                if score == -math.inf or closed[item]:
+                    continue
+                if token == eos_id:
+                    if rank < n_beams:
+                        done[item].append(Hypothesis(score / length**length_penalty, (*prefixes[item][beam], token)))
+                elif len(survivors) < n_beams:
+                    survivors.append((score, beam, token))
+            done[item] = sorted(done[item], key=lambda hypothesis: -hypothesis.score)[:n_beams]
+            closed[item] = closed[item] or is_closed(
+                done[item], survivors, n_beams, max_new_tokens, length_penalty, early_stop
+            )
+            survivors += [(-math.inf, 0, eos_id)] * (n_beams - len(survivors))
+            running[item] = torch.tensor([score for score, _, _ in survivors], dtype=torch.float64)
+            rows += [item * n_beams + beam for _, beam, _ in survivors]
+            picks += [token for _, _, token in survivors]
+            extended.append([(*prefixes[item][beam], token) for _, beam, token in survivors])
+        prefixes, tokens, parents = extended, torch.tensor(picks), torch.tensor(rows)
+        if all(closed):
+            break
+    for item, open_ended in enumerate(running.tolist()):
+        if not closed[item]:  # the length limit came first: what is still running competes as it stands
+            unfinished = zip(open_ended, prefixes[item], strict=True)
+            done[item] += [Hypothesis(s / length**length_penalty, prefix) for s, prefix in unfinished if s > -math.inf]
+            done[item] = sorted(done[item], key=lambda hypothesis: -hypothesis.score)[:n_beams]
+    return done
+
+
+def is_closed(
+    done: list[Hypothesis],
+    survivors: list[tuple[float, int, int]],
+    n_beams: int,
+    max_new_tokens: int,
+    length_penalty: float,
+    early_stop: bool,
+) -> bool:
+    """Whether an item needs no further step: nothing runs, or what runs can no longer enter the n_beams best."""
+    if not survivors:
+        return True
+    if len(done) < n_beams:
+        return False
+    return early_stop or survivors[0][0] / max_new_tokens**length_penalty <= done[-1].score
+
+
+@torch.no_grad()
+def beam_translate(model: Transformer, src_ids: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
+    """Beam search with cached keys and values for a batch of sources (batch, src)."""
+    check_new_tokens(model, config.max_new_tokens)
+    memory, memory_mask = model.encode(src_ids)
+    memory = memory.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, src, d_model)
+    memory_mask = memory_mask.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, 1, 1, src)
+    caches = model.new_caches()
+
+    def step(tokens: Tensor, parents: Tensor) -> Tensor:
+        for cache in caches:
+            cache.select(parents)
+        logits = model.decode(tokens.to(src_ids.device)[:, None], memory, memory_mask, caches)[:, -1]
+        return logits.log_softmax(dim=-1)
+
+    return beam_search(step, len(src_ids), config.n_beams, config.max_new_tokens, config.length_penalty)
+
+
+# Checkpoints: whole or not at all, and verified when read
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None:
+    """Write step-N.pt, then its manifest step-N.json with the SHA-256; a state without its manifest does not count.
+
+    Each file appears under its name only when it is complete, so a crash at any moment leaves the earlier checkpoints
+    as they were. The `keep` newest stay.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data, name = buffer.getvalue(), f"step-{step:06d}"
+    (folder / f"{name}.json").unlink(missing_ok=True)  # a rerun of the same step: never an old manifest on a new state
+    write_atomically(folder / f"{name}.pt", data)
+    manifest = {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "saved": time.time_ns()}
+    write_atomically(folder / f"{name}.json", json.dumps(manifest).encode())
+    for manifest_path in manifests(folder)[keep:]:
+        manifest_path.unlink()
+        manifest_path.with_suffix(".pt").unlink(missing_ok=True)
+    for stale in folder.glob(".step-*.tmp.*"):
+        stale.unlink(missing_ok=True)
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The manifests in a folder, newest first."""
+    found = []
+    for path in folder.glob("step-*.json"):
+        try:
+            found.append((json.loads(path.read_bytes())["saved"], path))
+        except (ValueError, KeyError, TypeError):
+            found.append((-1, path))  # a damaged manifest is the last resort
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The newest checkpoint whose bytes still have the SHA-256 of its manifest; a damaged one is named and passed over.
+
+    Neither torch.load nor the file format notices a flipped byte. Raises ValueError if none is whole.
+    """
+    damaged = []
+    for path in manifests(folder):
+        try:
+            data, manifest = path.with_suffix(".pt").read_bytes(), json.loads(path.read_bytes())
+            if hashlib.sha256(data).hexdigest() == manifest["sha256"]:
+                if damaged:
+                    print(f"warning: damaged and passed over: {', '.join(damaged)}; using {path.stem}")
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        damaged.append(path.with_suffix(".pt").name)
+    if damaged:
+        raise ValueError(f"every checkpoint in {shown(folder)} is damaged ({', '.join(damaged)}); train again")
+    script = shown(ROOT / "05-building-from-scratch" / "building_from_scratch.py")
+    raise ValueError(f"no checkpoint in {shown(folder)}; train one first: python {script} train")
+
+
+def load_translator(folder: Path, device: torch.device) -> tuple[Transformer, Codec, dict]:
+    """Rebuild the model and its vocabularies from the newest checkpoint; also return the whole state."""
+    state = load_checkpoint(folder)
+    src, tgt = (Vocabulary(state[name]) for name in ("src_tokens", "tgt_tokens"))
+    model = Transformer(ModelConfig(**state["model_config"]), len(src), len(tgt))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), Codec(src, tgt, state["unit"]), state
+
+
+# Training
+
+
+def fit(
+    model: Transformer,
+    codec: Codec,
+    pairs: dict[str, list[Pair]],
+    config: TrainConfig,
+    run: RunConfig,
+    header: dict,
+    state: dict | None = None,
+) -> list[dict]:
+    """Train with Adam and the Noam schedule; save a checkpoint every `save_every` steps; return the history.
+
+    `header` is stored in every checkpoint beside model, optimizer, step and random state; `state` is a checkpoint to go
+    on from: the run then continues as if it had never stopped, bit for bit on the CPU.
+    Raises ValueError if the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    first, history = 0, []
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        first, history = state["step"], state["history"]
+    batches = endless_batches(pairs["train"], config.batch_size, run.seed, first)
+    bar = progress(range(first + 1, config.max_steps + 1), "train")
+    for step in bar:
+        model.train()
+        src_ids, tgt_ids, answers = batch_tensors(codec, next(batches), device)
+        loss = smoothed_cross_entropy(model(src_ids, tgt_ids), answers, config.label_smoothing)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}; lower --learning-rate or lengthen the warm-up")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * noam_factor(step, config.warmup_steps)
+        optimizer.step()
+        record = {"step": step, "loss": loss.item()}
+        if step % config.save_every == 0 or step == config.max_steps:
+            record["exact"] = exact_match(greedy_answers(model, codec, pairs["test"][:200])[0], pairs["test"][:200])
+            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{record['exact']:.1%}")
+        history.append(record)
+        if "exact" in record:
+            training = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(run.out, step, header | training | {"rng": torch.get_rng_state(), "history": history})
+    return history
+
+
+def batch_tensors(codec: Codec, batch: list[Pair], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Source ids (batch, src), decoder input and answers (batch, tgt) of some pairs, on the device."""
+    tgt_ids, answers = codec.encode_targets([pair.target for pair in batch])
+    src_ids = codec.encode_sources([pair.source for pair in batch])
+    return src_ids.to(device), tgt_ids.to(device), answers.to(device)
+
+
+def load_pairs(config: DataConfig, seed: int) -> tuple[dict[str, list[Pair]], str, dict[str, str]]:
+    """Training and held-out pairs by split, the unit of their tokens, and what each split holds out.
+
+    Held-out pairs with a token that training never shows are left out, and counted in the split's description.
+    Raises ValueError if nothing is left to train on or to test with.
+    """
+    if config.data is None:
+        task = TASKS[config.task]
+        sizes = {split: config.n_pairs if split == "train" else config.n_held_out for split in task.splits}
+        pairs = {split: sample_pairs(task, size, seed, split) for split, size in sizes.items()}
+        unit, meanings = task.unit, dict(task.splits)
+    else:
+        pairs, unit = split_pairs(read_pairs(config.data, config.unit)), config.unit
+        meanings = {"train": f"nine tenths of {config.data}", "test": "the other tenth"}
+    src, tgt = ({token for pair in pairs["train"] for token in getattr(pair, side)} for side in ("source", "target"))
+    for split, drawn in pairs.items():
+        pairs[split] = [pair for pair in drawn if src.issuperset(pair.source) and tgt.issuperset(pair.target)]
+        if len(pairs[split]) < len(drawn):
+            meanings[split] += f" ({len(drawn) - len(pairs[split])} with tokens unseen in training left out)"
+        if not pairs[split]:
+            raise ValueError(f"no pair for split {split!r} whose tokens occur in training; give a few hundred pairs")
+    return pairs, unit, meanings
+
+
+# Evaluation
+
+
+def greedy_answers(
+    model: Transformer, codec: Codec, pairs: list[Pair], batch_size: int = 250
+) -> tuple[list[tuple[str, ...]], list[float]]:
+    """Greedy translations, and for each the log-probability of its least certain token, in nats."""
+    model.eval()
+    answers, certainty = [], []
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        src_ids = codec.encode_sources([pair.source for pair in batch]).to(next(model.parameters()).device)
+        longest = min(model.config.max_seq_len, 3 * max(len(pair.target) for pair in batch) // 2 + 4)
+        ids, log_probs = generate(model, src_ids, longest)
+        answers += [codec.decode_target(row) for row in ids.tolist()]
+        certainty += log_probs.min(dim=1).values.tolist()
+    return answers, certainty
+
+
+def beam_answers(
+    model: Transformer, codec: Codec, pairs: list[Pair], config: DecodeConfig, batch_size: int = 125
+) -> list[tuple[str, ...]]:
+    model.eval()
+    answers = []
+    for start in range(0, len(pairs), batch_size):
+        batch = [pair.source for pair in pairs[start : start + batch_size]]
+        src_ids = codec.encode_sources(batch).to(next(model.parameters()).device)
+        answers += [codec.decode_target(list(best[0].tokens)) for best in beam_translate(model, src_ids, config)]
+    return answers
+
+
+def exact_match(answers: list[tuple[str, ...]], pairs: list[Pair]) -> float:
+    """Share of answers that equal the target in every token, 0..1."""
+    return sum(answer == pair.target for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
+
+
+def nearest_neighbour_match(train: list[Pair], held_out: list[Pair]) -> float:
+    """What remembering alone reaches: answer with the target of the most similar training source.
+
+    Similarity is the cosine of token counts. Returns the exact match, 0..1.
+    """
+    tokens = {token: index for index, token in enumerate(sorted({t for p in train + held_out for t in p.source}))}
+
+    def counts(pairs: list[Pair]) -> Tensor:
+        table = torch.zeros(len(pairs), len(tokens))
+        for row, pair in enumerate(pairs):
+            for token in pair.source:
+                table[row, tokens[token]] += 1
+        return F.normalize(table, dim=1)  # (pairs, vocab)
+
+    nearest = (counts(held_out) @ counts(train).T).argmax(dim=1).tolist()
+    return exact_match([train[index].target for index in nearest], held_out)
+
+
+def evaluate_splits(
+    model: Transformer, codec: Codec, pairs: dict[str, list[Pair]], meanings: dict[str, str], config: DecodeConfig
+) -> list[dict]:
+    """Exact match of greedy and beam decoding on every held-out split, beside remembering, with seconds."""
+    rows = []
+    for split, held_out in pairs.items():
+        if split == "train":
+            continue
+        before = time.perf_counter()
+        greedy, certainty = greedy_answers(model, codec, held_out)
+        middle = time.perf_counter()
+        beam = beam_answers(model, codec, held_out, config)
+        rows.append(
+            {
+                "split": split,
+                "meaning": meanings[split],
+                "n": len(held_out),
+                "greedy": exact_match(greedy, held_out),
+                "beam": exact_match(beam, held_out),
+                "remembering": nearest_neighbour_match(pairs["train"], held_out),
+                "certainty": sorted(certainty),
+                "seconds": (middle - before, time.perf_counter() - middle),
+            }
+        )
+    return rows
+
+
+def print_results(rows: list[dict], n_beams: int) -> None:
+    print(f"\n{'held-out split':14} {'pairs':>6} {'greedy':>8} {f'beam {n_beams}':>8} {'remembering':>12}  seconds")
+    for row in rows:
+        greedy_seconds, beam_seconds = row["seconds"]
+        print(
+            f"{row['split']:14} {row['n']:6} {row['greedy']:8.1%} {row['beam']:8.1%} {row['remembering']:12.1%}"
+            f"  {greedy_seconds:.1f} + {beam_seconds:.1f}   {row['meaning']}"
+        )
+    print("exact match of whole translations; remembering = the target of the most similar training source")
+
+
+# Debugging tools
+
+
+def loss_at_init(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """The untrained model's loss and ln(vocabulary), in nats per token: far apart means a wrong scale or a leak."""
+    src_ids, tgt_ids, answers = batch
+    with torch.no_grad():
+        loss = smoothed_cross_entropy(model.eval()(src_ids, tgt_ids), answers)
+    return loss.item(), math.log(model.tgt_vocab_size)
+
+
+def overfit_one_batch(
+    model: Transformer, batch: tuple[Tensor, Tensor, Tensor], max_steps: int = 200, learning_rate: float = 1e-3
+) -> list[float]:
+    """Train on the same batch again and again; a sound model brings the loss (nats per token) near 0."""
+    src_ids, tgt_ids, answers = batch
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=learning_rate), []
+    model.train()
+    for _ in range(max_steps):
+        loss = smoothed_cross_entropy(model(src_ids, tgt_ids), answers)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def gradient_report(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> list[tuple[str, float, float]]:
+    """Name, gradient norm and weight norm of every parameter after one backward pass; 0 marks what never learns."""
+    src_ids, tgt_ids, answers = batch
+    model.zero_grad(set_to_none=True)
+    smoothed_cross_entropy(model(src_ids, tgt_ids), answers).backward()
+    rows = []
+    for name, parameter in model.named_parameters():
+        grad_norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+        rows.append((name, grad_norm, parameter.norm().item()))
+    model.zero_grad(set_to_none=True)
+    return rows
+
+
+def watch_modules(model: nn.Module, kind: type, see: Callable[[str, nn.Module, object], None]) -> list:
+    """Call see(name, module, output) after every forward pass of a module of this kind; returns the hook handles."""
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            handles.append(module.register_forward_hook(lambda m, _, output, name=name: see(name, m, output)))
+    return handles
+
+
+def first_non_finite(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> str | None:
+    """Name of the first module, in order of computation, whose output holds NaN or infinity; None if all is finite."""
+    found: list[str] = []
+
+    def see(name: str, _: nn.Module, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        if not all(torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)):
+            found.append(name)
+
+    handles = watch_modules(model, nn.Module, see)
+    with torch.no_grad():
+        model(*batch[:2])
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else None
+
+
+def dead_units(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Share of hidden units of each feed-forward network that are 0 at every real position of the batch, 0..1."""
+    shares: dict[str, float] = {}
+
+    def see(name: str, module: FeedForward, _: object) -> None:
+        inputs = captured[name]
+        is_real = (batch[0] if name.startswith("encoder") else batch[1]) != PAD_ID
+        hidden = F.relu(module.up_proj(inputs))[is_real]  # (tokens, d_ff)
+        shares[name] = (hidden == 0).all(dim=0).float().mean().item()
+
+    captured: dict[str, Tensor] = {}
+    handles = watch_modules(model, FeedForward, see)
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForward):
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0]))
+            )
+    with torch.no_grad():
+        model.eval()(*batch[:2])
+    for handle in handles:
+        handle.remove()
+    return shares
+
+
+def attention_maps(model: Transformer, src_ids: Tensor, tgt_ids: Tensor) -> dict[str, Tensor]:
+    """Weights (batch, heads, query, key) of every attention layer in one pass, by the layer's name."""
+    maps: dict[str, Tensor] = {}
+    handles = watch_modules(model, MultiHeadAttention, lambda name, _, output: maps.__setitem__(name, output[1]))
+    with torch.no_grad():
+        model.eval()(src_ids, tgt_ids)
+    for handle in handles:
+        handle.remove()
+    return maps
+
+
+# Figures
+
+
+def plot_training(history: list[dict], floor: float, chance: float) -> Figure:
+    """Loss of every step between its floor (what label smoothing leaves) and chance, and held-out exact match."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    left.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1, label="training loss")
+    left.axhline(chance, color="grey", ls=":", label="chance, ln(vocabulary)")
+    left.axhline(floor, color="black", ls="--", label="floor of label smoothing")
+    left.set(xlabel="step", ylabel="smoothed loss (nats per token)")
+    left.legend(frameon=False)
+    scored = [r for r in history if "exact" in r]
+    right.plot([r["step"] for r in scored], [100 * r["exact"] for r in scored], "o-")
+    right.set(xlabel="step", ylabel="held-out exact match (%)", ylim=(-3, 103))
+    return figure
+
+
+def plot_alignment(weights: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Figure:
+    """Heads of one cross-attention layer: weights (heads, target, source)."""
+    figure, axes = plt.subplots(1, len(weights), figsize=(2.9 * len(weights), 0.28 * len(target) + 1.6), squeeze=False)
+    for head, axis in enumerate(axes[0]):
+        axis.imshow(weights[head].cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(source)), source, rotation=60, ha="right")
+        axis.set_yticks(range(len(target)), target if head == 0 else [""] * len(target))
+        axis.set(title=f"head {head}", xlabel="source", ylabel="predicted token" if head == 0 else "")
+    return figure
+
+
+def smoothing_floor(label_smoothing: float, vocab_size: int) -> float:
+    """The entropy of the smoothed target, in nats per token: no model has a lower smoothed loss."""
+    if label_smoothing == 0:
+        return 0.0
+    other = label_smoothing / vocab_size
+    right = 1 - label_smoothing + other
+    return -right * math.log(right) - (vocab_size - 1) * other * math.log(other)
+
+
+def save_figures(
+    model: Transformer, codec: Codec, history: list[dict], smoothing: float, pair: Pair, out: Path
+) -> None:
+    floor = smoothing_floor(smoothing, model.tgt_vocab_size)
+    save_figure(plot_training(history, floor, math.log(model.tgt_vocab_size)), out / "training.svg")
+    src_ids, tgt_ids, _ = batch_tensors(codec, [pair], next(model.parameters()).device)
+    weights = attention_maps(model, src_ids, tgt_ids)[f"decoder.blocks.{len(model.decoder.blocks) - 1}.cross_attn"]
+    save_figure(plot_alignment(weights[0], (*pair.source, "<eos>"), (*pair.target, "<eos>")), out / "alignment.svg")
+
+
+# The verbs
+
+
+def train(
+    model_config: ModelConfig, data: DataConfig, config: TrainConfig, decode: DecodeConfig, run: RunConfig
+) -> None:
+    """Train a translator, score it on held-out pairs, save figures and checkpoints."""
+    generator_seed = seed_everything(run.seed).initial_seed()
+    device = pick_device(run.device)
+    pairs, unit, meanings = load_pairs(data, generator_seed)
+    codec = Codec.from_pairs(pairs["train"], unit)
+    model = Transformer(model_config, len(codec.src), len(codec.tgt)).to(device)
+    check_lengths(pairs, model_config.max_seq_len)
+    header = {
+        "model_config": asdict(model_config),
+        "data_config": {name: str(value) for name, value in asdict(data).items()},
+        "train_config": {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE},
+        "seed": run.seed,
+        "src_tokens": codec.src.tokens,
+        "tgt_tokens": codec.tgt.tokens,
+        "unit": unit,
+        "longest_source": max(len(pair.source) for pair in pairs["train"]),
+    }
+    with locked(run.out):
+        state = load_checkpoint(run.out) if config.resume else None
+        if state is not None:
+            check_resume(state, header)
+        todo = config.max_steps - (state["step"] if state else 0)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        plan = f"train {parameters:,} parameters on {len(pairs['train']):,} pairs for {max(todo, 0)} steps, then score"
+        announce(plan, SECONDS_PER_STEP * max(todo, 0) + SECONDS_TO_SCORE)
+        before = time.perf_counter()
+        history = fit(model, codec, pairs, config, run, header, state)
+        trained = time.perf_counter() - before
+        rows = evaluate_splits(model, codec, pairs, meanings, decode)
+        certainty = next(row for row in rows if row["split"] == "test")["certainty"]
+        header["certainty_floor"] = certainty[len(certainty) // 100]
+        save_checkpoint(run.out, history[-1]["step"], load_checkpoint(run.out) | header)
+    print_results(rows, decode.n_beams)
+    print(f"trained in {trained:.0f} s")
+    save_figures(model, codec, history, config.label_smoothing, pairs["test"][0], run.out)
+    show_examples(model, codec, pairs, meanings)
+
+
+SECONDS_PER_STEP, SECONDS_TO_SCORE = 0.03, 8.0  # measured on 2 cores with the default configuration
+MAY_CHANGE = ("max_steps", "save_every", "resume")  # settings that a resumed run may have otherwise
+
+
+def check_lengths(pairs: dict[str, list[Pair]], max_seq_len: int) -> None:
+    longest = max(max(len(pair.source), len(pair.target)) for split in pairs.values() for pair in split)
+    if longest + 1 > max_seq_len:
+        raise ValueError(
+            f"the longest pair has {longest} tokens and <eos>, more than max_seq_len={max_seq_len}; "
+            f"use --max-seq-len {longest + 1} or shorten the data"
+        )
+
+
+def check_resume(state: dict, header: dict) -> None:
+    """Raise ValueError unless the checkpoint belongs to a run with these settings."""
+    for name in ("model_config", "data_config", "train_config", "seed", "src_tokens", "tgt_tokens"):
+        if state[name] != header[name]:
+            detail = "" if name.endswith("tokens") else f": {state[name]} there, {header[name]} here"
+            raise ValueError(
+                f"cannot resume: the checkpoint has another {name}{detail}; use the same flags or another --out"
+            )
+
+
+def show_examples(model: Transformer, codec: Codec, pairs: dict[str, list[Pair]], meanings: dict[str, str]) -> None:
+    for split in [split for split in meanings if split != "train"]:
+        chosen = pairs[split][:3]
+        print(f"\n{split}: {meanings[split]}")
+        for pair, answer in zip(chosen, greedy_answers(model, codec, chosen)[0], strict=True):
+            verdict = "right" if answer == pair.target else f"wrong, should be: {join_tokens(pair.target, codec.unit)}"
+            print(f"  {join_tokens(pair.source, codec.unit)}\n    -> {join_tokens(answer, codec.unit)}   ({verdict})")
+
+
+def demo(
+    model_config: ModelConfig, data: DataConfig, config: TrainConfig, decode: DecodeConfig, run: RunConfig
+) -> None:
+    """Train from scratch in a minute, translate held-out sentences, draw the loss curve and the attention."""
+    train(model_config, data, config, decode, run)
+    script = shown(ROOT / "05-building-from-scratch" / "building_from_scratch.py")
+    example = {"french": "the old man does not see her", "dates": "March 3rd, 1987"}[data.task]
+    if data.data is None:
+        print(f'\nNow ask it: python {script} translate "{example}"' + out_flag(run))
+
+
+def out_flag(run: RunConfig) -> str:
+    return "" if run.out == ROOT / "runs" / "building_from_scratch" else f" --out {run.out}"
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    text: tuple[str, ...] = ()  # what to translate
+
+
+def translate(config: TranslateConfig, decode: DecodeConfig, run: RunConfig) -> None:
+    """Translate a text with the newest checkpoint in --out, and say so when the text is unlike the training data."""
+    model, codec, state = load_translator(run.out, pick_device(run.device))
+    tokens = tokenize(" ".join(config.text), codec.unit)
+    while tokens and tokens[-1] in (".", "!", "?") and tokens[-1] not in codec.src.ids:
+        tokens = tokens[:-1]
+    if not tokens:
+        raise ValueError('nothing to translate; give a text in quotes, such as: translate "the cat sees a bird"')
+    check_known(tokens, codec.src)
+    if len(tokens) + 1 > model.config.max_seq_len:
+        raise ValueError(f"the text has {len(tokens)} tokens; this model reads at most {model.config.max_seq_len - 1}")
+    src_ids = codec.encode_sources([tokens]).to(next(model.parameters()).device)
+    best = beam_translate(model, src_ids, decode)[0][0]
+    answer = codec.decode_target(list(best.tokens))
+    print(join_tokens(answer, codec.unit))
+    if len(tokens) > state["longest_source"]:
+        print(f"note: {len(tokens)} tokens; training had at most {state['longest_source']}, so this may be wrong")
+    elif least_certain(model, codec, src_ids, answer) < state.get("certainty_floor", -math.inf):
+        print(
+            "note: the model is less sure of this than of 99 % of its held-out inputs; the text may be unlike training"
+        )
+
+
+def least_certain(model: Transformer, codec: Codec, src_ids: Tensor, answer: tuple[str, ...]) -> float:
+    """Log-probability, in nats, of the least certain token of an answer to one source (1, src)."""
+    tgt_ids, targets = codec.encode_targets([answer])
+    with torch.no_grad():
+        log_probs = model(src_ids, tgt_ids.to(src_ids.device)).log_softmax(dim=-1)  # (1, tgt, vocab)
+    return log_probs.gather(-1, targets.to(src_ids.device)[..., None]).min().item()
+
+
+def check_known(tokens: tuple[str, ...], vocabulary: Vocabulary) -> None:
+    """Raise ValueError naming the tokens outside the vocabulary, each with the closest known ones."""
+    known = vocabulary.tokens[len(FIRST_TOKENS) :]
+    unknown = sorted({token for token in tokens if token not in vocabulary.ids})
+    if unknown:
+        advice = []
+        for token in unknown:
+            close = difflib.get_close_matches(token, known, n=3)
+            advice.append(repr(token) + (f" (did you mean {', '.join(close)}?)" if close else ""))
+        raise ValueError(
+            f"outside what this model was trained on: {', '.join(advice)}; it knows {len(known)} source tokens, "
+            f"such as {', '.join(known[:: max(1, len(known) // 12)])}"
+        )
+
+
+def evaluate(data: DataConfig, decode: DecodeConfig, run: RunConfig) -> None:
+    """Score the newest checkpoint in --out on every held-out split of its data."""
+    model, codec, state = load_translator(run.out, pick_device(run.device))
+    asked = {name: str(value) for name, value in asdict(data).items()}
+    if asked != state["data_config"]:
+        raise ValueError(f"the checkpoint was trained on {state['data_config']}; give the same data flags, got {asked}")
+    pairs, _, meanings = load_pairs(data, state["seed"])
+    print_results(evaluate_splits(model, codec, pairs, meanings, decode), decode.n_beams)
+
+
+def debug(model_config: ModelConfig, data: DataConfig, run: RunConfig) -> None:
+    """Examine an untrained model: loss at init, gradients, dead units, non-finite values, and one batch overfitted."""
+    seed_everything(run.seed)
+    pairs, unit, _ = load_pairs(data, run.seed)
+    codec = Codec.from_pairs(pairs["train"], unit)
+    device = pick_device(run.device)
+    model = Transformer(model_config, len(codec.src), len(codec.tgt)).to(device)
+    batch = batch_tensors(codec, pairs["train"][:32], device)
+    announce("examine an untrained model", 8)
+    loss, chance = loss_at_init(model, batch)
+    print(f"loss at init      {loss:.2f} nats per token; ln(vocabulary) is {chance:.2f}")
+    print(f"first non-finite  {first_non_finite(model, batch)}")
+    print(f"dead units        {max(dead_units(model, batch).values()):.1%} in the worst layer")
+    report = sorted(gradient_report(model, batch), key=lambda row: row[1])
+    print(f"weakest gradient  {report[0][1]:.1e} in {report[0][0]}")
+    print(f"largest gradient  {report[-1][1]:.1e} in {report[-1][0]}")
+    losses = overfit_one_batch(model, batch)
+    print(f"one batch, {len(losses)} steps: loss {losses[0]:.2f} -> {losses[-1]:.4f} (a sound model nears 0)")
+
+
+def bench(model_config: ModelConfig, run: RunConfig) -> None:
+    """Time a training step against nn.Transformer, and cached against uncached decoding, in one run."""
+    seed_everything(run.seed)
+    device, vocab_size, batch_size, seq_len = pick_device(run.device), 200, 64, 16
+    announce("time training steps and decoding", 20)
+    ours = Transformer(model_config, vocab_size, vocab_size).to(device)
+    theirs = TorchTranslator(model_config, vocab_size).to(device)
+    src_ids, tgt_ids = (torch.randint(4, vocab_size, (batch_size, seq_len), device=device) for _ in range(2))
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(src_ids, tgt_ids).flatten(0, 1), tgt_ids.flatten()).backward()
+
+    @torch.no_grad()
+    def uncached() -> None:
+        memory, memory_mask = ours.encode(src_ids)
+        ids = tgt_ids[:, :1]
+        for _ in range(seq_len):
+            logits = ours.decode(ids, memory, memory_mask)[:, -1:]
+            ids = torch.cat([ids, logits.argmax(-1)], dim=1)
+
+    rows = {
+        "training step / nn.Transformer": ratio(lambda: step(theirs), lambda: step(ours)),
+        "cached / uncached greedy decoding": ratio(uncached, lambda: generate(ours, src_ids, seq_len)),
+    }
+    for name, (median, low, high) in rows.items():
+        print(f"{name:34} {median:.2f}x the speed (range {low:.2f}-{high:.2f} of 7 rounds)")
+
+
+class TorchTranslator(nn.Module):
+    """The same model around nn.Transformer, as the peer that `bench` times."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.emb, self.lm_head = nn.Embedding(vocab_size, config.d_model), nn.Linear(config.d_model, vocab_size)
+        layers = (config.n_encoder_layers, config.n_decoder_layers)
+        sizes = (config.d_model, config.n_heads, *layers, config.d_ff, config.dropout)
+        self.core = nn.Transformer(*sizes, batch_first=True, norm_first=config.norm_order == "pre")
+
+    def forward(self, src_ids: Tensor, tgt_ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tgt_ids.shape[1], device=tgt_ids.device)
+        return self.lm_head(self.core(self.emb(src_ids), self.emb(tgt_ids), tgt_mask=mask, tgt_is_causal=True))
+
+
+def ratio(slow: Callable[[], None], fast: Callable[[], None], n_rounds: int = 7) -> tuple[float, float, float]:
+    """Median, smallest and largest ratio time(slow) / time(fast), interleaved so that both see the same machine."""
+    ratios = []
+    for index in range(n_rounds + 1):
+        times = []
+        for function in (slow, fast):
+            before = time.perf_counter()
+            for _ in range(3):
+                function()
+            times.append(time.perf_counter() - before)
+        if index:  # the first round warms up
+            ratios.append(times[0] / times[1])
+    ratios.sort()
+    return ratios[len(ratios) // 2], ratios[0], ratios[-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    training = (ModelConfig, DataConfig, TrainConfig, DecodeConfig, RunConfig)
+    verbs = {
+        "demo": (demo, *training),
+        "train": (train, *training),
+        "translate": (translate, TranslateConfig, DecodeConfig, RunConfig),
+        "evaluate": (evaluate, DataConfig, DecodeConfig, RunConfig),
+        "debug": (debug, ModelConfig, DataConfig, RunConfig),
+        "bench": (bench, ModelConfig, RunConfig),
+    }
+    run_verbs(__doc__, verbs, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The house rules: what every topic folder must keep, checked on the files themselves."""
+
+import ast
+import doctest
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from workbench import BLOCK, ROOT, relink, render_table
+
+TOPICS = sorted(path for path in ROOT.glob("[0-9][0-9]-*") if path.is_dir())
+MODULES = sorted(path for topic in TOPICS for path in topic.glob("*.py"))
+CHAPTERS = [ROOT / "README.md", *(topic / "README.md" for topic in TOPICS)]
+NOTEBOOKS = sorted(path for topic in TOPICS for path in topic.glob("*.ipynb"))
+TOPIC_OF = {path.stem: path.parent.name for path in MODULES}
+PLAIN_MODULES = [path for path in MODULES if not path.name.startswith("test_")]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_fifteen_topics_each_with_a_chapter() -> None:
+    assert [topic.name[:2] for topic in TOPICS] == [f"{number:02d}" for number in range(1, 16)]
+    assert not [name_of(chapter) for chapter in CHAPTERS if not chapter.exists()]
+
+
+def test_folder_lists_in_pyproject_equal_the_disk() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    on_disk = [topic.name for topic in TOPICS]
+    assert project["hatch"]["build"]["dev-mode-dirs"] == on_disk
+    assert project["pytest"]["ini_options"]["pythonpath"] == on_disk
+    assert project["pyright"]["extraPaths"] == on_disk
+
+
+def test_requirements_are_pinned_and_end_with_this_clone() -> None:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [line for line in lines if line]
+    assert lines[-1] == "-e ."
+    assert not [line for line in lines[:-1] if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_topic_imports_earlier_topics_only(path: Path) -> None:
+    later = {name for name in imported_modules(path) if TOPIC_OF.get(name, "") > path.parent.name}
+    assert not later, f"{name_of(path)} imports from later topics: {later}"
+
+
+@pytest.mark.parametrize("path", PLAIN_MODULES, ids=name_of)
+def test_each_module_comes_from_this_clone(path: Path) -> None:
+    spec = importlib.util.find_spec(path.stem)
+    assert spec and Path(spec.origin) == path, f"{path.stem} is imported from {spec and spec.origin}"
+
+
+def test_module_names_are_unique_and_shadow_no_package() -> None:
+    stems = [path.stem for path in MODULES]
+    assert len(stems) == len(set(stems))
+    packages = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
+    assert not set(stems) & packages
+
+
+@pytest.mark.parametrize("path", [path for path in PLAIN_MODULES if "def main(" in path.read_text()], ids=name_of)
+def test_every_script_has_help_and_refuses_an_unknown_flag_in_one_line(path: Path, capsys) -> None:
+    main = importlib.import_module(path.stem).main
+    with pytest.raises(SystemExit) as helped:
+        main(["--help"])
+    assert helped.value.code == 0 and "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        main(["demo", "--no-such-flag"])
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and error.count("\n") == 1 and "--no-such-flag" in error
+
+
+@pytest.mark.parametrize("path", PLAIN_MODULES, ids=name_of)
+def test_no_module_loads_untrusted_code(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    unsafe = ("weights_only=False", "pickle.load", "allow_pickle=True", "trust_remote_code=True", "yaml.load(")
+    assert not [word for word in unsafe if word in text]
+
+
+# Chapters
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a Markdown text."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+        if found[slug]:
+            found[f"{slug}-{found[slug]}"] = 0
+    return set(found)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+def test_links_and_anchors_exist(chapter: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", chapter.read_text(encoding="utf-8"), flags=re.S | re.M)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    broken = []
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (chapter.parent / file) if file else chapter
+        found = path.exists()
+        if found and anchor and path.suffix == ".md":
+            found = anchor in anchors(path.read_text(encoding="utf-8"))
+        if not found:
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+def test_links_into_code_have_the_current_line_range(chapter: Path) -> None:
+    assert relink(chapter) == chapter.read_text(encoding="utf-8"), "run: python 01-prerequisites/workbench.py links"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[1:], ids=name_of)
+def test_tables_equal_results(chapter: Path) -> None:
+    path = chapter.parent / "figures" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    blocks = {match[2]: match[3].strip() for match in BLOCK.finditer(chapter.read_text(encoding="utf-8"))}
+    assert blocks == {name: render_table(results[name]) for name in blocks}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+def test_worked_examples_run(chapter: Path) -> None:
+    runner, names = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS), {}
+    for block in re.finditer(r"^( *)```pycon\n(.*?)^\1```", chapter.read_text(encoding="utf-8"), re.S | re.M):
+        example = doctest.DocTestParser().get_doctest(block[2], names, name_of(chapter), str(chapter), 0)
+        failures: list[str] = []
+        runner.run(example, out=failures.append, clear_globs=False)
+        assert not runner.failures, "".join(failures)
+        names = example.globs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_executed_in_order_and_small(path: Path) -> None:
+    assert path.stat().st_size < 1_000_000
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [(cell, output) for cell in code for output in cell["outputs"]]
+    assert not [cell["id"] for cell, output in outputs if output.get("name") == "stderr"]
+    wanted = {cell["id"] for cell in code if "raises-exception" in cell["metadata"].get("tags", [])}
+    assert {cell["id"] for cell, output in outputs if output["output_type"] == "error"} <= wanted
