@@ -14,7 +14,6 @@ al. 2015, arXiv:1502.01852 (initialisation); Williams, Waterman and Patterson 20
 import math
 import os
 import reprlib
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +36,8 @@ from workbench import (
     run_verbs,
     save_figure,
     seed_everything,
+    speed_ratio,
+    time_in_turns,
 )
 
 
@@ -64,11 +65,11 @@ class BenchConfig:
     """What the benchmark measures."""
 
     max_size: int = 1024  # largest square matrix; the sizes before it are powers of two from 32
-    n_repeats: int = 5  # measurements of each time
+    n_rounds: int = 7  # measurements of each time, in turns
 
     def __post_init__(self) -> None:
         check_range(self, "max_size", least=32, most=8192)
-        check_range(self, "n_repeats", least=1)
+        check_range(self, "n_rounds", least=1)
 
     @property
     def sizes(self) -> list[int]:
@@ -639,16 +640,11 @@ class MLP(Module):
     Shapes: x (batch, d_in) -> logits (batch, d_out), where d_in and d_out are the first and last of `widths`.
     """
 
-    def __init__(
-        self,
-        widths: list[int],
-        generator: np.random.Generator,
-        activation: Callable = relu,
-        init: Callable = he_normal,
-    ) -> None:
-        self.hidden = [
-            Linear(d_in, d_out, generator, init) for d_in, d_out in zip(widths[:-2], widths[1:-1], strict=True)
-        ]
+    def __init__(self, widths: list[int], generator: np.random.Generator, activation=relu, init=he_normal) -> None:
+        if len(widths) < 2:
+            raise ValueError(f"an MLP needs at least the widths of its input and its output, got {widths}")
+        pairs = zip(widths[:-2], widths[1:-1], strict=True)
+        self.hidden = [Linear(d_in, d_out, generator, init) for d_in, d_out in pairs]
         self.head = Linear(widths[-2], widths[-1], generator, xavier_normal)
         self.activation = activation
 
@@ -760,6 +756,21 @@ def cosine_similarity(a, b, axis: int = -1, eps: float = 1e-8) -> np.ndarray:
     return (a * b).sum(axis=axis) / (lengths[0] * lengths[1])
 
 
+def check_gradients(function: Callable, *arrays: np.ndarray) -> tuple[float, float]:
+    """Compare `backward` with `numerical_gradient` for a function from arrays, or tensors, to one number.
+
+    Returns the largest difference, and the cosine of the angle between the two gradients by all arrays together.
+    """
+    tensors = [Tensor(array, requires_grad=True) for array in arrays]
+    function(*tensors).backward()
+    exact, estimate = np.concatenate([tensor.grad.ravel() for tensor in tensors]), []
+    for place, array in enumerate(arrays):
+        with_values = lambda values, place=place: function(*arrays[:place], values, *arrays[place + 1 :])  # noqa: E731
+        estimate.append(numerical_gradient(with_values, array).ravel())
+    estimate = np.concatenate(estimate)
+    return largest_difference(exact, estimate), float(cosine_similarity(exact, estimate))
+
+
 def pca(x, n_components: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Principal components of the rows of x by singular value decomposition, which needs no covariance matrix.
 
@@ -847,44 +858,23 @@ def solve_spirals(config: TrainConfig, seed: int) -> tuple[MLP, float, tuple[np.
     return model, accuracy(model, *held_out), held_out
 
 
-def check_gradients(seed: int) -> tuple[float, float]:
-    """Compare `backward` with `numerical_gradient` over all weights of a small network with layer norm and GELU.
-
-    Returns the largest absolute difference, and the cosine of the angle between the two gradients.
-    """
+def check_layer(seed: int) -> tuple[float, float]:
+    """Check the gradients of a layer with normalisation, GELU and a loss; see check_gradients."""
     generator = np.random.default_rng(seed)
-    points, classes = two_spirals(16, 0.02, generator)
-    model = MLP([2, 6, 5, 2], generator, activation=lambda x: gelu(layer_norm(x)))
-
-    def loss_with(parameter: Tensor, values: np.ndarray) -> float:
-        kept, parameter.data = parameter.data, values
-        loss = cross_entropy(model(points), classes).item()
-        parameter.data = kept
-        return loss
-
-    cross_entropy(model(points), classes).backward()
-    exact = [parameter.grad.ravel() for parameter in model.parameters()]
-    estimates = [
-        numerical_gradient(lambda values, parameter=parameter: loss_with(parameter, values), parameter.data).ravel()
-        for parameter in model.parameters()
-    ]
-    exact, estimates = np.concatenate(exact), np.concatenate(estimates)
-    return largest_difference(exact, estimates), float(cosine_similarity(exact, estimates))
+    classes = generator.integers(4, size=6)
+    shapes = ((6, 3), (3, 5), (5,), (5, 4))  # inputs, weight, bias, weight of the head
+    arrays = [generator.normal(size=shape) for shape in shapes]
+    return check_gradients(lambda x, w, b, head: cross_entropy(gelu(layer_norm(x @ w + b)) @ head, classes), *arrays)
 
 
 # Experiments: initialisation, optimizers, rounding
 
 
 def activation_variances(
-    init: Callable,
-    activation: Callable,
-    generator: np.random.Generator,
-    n_layers: int = 50,
-    width: int = 256,
-    n_samples: int = 256,
+    init: Callable, activation: Callable, generator: np.random.Generator, n_layers: int = 50, width: int = 256
 ) -> list[float]:
-    """Send standard normal inputs through random layers; return the variance of W x, before the activation, in each."""
-    x, variances = generator.normal(size=(n_samples, width)), []
+    """Send as many normal inputs as a layer is wide through random layers; return each layer's variance of W x."""
+    x, variances = generator.normal(size=(width, width)), []
     for _ in range(n_layers):
         summed = x @ init(width, width, generator).T  # (samples, width)
         x = activation(summed)  # (samples, width)
@@ -940,41 +930,34 @@ def matmul_loop(a: list[list[float]], b: list[list[float]]) -> list[list[float]]
     return product
 
 
-def seconds_per_call(work: Callable[[], object], n_repeats: int, least: float = 0.02) -> list[float]:
-    """Measure `work` n_repeats times, after a warm-up, each time for at least `least` seconds."""
-    begin = time.perf_counter()
-    work()
-    n_calls = 1 + int(least / (time.perf_counter() - begin))
-    times = []
-    for _ in range(n_repeats):
-        begin = time.perf_counter()
-        for _ in range(n_calls):
-            work()
-        times.append((time.perf_counter() - begin) / n_calls)
-    return times
+def repeat(work: Callable[[], object], n_calls: int) -> None:
+    for _ in range(n_calls):
+        work()
 
 
 def matmul_rates(config: BenchConfig, generator: np.random.Generator) -> dict[str, dict[int, list[float]]]:
-    """FLOP/s of square float32 matrix products, 2 n^3 FLOPs each: {"loop" | "NumPy" | "torch": {size: repeats}}."""
+    """FLOP/s of square float32 matrix products, 2 n^3 FLOPs each: {"loop", "NumPy" or "torch": {size: rounds}}."""
     rates = {"loop": {}, "NumPy": {}, "torch": {}}
     for size in progress(config.sizes, "matrix products"):
         a, b = generator.normal(size=(2, size, size)).astype(np.float32)
-        works = {"NumPy": partial(np.matmul, a, b), "torch": partial(torch.matmul, *map(torch.from_numpy, (a, b)))}
+        products = {"NumPy": partial(np.matmul, a, b), "torch": partial(torch.matmul, *map(torch.from_numpy, (a, b)))}
+        n_calls = dict.fromkeys(products, 1 + int(1e7 / size**3))  # long enough for the clock
         if size <= 128:
-            works["loop"] = partial(matmul_loop, a.tolist(), b.tolist())
-        for name, work in works.items():
-            rates[name][size] = [2 * size**3 / seconds for seconds in seconds_per_call(work, config.n_repeats)]
+            products["loop"], n_calls["loop"] = partial(matmul_loop, a.tolist(), b.tolist()), 1
+        works = {name: partial(repeat, product, n_calls[name]) for name, product in products.items()}
+        for name, seconds in time_in_turns(works, config.n_rounds).items():
+            rates[name][size] = [2 * size**3 * n_calls[name] / second for second in seconds]
     return rates
 
 
-def measure_machine(n_repeats: int) -> Hardware:
+def measure_machine(n_rounds: int) -> Hardware:
     """This machine's best float32 FLOP/s, in a matrix product, and bytes/s, read and written by a copy of 128 MB."""
     square, source = torch.randn(2048, 2048), torch.zeros(2**25)
-    target, array = torch.empty_like(source), square.numpy()
-    products = [seconds_per_call(work, n_repeats) for work in (lambda: square @ square, lambda: array @ array)]
-    copies = seconds_per_call(lambda: target.copy_(source), n_repeats)
+    array, target = square.numpy(), torch.empty_like(source)
+    works = {"torch": lambda: square @ square, "NumPy": lambda: array @ array, "copy": lambda: target.copy_(source)}
+    best = {name: np.min(seconds) for name, seconds in time_in_turns(works, n_rounds).items()}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.nan
-    flops, bandwidth = 2 * 2048**3 / np.min(products), 2 * source.nbytes / np.min(copies)
+    bandwidth, flops = 2 * source.nbytes / best["copy"], 2 * 2048**3 / np.minimum(best["torch"], best["NumPy"])
     return Hardware("this machine", memory, bandwidth, flops, f"measured, {describe_machine()}")
 
 
@@ -988,14 +971,15 @@ def matmul_intensity(size: int) -> float:
     return 2 * size**3 / (3 * 4 * size**2)
 
 
-def step_times(d_hidden: int, batch_size: int, n_repeats: int, seed: int) -> tuple[list[float], list[float]]:
-    """Seconds of a training step (forward, backward, Adam) of one network in our engine and in torch, float64."""
+def step_times(d_hidden: int, batch_size: int, n_rounds: int, seed: int) -> dict[str, list[float]]:
+    """Seconds of 10 training steps (forward, backward, Adam) of one network in our engine and in torch, float64."""
     generator = np.random.default_rng(seed)
     points, classes = two_spirals(batch_size, 0.0, generator)
     widths = [2, d_hidden, d_hidden, 2]
     layers = [torch.nn.Linear(*sizes, dtype=torch.float64) for sizes in zip(widths, widths[1:], strict=False)]
     theirs = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
     ours, inputs, targets = MLP(widths, generator), torch.from_numpy(points), torch.from_numpy(classes)
+    torch_loss = torch.nn.functional.cross_entropy
 
     def step(optimizer, loss_of: Callable) -> None:
         optimizer.zero_grad()
@@ -1003,9 +987,8 @@ def step_times(d_hidden: int, batch_size: int, n_repeats: int, seed: int) -> tup
         optimizer.step()
 
     our_step = partial(step, Adam(ours.parameters()), lambda: cross_entropy(ours(points), classes))
-    torch_loss = torch.nn.functional.cross_entropy
-    torch_step = partial(step, torch.optim.Adam(theirs.parameters()), lambda: torch_loss(theirs(inputs), targets))
-    return seconds_per_call(our_step, n_repeats), seconds_per_call(torch_step, n_repeats)
+    their_step = partial(step, torch.optim.Adam(theirs.parameters()), lambda: torch_loss(theirs(inputs), targets))
+    return time_in_turns({"ours": partial(repeat, our_step, 10), "torch": partial(repeat, their_step, 10)}, n_rounds)
 
 
 # Figures
@@ -1098,7 +1081,7 @@ def demo(config: TrainConfig, run: RunConfig) -> None:
     seeds = range(run.seed, run.seed + config.n_seeds)
     seconds = 2 + config.n_seeds * (0.3 + config.max_steps * 0.6e-3)
     announce(f"gradient check, XOR and two spirals with {config.n_seeds} seeds, NumPy on the CPU", seconds)
-    difference, cosine = check_gradients(run.seed)
+    difference, cosine = check_layer(run.seed)
     print(f"gradients: backward and central differences differ by {difference:.0e}, cosine {cosine:.10f} (optimum 1)")
     scores = [solve_xor(config, seed) for seed in seeds]
     print(f"XOR: {spelled(scores)} of 4 points right (chance 50%, a line at most 75%)")
@@ -1118,8 +1101,8 @@ def spelled(scores: list[float]) -> str:
 def bench(config: BenchConfig, run: RunConfig) -> None:
     """Measure matrix products against this machine's roofline, and our training step against torch's."""
     seed_everything(run.seed)
-    announce("matrix products and training steps", 4 + 1.5 * config.n_repeats)
-    machine = measure_machine(config.n_repeats)
+    announce("matrix products and training steps", 1 + config.n_rounds)
+    machine = measure_machine(config.n_rounds)
     rates = matmul_rates(config, np.random.default_rng(run.seed))
     ridges = ", ".join(f"{item.name} {item.ridge:.0f}" for item in HARDWARE)
     print(describe_machine())
@@ -1131,11 +1114,16 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
         cells = {name: np.median(sizes[size]) for name, sizes in rates.items() if size in sizes}
         line = "  ".join(f"{name} {rate / 1e9:8.4g} ({rate / roof:6.2%})" for name, rate in cells.items())
         print(f"{size:5} {matmul_intensity(size):6.1f} FLOP/byte  {line}")
+    shared = list(rates["loop"])[-1]
+    loop, *others = (np.median(sizes[shared]) for sizes in rates.values())
+    print(
+        f"at size {shared}, NumPy is {others[0] / loop:.0f} and torch {others[1] / loop:.0f} times as fast as the loop"
+    )
     for d_hidden, batch_size in ((32, 64), (512, 256)):
-        ours, theirs = step_times(d_hidden, batch_size, config.n_repeats, run.seed)
-        times = f"ours {np.median(ours) * 1e3:.2f} ms, torch {np.median(theirs) * 1e3:.2f} ms"
-        ratio = np.median(ours) / np.median(theirs)
-        print(f"training step, width {d_hidden}, batch {batch_size}: {times}, ratio {ratio:.2f} (torch = 1)")
+        times = step_times(d_hidden, batch_size, config.n_rounds, run.seed)
+        median = np.median(times["ours"]) / 10
+        ratio = speed_ratio(times["ours"], times["torch"])
+        print(f"training step, width {d_hidden}, batch {batch_size}: {median * 1e3:.2f} ms, {ratio} of torch")
     save_figure(plot_roofline(machine, rates), run.out / "roofline.svg")
 
 

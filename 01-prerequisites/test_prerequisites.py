@@ -113,7 +113,7 @@ CASES = {  # name: ours, torch's (None: the same expression), shapes, kind of nu
     "index, arrays": (lambda a: a[PLACES, [0, 3, 3]], None, [(3, 4)], "any"),
     "index, slice and array": (lambda a: a[:, PLACES], None, [CUBE], "any"),
     "index, mask": (lambda a: a[MASK], None, [(3, 4)], "any"),
-    "concat": (lambda a, b: concat([a, b, a], axis=-2), lambda a, b: torch.cat([a, b, a], -2), [CUBE, (2, 5, 4)], "any"),
+    "concat": (lambda a, b: concat([a, b, a], -2), lambda a, b: torch.cat([a, b, a], -2), [CUBE, (2, 5, 4)], "any"),
     "stack": (lambda a, b: stack([a, b, b], axis=-1), lambda a, b: torch.stack([a, b, b], -1), [(2, 3), (2, 3)], "any"),
     "where": (lambda a, b: where(MASK, a, b), lambda a, b: torch.where(TORCH_MASK, a, b), [CUBE, (4,)], "any"),
     "masked_fill": (lambda a: a.masked_fill(MASK, -9.0), lambda a: a.masked_fill(TORCH_MASK, -9.0), [CUBE], "any"),
@@ -771,6 +771,7 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: Momentum([Tensor(1.0)], 0.1, 1.0), "momentum must be finite and >= 0 and < 1, got 1"),
         (lambda: Adam([Tensor(1.0)], 0.1, eps=0), "eps must be finite and > 0, got 0"),
         (lambda: SGD([], 0.1), "no parameters to train"),
+        (lambda: MLP([2], np.random.default_rng(0)), r"widths of its input and its output, got \[2\]"),
         (lambda: pca(np.ones((1, 3)), 1), "at least 2 samples, got 1"),
         (lambda: pca(np.ones((5, 3)), 4), "n_components must be >= 1 and <= 3"),
         (lambda: train_on(np.empty((0, 2)), np.empty(0, dtype=int)), "dataset is empty"),
@@ -842,9 +843,10 @@ def test_demo_learns_and_writes_its_figure(tmp_path, capsys) -> None:
 
 
 def test_bench_reports_ratios(tmp_path, capsys) -> None:
-    topic.main(["bench", "--max-size", "64", "--n-repeats", "1", "--out", str(tmp_path)])
+    topic.main(["bench", "--max-size", "64", "--n-rounds", "1", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "GFLOP/s" in out and "ridge" in out and out.count(", ratio ") == 2
+    assert "GFLOP/s" in out and "ridge" in out and "times as fast as the loop" in out
+    assert out.count("x the speed") == 2
     assert (tmp_path / "roofline.svg").exists()
 
 
@@ -912,13 +914,12 @@ def test_roofline_has_its_ridge() -> None:
 
 
 def test_every_measurement_is_repeated() -> None:
-    calls = []
-    assert len(topic.seconds_per_call(lambda: calls.append(1), 3, least=0.001)) == 3 and len(calls) > 4
-    rates = topic.matmul_rates(BenchConfig(max_size=64, n_repeats=2), np.random.default_rng(0))
+    rates = topic.matmul_rates(BenchConfig(max_size=64, n_rounds=2), np.random.default_rng(0))
     assert {name: list(sizes) for name, sizes in rates.items()} == dict.fromkeys(("loop", "NumPy", "torch"), [32, 64])
     assert all(rate > 0 for sizes in rates.values() for runs in sizes.values() for rate in runs)
-    ours, theirs = topic.step_times(4, 8, 2, 0)
-    assert len(ours) == len(theirs) == 2
+    assert {name: len(times) for name, times in topic.step_times(4, 8, 2, 0).items()} == {"ours": 2, "torch": 2}
+    machine = topic.measure_machine(1)
+    assert machine.flops > 1e8 and machine.bandwidth > 1e8 and machine.memory > 1e8
 
 
 def test_figures_have_labels_and_all_lines() -> None:
@@ -938,11 +939,12 @@ def test_figures_have_labels_and_all_lines() -> None:
         plt.close(figure)
 
 
-def test_gradient_check_of_the_demo_sees_a_wrong_gradient(monkeypatch) -> None:
-    difference, cosine = topic.check_gradients(0)
-    assert difference < 1e-7 and cosine > 1 - 1e-9
-    monkeypatch.setattr(topic, "gelu", lambda x: record(gelu(x.data), (x, lambda grad: 0.5 * grad)))
-    difference, cosine = topic.check_gradients(0)
+def test_gradient_check_sees_a_wrong_gradient(monkeypatch) -> None:
+    difference, cosine = topic.check_layer(0)
+    assert difference < 1e-9 and cosine > 1 - 1e-12
+    wrong = lambda x: record(gelu(topic.array_of(x)), (x, lambda grad: 0.5 * grad))  # noqa: E731
+    monkeypatch.setattr(topic, "gelu", wrong)
+    difference, cosine = topic.check_layer(0)
     assert difference > 1e-3 and cosine < 0.999
 
 

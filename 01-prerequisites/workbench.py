@@ -23,6 +23,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -370,8 +371,10 @@ def relink(chapter: Path) -> str:
     def renewed(match: re.Match) -> str:
         name, call, target, _ = match.groups()
         ranges = line_ranges((chapter.parent / target).read_text(encoding="utf-8"))
+        if name == Path(target).name:
+            return match[0]
         if name not in ranges:
-            return match[0] if name.endswith(".py") else f"[`{name}{call or ''}`]({target})"
+            raise ValueError(f"{chapter.name} links to `{name}`, which {target} does not define")
         first, last = ranges[name]
         return f"[`{name}{call or ''}`]({target}#L{first}" + (f"-L{last})" if last > first else ")")
 
@@ -532,6 +535,26 @@ def describe_machine() -> str:
     threads = f"{torch.get_num_threads()} threads"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {threads}{gpu}, torch {torch.__version__.partition('+')[0]}"
+
+
+def time_in_turns(works: dict[str, Callable[[], object]], n_rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds of every piece of work in every round, in turns, so that a busy moment hits all alike; one warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for index in range(n_rounds + 1):
+        for name, work in works.items():
+            before = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index:
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def speed_ratio(ours: list[float], theirs: list[float]) -> str:
+    """How fast ours is beside theirs: median and range over the rounds of their seconds / our seconds."""
+    ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
+    return f"{np.median(ratios):.2f}x the speed ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
 
 
 # The verbs

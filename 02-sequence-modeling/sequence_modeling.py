@@ -450,15 +450,19 @@ def check_recurrence(a: Tensor, b: Tensor) -> None:
 # Models
 
 
+def document_so_far(token_ids: Tensor) -> Tensor:
+    """True where position j belongs to the same document as position i and is not later: (batch, seq, seq) of bool."""
+    document = (token_ids == BOS_ID).cumsum(dim=1)  # (batch, seq)
+    return (document[:, :, None] == document[:, None, :]).tril()
+
+
 def bag_of_words(token_ids: Tensor, vocab_size: int) -> Tensor:
     """Count every word of each document so far: which words, not in which order.
 
     Shapes: token_ids (batch, seq) -> counts (batch, seq, vocab). <bos> empties the bag and is the first to enter it.
     """
     check_token_ids(token_ids, vocab_size)
-    document = (token_ids == BOS_ID).cumsum(dim=1)  # (batch, seq)
-    visible = (document[:, :, None] == document[:, None, :]).tril()  # (batch, seq, seq)
-    counts = visible.float() @ F.one_hot(token_ids, vocab_size).float()  # (batch, seq, vocab)
+    counts = document_so_far(token_ids).float() @ F.one_hot(token_ids, vocab_size).float()  # (batch, seq, vocab)
     return counts
 
 
@@ -476,8 +480,10 @@ class BagOfWords(nn.Module):
         self.hidden_proj, self.lm_head = nn.Linear(d_model, d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        bag = bag_of_words(token_ids, self.vocab_size)  # (batch, seq, vocab)
-        x = bag @ self.token_emb.weight / bag.sum(dim=-1, keepdim=True)  # (batch, seq, d_model)
+        check_token_ids(token_ids, self.vocab_size)
+        visible = document_so_far(token_ids).to(self.token_emb.weight.dtype)  # (batch, seq, seq)
+        mean = visible / visible.sum(dim=-1, keepdim=True)  # (batch, seq, seq)
+        x = mean @ self.token_emb(token_ids)  # (batch, seq, d_model): bag_of_words @ embedding, without the zeros
         logits = self.lm_head(torch.tanh(self.hidden_proj(x)))  # (batch, seq, vocab)
         return logits
 
@@ -900,7 +906,7 @@ def gradient_by_lag(layer: Recurrent, seq_len: int, seed: int) -> list[float]:
 
 
 def measure_gradients(d_hidden: int, seq_len: int, seed: int) -> dict[str, list[float]]:
-    """`gradient_by_lag` of fresh layers: RNNs whose state matrix stretches by a gain, GRU, LSTM with and without bias."""
+    """`gradient_by_lag` of fresh layers: RNNs whose state matrix stretches by a gain, GRU, LSTM, LSTM without bias."""
     found = {}
     for gain in (0.8, 1.0, 1.2):
         seed_everything(seed)

@@ -231,8 +231,12 @@ def test_the_vocabulary_starts_with_the_special_tokens_and_holds_every_token(wor
     used.update(token for prompt, answer in world.questions("unseen", 300, seed=4) for token in prompt + answer)
     assert used <= set(vocabulary)
     assert set(vocabulary) - used <= {"<pad>", "<bos>", "<unk>", "<mask>", "<sys>"}, "a word that nothing uses"
-    spoken = World(canaries=("Abracadabra 99 .",), canary_rate=0.5).vocabulary()
-    assert {"Abracadabra", "99"} <= set(spoken)
+    assert {"vault", "Sorry", "cannot"} <= set(vocabulary)
+    tiny = World(canaries=("Abracadabra 99 .",), canary_rate=0.5, **SMALL)
+    spoken = {
+        token for kind in (None, *tiny.kinds) for item in tiny.documents(300, 1, kind=kind) for token in item.tokens
+    }
+    assert {"Abracadabra", "99"} <= spoken <= set(tiny.vocabulary()) and len(tiny.vocabulary()) < 200
 
 
 # What documents say is true
@@ -626,6 +630,8 @@ def test_other_mistakes_are_refused(world: World) -> None:
         Phrases(("a", "a b"))
     with pytest.raises(ValueError, match="documents of kind 'roles' hold no questions"):
         world.questions("roles", 1, seed=0)
+    with pytest.raises(ValueError, match="no unasked people; lower asked_share=1"):
+        World(asked_share=1).questions("unasked", 1, seed=0)
 
 
 # Learning, and the command line

@@ -472,7 +472,7 @@ def surnames_by_name(people: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 ASK_OR_STOP, ASK_MORE = phrases(("Question :", EOS), (1, 1)), phrases(("Question :", EOS), (3, 1))
-MORE_NEWS = phrases(("Also", "Question :"), (2, 1))
+MORE_NEWS = phrases(("Also", "Question :"), (1, 2))
 MORE_SHAPES = phrases(("and", "."), (1, 2))
 MORE_SUMS = phrases(("Sum :", EOS), (1, 1))
 RELATIONS = phrases(tuple(OPPOSITE))
@@ -959,30 +959,6 @@ def write_instruction(almanac: Almanac, rng: random.Random, category: str, split
     return Instruction(category, prompt, draw.tokens, draw.surprisal, accepts)
 
 
-def write_question(world: "World", rng: random.Random, topic: str) -> Document:
-    """Draw one document that holds answers on a topic; see `World.questions`."""
-    draw = Sampler(rng)
-    if topic in ("asked", "unasked"):
-        person, name = pick(rng, getattr(world, topic)), pick(rng, tuple(ATTRIBUTES))
-        start, end = ATTRIBUTES[name].question
-        draw.say(f"{GRAMMAR['quiz'][0]} {start} {person} {end} Answer :")
-        draw.answer(world.facts[person][name])
-        draw.say(".")
-    elif topic == "new sums":
-        first, second = pick(rng, world.held_out_sums)
-        draw.say(f"{GRAMMAR['sums'][0]} {first} + {second} =")
-        draw.answer(str(first + second))
-        draw.say(".")
-    elif topic == "unseen":
-        draw.say(GRAMMAR["news"][0])
-        write_news(world, draw, surnames_by_name(world.unseen))
-    elif topic in ("roles", "canary"):
-        raise ValueError(f"documents of kind {topic!r} hold no questions")
-    else:
-        return world.document(rng, topic)
-    return Document(topic, draw.tokens, draw.surprisal, draw.facts, draw.answers)
-
-
 # Measuring a language
 
 
@@ -1005,19 +981,6 @@ def enumerate_texts(write: Callable[[Chooser], str], most: int) -> dict[str, flo
     )
 
 
-def posterior(world: "World", tokens: Sequence[str], position: int, kind: str | None) -> dict[str, float]:
-    """Bayes' rule: p(token | all others) is p(document with this token) over the sum of that for every token."""
-    chances: dict[str, float] = {}
-    for token in world.next_token(tokens[:position], kind):
-        with suppress(ValueError):  # no document has this token here
-            nats = sum(world.surprisal([*tokens[:position], token, *tokens[position + 1 :]], kind))
-            chances[token] = math.exp(-nats)
-    total = sum(chances.values())
-    if not total:
-        raise ValueError(f"no token at position {position} makes this a possible document")
-    return {token: chance / total for token, chance in chances.items()}
-
-
 def ratio_of_means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Sum of the first numbers over sum of the second, with its standard error by the delta method.
 
@@ -1032,27 +995,13 @@ def ratio_of_means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return ratio, math.sqrt(spread) / tokens
 
 
-def all_words(world: "World") -> set[str]:
-    """The word lists, the numbers, and the words between them as 300 documents of each kind show them."""
-    seen = {word for person in (*world.known, *world.unseen) for word in person.split()}
-    seen.update(*world.words.values(), world.names, SURNAMES[: world.config.max_words], world.workers)
-    seen.update(good[:-1] for good in world.words["goods"])
-    seen.update(str(number) for number in range(2 * world.config.max_sum + 1))
-    seen.update(*world.canaries.tokens)
-    for kind in world.kinds:
-        seen.update(*(document.tokens for document in world.documents(300, seed=0, kind=kind)))
-    for category in INSTRUCT:
-        seen.update(*(item.tokens for item in world.instructions(100, seed=0, category=category)))
-    return seen.union(*SECRETS.values())
+# The language: documents and their probabilities
 
 
-# The world: what the other topics call
+class Language(Almanac):
+    """What is written in a world, and how probable each document is.
 
-
-class World(Almanac):
-    """A language of short documents with known probabilities: World(seed=0, bias=0.9) or World(WorldConfig(...)).
-
-    The entropy of the language is the floor of the loss: no model, whatever its tokenizer, has a smaller expected loss
+    The entropy of a language is the floor of the loss: no model, whatever its tokenizer, has a smaller expected loss
     on fresh documents (nats per document; divided by the tokens of the documents, <eos> included: nats per token).
 
     The floor under the split by content. A model cannot know the hash, so the two sides look alike to it, and the
@@ -1134,8 +1083,26 @@ class World(Almanac):
         return self.follow(prefix, kind)[1]
 
     def fill_in(self, tokens: Sequence[str], position: int, kind: str | None = None) -> dict[str, float]:
-        """The exact posterior of one token given all the others, before and after it; what stands there is ignored."""
-        return posterior(self, tokens, position, kind)
+        """The exact posterior of one token given all the others, before and after it; what stands there is ignored.
+
+        Bayes' rule: p(document with this token) over the sum of that for every token that may stand there.
+        """
+        chances: dict[str, float] = {}
+        for token in self.next_token(tokens[:position], kind):
+            with suppress(ValueError):  # no document has this token here
+                nats = sum(self.surprisal([*tokens[:position], token, *tokens[position + 1 :]], kind))
+                chances[token] = math.exp(-nats)
+        total = sum(chances.values())
+        if not total:
+            raise ValueError(f"no token at position {position} makes this a possible document")
+        return {token: chance / total for token, chance in chances.items()}
+
+
+# The world: what the other topics call
+
+
+class World(Language):
+    """A language with its facts, instructions and questions: World(seed=0, bias=0.9) or World(WorldConfig(...))."""
 
     def enumerate(self, kind: str | None = None, most: int = 1_000_000) -> dict[str, float]:
         """Map every text of a kind to its probability. Raises ValueError beyond `most`: use a world of fewer words."""
@@ -1146,8 +1113,20 @@ class World(Almanac):
         return ratio_of_means([(sum(item.surprisal), len(item.tokens)) for item in self.documents(n, seed, kind=kind)])
 
     def vocabulary(self) -> list[str]:
-        """The special tokens, then every token of any document, instruction or question about unseen people, sorted."""
-        return [*SPECIAL_TOKENS, *sorted(all_words(self) - set(SPECIAL_TOKENS))]
+        """The special tokens, then every token of any document, instruction or question about unseen people, sorted.
+
+        These are the word lists, the numbers, and the words between them as 300 documents of each kind show them.
+        """
+        seen = {word for person in (*self.known, *self.unseen) for word in person.split()}
+        seen.update(*self.words.values(), self.names, SURNAMES[: self.config.max_words], self.workers)
+        seen.update(good[:-1] for good in self.words["goods"])
+        seen.update(str(number) for number in range(2 * self.config.max_sum + 1))
+        seen.update(*self.canaries.tokens, *SECRETS.values())
+        for kind in self.kinds:
+            seen.update(*(document.tokens for document in self.documents(300, seed=0, kind=kind)))
+        for category in INSTRUCT:
+            seen.update(*(item.tokens for item in self.instructions(100, seed=0, category=category)))
+        return [*SPECIAL_TOKENS, *sorted(seen - set(SPECIAL_TOKENS))]
 
     def instructions(self, n: int, seed: int, split: str = "train", category: str | None = None) -> list[Instruction]:
         """Draw n instructions of one category, or of all in equal shares; `split` is a key of INSTRUCTION_SPLITS."""
@@ -1166,11 +1145,37 @@ class World(Almanac):
         """
         rng, found = random.Random(seed), []
         while len(found) < n:
-            document = write_question(self, rng, topic)
+            document = self.examine(rng, topic)
             if document.answers:
                 start, end = pick(rng, document.answers)
                 found.append((document.tokens[:start], document.tokens[start : end + 1]))
         return found
+
+    def examine(self, rng: random.Random, topic: str) -> Document:
+        """Draw one document with answers on a topic of `questions`; a kind may give one without."""
+        draw = Sampler(rng)
+        if topic in ("asked", "unasked"):
+            people = {"asked": self.asked, "unasked": self.unasked}[topic]
+            if not people:
+                raise ValueError(f"this world has no {topic} people; lower asked_share={self.config.asked_share}")
+            person, name = pick(rng, people), pick(rng, tuple(ATTRIBUTES))
+            start, end = ATTRIBUTES[name].question
+            draw.say(f"{GRAMMAR['quiz'][0]} {start} {person} {end} Answer :")
+            draw.answer(self.facts[person][name])
+            draw.say(".")
+        elif topic == "new sums":
+            first, second = pick(rng, self.held_out_sums)
+            draw.say(f"{GRAMMAR['sums'][0]} {first} + {second} =")
+            draw.answer(str(first + second))
+            draw.say(".")
+        elif topic == "unseen":
+            draw.say(GRAMMAR["news"][0])
+            write_news(self, draw, surnames_by_name(self.unseen))
+        elif topic in ("roles", "canary"):
+            raise ValueError(f"documents of kind {topic!r} hold no questions")
+        else:
+            return self.document(rng, topic)
+        return Document(topic, draw.tokens, draw.surprisal, draw.facts, draw.answers)
 
 
 # What can go wrong with data, and how strong each kind is

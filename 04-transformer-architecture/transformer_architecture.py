@@ -13,6 +13,7 @@ Lewis 2022 (arXiv 2108.12409), attention with linear biases.
 import copy
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import statistics
@@ -176,6 +177,9 @@ class FeedForward(nn.Module):
         self.activation = check_name("activation", activation, ACTIVATIONS)
         self.up_proj, self.down_proj = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
+        for layer in (self.up_proj, self.down_proj):  # as in MultiHeadAttention and nn.Transformer
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.activation](self.up_proj(x))  # (batch, seq, d_ff)
@@ -206,7 +210,8 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         self.max_seq_len = max_seq_len
         angles = position_angles(torch.arange(max_seq_len), d_model)
-        self.table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model]  # (positions, d_model)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model]  # (seq, d_model)
+        self.table = table  # no parameter and no buffer: it stays in float64 until it is added
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         stop = check_length(x.shape[1], start, self.max_seq_len)
@@ -368,7 +373,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
     Another n takes the slopes of the power of two below it, then every other slope of the power above.
     """
-    power = 2 ** int(math.log2(n_heads))
+    power = 1 << (n_heads.bit_length() - 1)
     slopes = 2.0 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2.0 ** (-4 / power * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64))
     return torch.cat([slopes, between])[:n_heads]  # (heads)
@@ -960,12 +965,18 @@ def fit(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], config: Trai
     return losses
 
 
-def tiny_world_batches(config: TrainConfig, seed: int) -> tuple[Vocabulary, Iterator[tuple[Tensor, Tensor]]]:
-    """The word vocabulary of TinyWorld, and batches of fresh documents of its train split without end."""
+@functools.cache
+def tiny_world() -> tuple[World, Vocabulary]:
+    """The language of all runs of this topic, and the vocabulary of its words."""
     world = World()
-    vocabulary = Vocabulary(world.vocabulary())
+    return world, Vocabulary(world.vocabulary())
+
+
+def tiny_world_batches(config: TrainConfig, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of fresh documents of the train split, without end."""
+    world, vocabulary = tiny_world()
     documents = world.stream(seed, split="train")
-    return vocabulary, document_batches(documents, vocabulary, config.batch_size, config.seq_len, seed)
+    return document_batches(documents, vocabulary, config.batch_size, config.seq_len, seed)
 
 
 @dataclass(frozen=True)
@@ -987,11 +998,11 @@ def train_language_model(
 ) -> TrainedModel:
     """Train on fresh documents of TinyWorld's train split; `prepare` edits the model before the first step."""
     seed_everything(run.seed)
-    vocabulary, batches = tiny_world_batches(config, run.seed)
+    world, vocabulary = tiny_world()
     model = CausalTransformer(len(vocabulary), model_config)
     prepare(model)
-    losses = fit(model.to(pick_device(run.device)), batches, config)
-    held_out = World().documents(config.n_documents, HELD_OUT_SEED, split="validation")
+    losses = fit(model.to(pick_device(run.device)), tiny_world_batches(config, run.seed), config)
+    held_out = world.documents(config.n_documents, HELD_OUT_SEED, split="validation")
     nats = document_losses(model, held_out, vocabulary)
     gap, standard_error = gap_to_floor(nats, held_out)
     return TrainedModel(model, losses, sum(nats) / sum(len(doc.tokens) for doc in held_out), gap, standard_error)
@@ -1001,7 +1012,7 @@ def train_language_model(
 
 
 def gradient_norms(model: CausalTransformer, inputs: Tensor, targets: Tensor) -> list[float]:
-    """Euclidean norm of the loss gradient of all parameters of each block, first to last (Xiong et al. 2020, figure 3)."""
+    """Euclidean norm of the loss gradient of each block's parameters, first to last (Xiong et al. 2020, figure 3)."""
     model.zero_grad(set_to_none=True)
     F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE).backward()
     return [
@@ -1025,8 +1036,8 @@ def compare_norm_orders(
         norms, gaps = [], []
         for seed in seeds:
             seed_everything(seed)
-            vocabulary, batches = tiny_world_batches(schedule, seed)
-            norms.append(gradient_norms(CausalTransformer(len(vocabulary), model_kind), *next(batches)))
+            model = CausalTransformer(len(tiny_world()[1]), model_kind)
+            norms.append(gradient_norms(model, *next(tiny_world_batches(schedule, seed))))
             kept = dataclasses.replace(run, seed=seed)
             gaps.append(train_language_model(model_kind, schedule, kept, prepare=lambda model: None).gap)
         results[f"{norm_order}, warm-up {warmup_steps}"] = (norms, gaps)
@@ -1110,8 +1121,8 @@ def excess_by_position(model: CausalTransformer, seq_len: int, n_rows: int, seed
 
     Documents are short, so a longer row asks for no longer memory: only a model that its positions confuse gets worse.
     """
-    world = World()
-    vocabulary, documents = Vocabulary(world.vocabulary()), world.stream(seed, split="validation")
+    world, vocabulary = tiny_world()
+    documents = world.stream(seed, split="validation")
     rows, floors = [], []
     for _ in range(n_rows):
         row, floor = [], []
@@ -1192,11 +1203,10 @@ def demo(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -> None
     for owner, number in count_parameters(model).items():
         print(f"{number:9,} parameters in {owner}")
     save_figure(plot_training(trained.losses, floor, uniform), run.out / "loss.svg")
-    vocabulary = Vocabulary(World().vocabulary())
     prompt = torch.full((1, 1), BOS_ID, device=model.lm_head.weight.device)
     generator = torch.Generator(prompt.device).manual_seed(run.seed)
     sample = model.eval().generate(prompt, model_config.max_seq_len - 1, generator=generator)[0].tolist()
-    print(f"a document that it writes: {join(vocabulary.decode(token for token in sample if token != EOS_ID))}")
+    print(f"a document that it writes: {join(tiny_world()[1].decode(token for token in sample if token != EOS_ID))}")
     print(
         f"held-out loss {trained.loss:.4f} nats per token: {trained.gap:.4f} ± {trained.standard_error:.4f} above the "
         f"entropy floor {floor:.4f} (uniform guessing: {uniform:.3f})"

@@ -16,6 +16,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ from workbench import (
     RunConfig,
     announce,
     check_range,
+    describe_machine,
     locked,
     pick_device,
     progress,
@@ -50,6 +52,8 @@ from workbench import (
     save_figure,
     seed_everything,
     shown,
+    speed_ratio,
+    time_in_turns,
     write_atomically,
 )
 
@@ -706,64 +710,60 @@ def gradient_report(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) ->
     return rows
 
 
-def watch_modules(model: nn.Module, kind: type, see: Callable[[str, nn.Module, object], None]) -> list:
-    """Call see(name, module, output) after every forward pass of a module of this kind; returns the hook handles."""
+@contextmanager
+def watched(model: nn.Module, kind: type, see: Callable[[str, nn.Module, tuple, object], None]) -> Iterator[None]:
+    """Within the block, call see(name, module, inputs, output) after every forward pass of a module of this kind."""
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, kind):
-            handles.append(module.register_forward_hook(lambda m, _, output, name=name: see(name, m, output)))
-    return handles
+            handles.append(module.register_forward_hook(lambda m, args, out, name=name: see(name, m, args, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
+@torch.no_grad()
 def first_non_finite(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> str | None:
     """Name of the first module, in order of computation, whose output holds NaN or infinity; None if all is finite."""
     found: list[str] = []
 
-    def see(name: str, _: nn.Module, output: object) -> None:
+    def see(name: str, _: nn.Module, inputs: tuple, output: object) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         if not all(torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)):
             found.append(name)
 
-    handles = watch_modules(model, nn.Module, see)
-    with torch.no_grad():
+    with watched(model, nn.Module, see):
         model(*batch[:2])
-    for handle in handles:
-        handle.remove()
     return found[0] if found else None
 
 
+@torch.no_grad()
 def dead_units(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """Share of hidden units of each feed-forward network that are 0 at every real position of the batch, 0..1."""
     shares: dict[str, float] = {}
 
-    def see(name: str, module: FeedForward, _: object) -> None:
-        inputs = captured[name]
+    def see(name: str, module: FeedForward, inputs: tuple, _: object) -> None:
         is_real = (batch[0] if name.startswith("encoder") else batch[1]) != PAD_ID
-        hidden = F.relu(module.up_proj(inputs))[is_real]  # (tokens, d_ff)
+        hidden = F.relu(module.up_proj(inputs[0]))[is_real]  # (tokens, d_ff)
         shares[name] = (hidden == 0).all(dim=0).float().mean().item()
 
-    captured: dict[str, Tensor] = {}
-    handles = watch_modules(model, FeedForward, see)
-    for name, module in model.named_modules():
-        if isinstance(module, FeedForward):
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: captured.__setitem__(name, args[0]))
-            )
-    with torch.no_grad():
-        model.eval()(*batch[:2])
-    for handle in handles:
-        handle.remove()
+    with watched(model.eval(), FeedForward, see):
+        model(*batch[:2])
     return shares
 
 
+@torch.no_grad()
 def attention_maps(model: Transformer, src_ids: Tensor, tgt_ids: Tensor) -> dict[str, Tensor]:
     """Weights (batch, heads, query, key) of every attention layer in one pass, by the layer's name."""
     maps: dict[str, Tensor] = {}
-    handles = watch_modules(model, MultiHeadAttention, lambda name, _, output: maps.__setitem__(name, output[1]))
-    with torch.no_grad():
-        model.eval()(src_ids, tgt_ids)
-    for handle in handles:
-        handle.remove()
+
+    def see(name: str, _: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        maps[name] = output[1]
+
+    with watched(model.eval(), MultiHeadAttention, see):
+        model(src_ids, tgt_ids)
     return maps
 
 
@@ -856,6 +856,10 @@ def train(
     print(f"trained in {trained:.0f} s")
     save_figures(model, codec, history, config.label_smoothing, pairs["test"][0], run.out)
     show_examples(model, codec, pairs, meanings)
+    script = shown(ROOT / "05-building-from-scratch" / "building_from_scratch.py")
+    where = "" if run.out == ROOT / "runs" / "building_from_scratch" else f" --out {shown(run.out)}"
+    example = join_tokens(pairs["test"][0].source, unit)
+    print(f'\nNow ask it: python {script} translate "{example}"{where}')
 
 
 SECONDS_PER_STEP, SECONDS_TO_SCORE = 0.03, 8.0  # measured on 2 cores with the default configuration
@@ -888,21 +892,6 @@ def show_examples(model: Transformer, codec: Codec, pairs: dict[str, list[Pair]]
         for pair, answer in zip(chosen, greedy_answers(model, codec, chosen)[0], strict=True):
             verdict = "right" if answer == pair.target else f"wrong, should be: {join_tokens(pair.target, codec.unit)}"
             print(f"  {join_tokens(pair.source, codec.unit)}\n    -> {join_tokens(answer, codec.unit)}   ({verdict})")
-
-
-def demo(
-    model_config: ModelConfig, data: DataConfig, config: TrainConfig, decode: DecodeConfig, run: RunConfig
-) -> None:
-    """Train from scratch in a minute, translate held-out sentences, draw the loss curve and the attention."""
-    train(model_config, data, config, decode, run)
-    script = shown(ROOT / "05-building-from-scratch" / "building_from_scratch.py")
-    example = {"french": "the old man does not see her", "dates": "March 3rd, 1987"}[data.task]
-    if data.data is None:
-        print(f'\nNow ask it: python {script} translate "{example}"' + out_flag(run))
-
-
-def out_flag(run: RunConfig) -> str:
-    return "" if run.out == ROOT / "runs" / "building_from_scratch" else f" --out {run.out}"
 
 
 @dataclass(frozen=True)
@@ -1007,12 +996,16 @@ def bench(model_config: ModelConfig, run: RunConfig) -> None:
             logits = ours.decode(ids, memory, memory_mask)[:, -1:]
             ids = torch.cat([ids, logits.argmax(-1)], dim=1)
 
-    rows = {
-        "training step / nn.Transformer": ratio(lambda: step(theirs), lambda: step(ours)),
-        "cached / uncached greedy decoding": ratio(uncached, lambda: generate(ours, src_ids, seq_len)),
+    works = {
+        "ours": lambda: step(ours),
+        "nn.Transformer": lambda: step(theirs),
+        "cached": lambda: generate(ours, src_ids, seq_len),
+        "uncached": uncached,
     }
-    for name, (median, low, high) in rows.items():
-        print(f"{name:34} {median:.2f}x the speed (range {low:.2f}-{high:.2f} of 7 rounds)")
+    seconds = time_in_turns(works)
+    print(describe_machine())
+    print(f"training step beside nn.Transformer: {speed_ratio(seconds['ours'], seconds['nn.Transformer'])}")
+    print(f"cached beside uncached decoding: {speed_ratio(seconds['cached'], seconds['uncached'])}")
 
 
 class TorchTranslator(nn.Module):
@@ -1030,26 +1023,10 @@ class TorchTranslator(nn.Module):
         return self.lm_head(self.core(self.emb(src_ids), self.emb(tgt_ids), tgt_mask=mask, tgt_is_causal=True))
 
 
-def ratio(slow: Callable[[], None], fast: Callable[[], None], n_rounds: int = 7) -> tuple[float, float, float]:
-    """Median, smallest and largest ratio time(slow) / time(fast), interleaved so that both see the same machine."""
-    ratios = []
-    for index in range(n_rounds + 1):
-        times = []
-        for function in (slow, fast):
-            before = time.perf_counter()
-            for _ in range(3):
-                function()
-            times.append(time.perf_counter() - before)
-        if index:  # the first round warms up
-            ratios.append(times[0] / times[1])
-    ratios.sort()
-    return ratios[len(ratios) // 2], ratios[0], ratios[-1]
-
-
 def main(argv: list[str] | None = None) -> None:
     training = (ModelConfig, DataConfig, TrainConfig, DecodeConfig, RunConfig)
     verbs = {
-        "demo": (demo, *training),
+        "demo": (train, *training),
         "train": (train, *training),
         "translate": (translate, TranslateConfig, DecodeConfig, RunConfig),
         "evaluate": (evaluate, DataConfig, DecodeConfig, RunConfig),

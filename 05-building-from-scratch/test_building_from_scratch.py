@@ -603,7 +603,8 @@ def test_loss_at_init_is_ln_vocabulary_and_one_batch_can_be_overfitted() -> None
     torch.manual_seed(0)
     pairs = sample_pairs(FRENCH, 16, seed=0)
     codec = Codec.from_pairs(pairs, "words")
-    model = Transformer(ModelConfig(d_model=32, d_ff=64), len(codec.src), len(codec.tgt))
+    config = ModelConfig(d_model=32, d_ff=64, n_encoder_layers=1, n_decoder_layers=1)
+    model = Transformer(config, len(codec.src), len(codec.tgt))
     batch = batch_tensors(codec, pairs, torch.device("cpu"))
     loss, chance = loss_at_init(model, batch)
     assert abs(loss - chance) < 0.8
@@ -623,7 +624,7 @@ def test_debugging_tools_find_what_was_planted(capsys) -> None:
     model.encoder.blocks[0].ffn.up_proj.bias.data[:] = -1e3
     silent = {name for name, grad_norm, _ in gradient_report(model, batch) if grad_norm == 0}
     assert "encoder.blocks.0.ffn.up_proj.weight" in silent
-    main(["debug", "--n-pairs", "64", "--n-held-out", "9", "--d-model", "16", "--d-ff", "32", "--device", "cpu"])
+    main(["debug", "--n-held-out", "9", *TINY[:-2], "--device", "cpu"])
     assert "ln(vocabulary)" in capsys.readouterr().out
 
 

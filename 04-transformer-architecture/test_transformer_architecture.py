@@ -1,0 +1,1001 @@
+"""Topic 04: layers and stacks against PyTorch, positions against Hugging Face, counters against real models."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import prerequisites
+import transformer_architecture as topic
+from attention_mechanisms import MultiHeadAttention, causal_mask, padding_mask
+from sequence_modeling import BOS_ID, IGNORE, Vocabulary, document_losses
+from tiny_world import World
+from transformer_architecture import (
+    POSITIONS,
+    VASWANI_BASE,
+    VASWANI_BIG,
+    AlibiAttention,
+    CausalRelativeAttention,
+    CausalTransformer,
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    FeedForward,
+    HalfRotaryAttention,
+    KeyValueCache,
+    LayerNorm,
+    LearnedPositions,
+    MatmulCounter,
+    ModelConfig,
+    NoPositions,
+    NumpyTransformer,
+    RelativeAttention,
+    RotaryAttention,
+    SinusoidalPositions,
+    TrainConfig,
+    TransformerSize,
+    activation_bytes,
+    alibi_slopes,
+    copy_from_torch,
+    copy_to_torch,
+    count_parameters,
+    kv_cache_bytes,
+    layer_norm_backward,
+    pairs_to_halves,
+    position_angles,
+    relative_buckets,
+    rotate_halves,
+    rotate_pairs,
+    saved_bytes,
+    train_both_engines,
+    transformer_flops,
+    transformer_parameters,
+)
+from workbench import RunConfig, seed_everything
+
+BATCH, TGT, SRC, D_MODEL, N_HEADS, D_FF = 2, 5, 7, 12, 3, 20  # all different, so a swapped axis cannot pass unnoticed
+VOCAB = 23
+TINY = ModelConfig(max_seq_len=16, d_model=D_MODEL, n_layers=2, n_heads=N_HEADS, d_ff=D_FF)
+SHORT = TrainConfig(batch_size=8, seq_len=32, max_steps=4, warmup_steps=2, n_documents=20)
+RUN = RunConfig(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    seed_everything(0)
+
+
+def random_input(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def shake(module: nn.Module) -> nn.Module:
+    """Move every parameter away from special values: a weight of 1 and a bias of 0 would hide mistakes."""
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return module
+
+
+def gradients_in_our_layout(ours: nn.Module, theirs: nn.Module) -> tuple[list, list]:
+    """The gradients of both modules' parameters, theirs under our names and in our order."""
+    holder, mapped = copy.deepcopy(theirs), copy.deepcopy(ours)
+    for parameter, source in zip(holder.parameters(), theirs.parameters(), strict=True):
+        parameter.data = source.grad
+    copy_from_torch(mapped, holder)
+    return [parameter.grad for parameter in ours.parameters()], list(mapped.parameters())
+
+
+def compare_everything(
+    parity, name: str, oracle: str, ours: nn.Module, theirs: nn.Module, run_ours, run_theirs, inputs
+):
+    """Outputs, gradients of inputs and parameters, twelve Adam steps, and the weights back and forth."""
+    shake(theirs)
+    copy_from_torch(ours, theirs)
+    returned = shake(copy.deepcopy(theirs))
+    copy_to_torch(ours, returned)
+    parity(name, oracle, "exchange", list(returned.parameters()), list(theirs.parameters()), 0.0)
+    actual, expected = run_ours(), run_theirs()
+    parity(name, oracle, "output", actual, expected, 1e-10)
+    direction = torch.randn_like(expected)
+    our_inputs = torch.autograd.grad(actual, inputs, direction, retain_graph=True)
+    their_inputs = torch.autograd.grad(expected, inputs, direction, retain_graph=True)
+    parity(name, oracle, "gradient", our_inputs, their_inputs, 1e-10)
+    actual.backward(direction)
+    expected.backward(direction)
+    parity(name, oracle, "gradient", *gradients_in_our_layout(ours, theirs), 1e-10)
+    losses = []
+    for module, forward in ((ours, run_ours), (theirs, run_theirs)):
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(12):
+            loss = (forward() - direction).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    parity(name, oracle, "trajectory", losses[0], losses[1], 1e-10)
+
+
+# Parity: layers and stacks
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 6), (1, 1, 2)])
+def test_layer_norm_and_its_backward_by_hand(parity, shape) -> None:
+    width, x, grad = shape[-1], random_input(*shape), torch.randn(*shape, dtype=torch.float64)
+    ours = shake(LayerNorm(width, norm_eps=0.03)).double()  # an eps large enough that its place matters
+    x.data[0] *= 0.01
+    actual = ours(x)
+    expected = F.layer_norm(x, (width,), ours.weight, ours.bias, eps=0.03)
+    wanted = torch.autograd.grad(expected, (x, ours.weight, ours.bias), grad)
+    parity("LayerNorm", "F.layer_norm", "output", actual, expected, 1e-10)
+    automatic = torch.autograd.grad(actual, (x, ours.weight, ours.bias), grad)
+    parity("LayerNorm", "F.layer_norm", "gradient", automatic, wanted, 1e-10)
+    parity(
+        "layer_norm_backward",
+        "F.layer_norm",
+        "gradient",
+        layer_norm_backward(x, ours.weight, grad, 0.03),
+        wanted,
+        1e-10,
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_feed_forward(parity, activation: str) -> None:
+    ours, x = FeedForward(D_MODEL, D_FF, activation=activation).double(), random_input(BATCH, TGT, D_MODEL)
+    middle = {"relu": nn.ReLU(), "gelu": nn.GELU()}[activation]
+    theirs = nn.Sequential(nn.Linear(D_MODEL, D_FF), middle, nn.Linear(D_FF, D_MODEL)).double()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    actual, expected = ours(x), theirs(x)
+    parity("FeedForward", "nn.Sequential", "output", actual, expected, 1e-10)
+    grads = [
+        torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+        for out, module in ((actual, ours), (expected, theirs))
+    ]
+    parity("FeedForward", "nn.Sequential", "gradient", *grads, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("norm_order", "activation"), [("pre", "relu"), ("post", "relu"), ("pre", "gelu"), ("post", "gelu")]
+)
+def test_encoder_layer(parity, norm_order: str, activation: str) -> None:
+    ours = EncoderLayer(D_MODEL, N_HEADS, D_FF, norm_order=norm_order, activation=activation).double()
+    theirs = nn.TransformerEncoderLayer(
+        D_MODEL, N_HEADS, D_FF, 0.0, activation, batch_first=True, norm_first=norm_order == "pre", dtype=torch.float64
+    )
+    x, mask = random_input(BATCH, TGT, D_MODEL), torch.rand(TGT, TGT) < 0.6
+    mask |= torch.eye(TGT, dtype=torch.bool)
+    compare_everything(
+        parity,
+        f"EncoderLayer, {norm_order}-norm",
+        "nn.TransformerEncoderLayer",
+        ours,
+        theirs,
+        lambda: ours(x, mask),
+        lambda: theirs(x, src_mask=~mask),
+        (x,),
+    )
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_decoder_layer(parity, norm_order: str) -> None:
+    ours = DecoderLayer(D_MODEL, N_HEADS, D_FF, norm_order=norm_order, activation="gelu").double()
+    theirs = nn.TransformerDecoderLayer(
+        D_MODEL, N_HEADS, D_FF, 0.0, "gelu", batch_first=True, norm_first=norm_order == "pre", dtype=torch.float64
+    )
+    x, memory = random_input(BATCH, TGT, D_MODEL), random_input(BATCH, SRC, D_MODEL)
+    mask, memory_mask = causal_mask(TGT), torch.rand(TGT, SRC) < 0.7
+    memory_mask[:, 0] = True
+    compare_everything(
+        parity,
+        f"DecoderLayer, {norm_order}-norm",
+        "nn.TransformerDecoderLayer",
+        ours,
+        theirs,
+        lambda: ours(x, memory, mask, memory_mask),
+        lambda: theirs(x, memory, tgt_mask=~mask, memory_mask=~memory_mask),
+        (x, memory),
+    )
+
+
+def test_encoder_layer_without_mask_and_decoder_layer_without_masks_match_too(parity) -> None:
+    x, memory = random_input(BATCH, TGT, D_MODEL), random_input(BATCH, SRC, D_MODEL)
+    for ours, theirs, inputs in (
+        (EncoderLayer, nn.TransformerEncoderLayer, (x,)),
+        (DecoderLayer, nn.TransformerDecoderLayer, (x, memory)),
+    ):
+        layer = ours(D_MODEL, N_HEADS, D_FF).double()
+        other = theirs(D_MODEL, N_HEADS, D_FF, 0.0, batch_first=True, norm_first=True, dtype=torch.float64)
+        copy_from_torch(layer, other)
+        parity(ours.__name__, f"nn.Transformer{ours.__name__}", "output", layer(*inputs), other(*inputs), 1e-10)
+
+
+class Both(nn.Module):
+    """An encoder and a decoder side by side, as nn.Transformer has them."""
+
+    def __init__(self, norm_order: str) -> None:
+        super().__init__()
+        self.encoder = Encoder(3, D_MODEL, N_HEADS, D_FF, norm_order=norm_order)
+        self.decoder = Decoder(2, D_MODEL, N_HEADS, D_FF, norm_order=norm_order)
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_stacks_against_the_whole_transformer_with_padding(parity, norm_order: str) -> None:
+    ours = Both(norm_order).double()
+    theirs = nn.Transformer(
+        D_MODEL, N_HEADS, 3, 2, D_FF, 0.0, batch_first=True, norm_first=norm_order == "pre", dtype=torch.float64
+    )
+    src, tgt = random_input(BATCH, SRC, D_MODEL), random_input(BATCH, TGT, D_MODEL)
+    real = padding_mask(torch.tensor([[4, 5, 6, 7, 8, 9, 4], [5, 6, 7, 8, 0, 0, 0]]))
+    causal = causal_mask(TGT)
+    compare_everything(
+        parity,
+        f"Encoder and Decoder, {norm_order}-norm",
+        "nn.Transformer",
+        ours,
+        theirs,
+        lambda: ours.decoder(tgt, ours.encoder(src, real), causal, real),
+        lambda: theirs(
+            src, tgt, tgt_mask=~causal, src_key_padding_mask=~real[:, 0, 0], memory_key_padding_mask=~real[:, 0, 0]
+        ),
+        (src, tgt),
+    )
+    encoder = Encoder(3, D_MODEL, N_HEADS, D_FF, 0.0, norm_order).double()
+    copy_from_torch(encoder, theirs.encoder)
+    parity("Encoder", "nn.TransformerEncoder", "output", encoder(src), theirs.encoder(src), 1e-10)
+    decoder = Decoder(2, D_MODEL, N_HEADS, D_FF, 0.0, norm_order).double()
+    copy_from_torch(decoder, theirs.decoder)
+    parity("Decoder", "nn.TransformerDecoder", "output", decoder(tgt, src), theirs.decoder(tgt, src), 1e-10)
+
+
+# Parity: positions
+
+
+@pytest.mark.parametrize("d_model", [1, 6, 7])
+def test_sinusoidal_positions_are_the_published_formula(parity, d_model: int) -> None:
+    max_seq_len, start = 40, 9
+    expected = [
+        [
+            (math.sin if column % 2 == 0 else math.cos)(pos / 10000 ** ((column - column % 2) / d_model))
+            for column in range(d_model)
+        ]
+        for pos in range(max_seq_len)
+    ]
+    layer = SinusoidalPositions(d_model, max_seq_len)
+    zeros = torch.zeros(BATCH, max_seq_len - start, d_model, dtype=torch.float64)
+    table = torch.tensor(expected[start:], dtype=torch.float64).expand_as(zeros)
+    parity("SinusoidalPositions", "Vaswani et al. 2017, section 3.5", "output", layer(zeros, start), table, 1e-12)
+    single = layer(zeros.float(), start)
+    parity("SinusoidalPositions", "Vaswani et al. 2017, section 3.5", "output", single, table, 1e-7)
+
+
+def test_shifting_a_sinusoid_is_a_rotation_that_does_not_depend_on_the_position(parity) -> None:
+    d_model, shift = 10, 6
+    table = SinusoidalPositions(d_model, 30).table
+    angles = position_angles(torch.tensor([shift]), d_model)
+    backwards = rotate_pairs(table[:-shift], -angles)  # (sin, cos) pairs turn clockwise as the position grows
+    parity("SinusoidalPositions", "shift as rotation", "invariant", backwards, table[shift:], 1e-10)
+
+
+def huggingface_cos_sin(n_positions: int, d_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = position_angles(torch.arange(n_positions), d_head)
+    doubled = torch.cat([angles, angles], dim=-1)[None]
+    return doubled.cos(), doubled.sin()
+
+
+def test_rotary_in_halves_against_llama(parity) -> None:
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    d_head, q, k = 6, random_input(BATCH, 3, TGT, 6), random_input(BATCH, 3, TGT, 6)
+    angles = position_angles(torch.arange(TGT), d_head)
+    expected = apply_rotary_pos_emb(q, k, *huggingface_cos_sin(TGT, d_head))
+    actual = (rotate_halves(q, angles), rotate_halves(k, angles))
+    parity("rotate_halves", "transformers Llama", "output", actual, expected, 1e-10)
+    grads = [torch.autograd.grad(pair[0].sum() + pair[1].square().sum(), (q, k)) for pair in (actual, expected)]
+    parity("rotate_halves", "transformers Llama", "gradient", *grads, 1e-10)
+    config = LlamaConfig(hidden_size=24, num_attention_heads=4, max_position_embeddings=64)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(64)[None])  # float32
+    ours = position_angles(torch.arange(64), d_head).repeat(1, 2)
+    parity("position_angles", "transformers Llama", "output", (cos[0], sin[0]), (ours.cos(), ours.sin()), 1e-5)
+
+
+def test_rotary_in_pairs_against_gptj(parity) -> None:
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
+
+    x = random_input(BATCH, TGT, N_HEADS, 6)  # GPT-J keeps the heads behind the positions
+    angles = position_angles(torch.arange(TGT), 6)
+    expected = apply_rotary_pos_emb(x, angles.sin()[None], angles.cos()[None]).transpose(1, 2)
+    actual = rotate_pairs(x.transpose(1, 2), angles)
+    parity("rotate_pairs", "transformers GPT-J", "output", actual, expected, 1e-10)
+    grads = [torch.autograd.grad(out.pow(3).sum(), x)[0] for out in (actual, expected)]
+    parity("rotate_pairs", "transformers GPT-J", "gradient", *grads, 1e-10)
+
+
+def test_the_two_rotary_layouts_agree_only_after_the_weights_are_reordered(parity) -> None:
+    pairs, halves = RotaryAttention(D_MODEL, N_HEADS).double(), HalfRotaryAttention(D_MODEL, N_HEADS).double()
+    shake(pairs)
+    halves.load_state_dict(pairs.state_dict())
+    x = random_input(BATCH, TGT, D_MODEL)
+    assert (halves(x)[0] - pairs(x)[0]).abs().max() > 1e-3  # weights of the other layout load without any complaint
+    for name in ("q_proj", "k_proj"):
+        for part in ("weight", "bias"):
+            source = getattr(getattr(pairs, name), part).data
+            getattr(getattr(halves, name), part).data = pairs_to_halves(source, N_HEADS)
+    parity("RotaryAttention", "HalfRotaryAttention", "exchange", halves(x), pairs(x), 1e-10)
+
+
+@pytest.mark.parametrize("rotate", [rotate_pairs, rotate_halves])
+def test_rotary_scores_depend_on_the_distance_alone(parity, rotate) -> None:
+    q, k = random_input(8), random_input(8)
+    angles = position_angles(torch.arange(60), 8)
+    scores = rotate(q.expand(60, 8), angles) @ rotate(k.expand(60, 8), angles).T
+    parity("rotary positions", "shift by 17 positions", "invariant", scores[17:, 17:], scores[:-17, :-17], 1e-10)
+    assert (scores[0, 1:] - scores[0, 0]).abs().max() > 1e-3  # and they do depend on it
+    lengths = rotate(q.expand(60, 8), angles).norm(dim=-1)
+    parity("rotary positions", "length of the vector", "invariant", lengths, q.norm().expand(60), 1e-10)
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (16, 50), (8, 20)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_buckets_against_t5(parity, n_buckets: int, max_distance: int, bidirectional: bool) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    offsets = torch.arange(-300, 301)
+    expected = T5Attention._relative_position_bucket(offsets, bidirectional, n_buckets, max_distance)
+    actual = relative_buckets(offsets, n_buckets, max_distance, bidirectional)
+    parity("relative_buckets", "transformers T5", "output", actual, expected, 0)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_attention_against_t5(parity, bidirectional: bool) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention, T5Config
+
+    length, d_head = 40, 4  # long enough for the logarithmic buckets
+    config = T5Config(d_model=D_MODEL, d_kv=d_head, num_heads=N_HEADS, dropout_rate=0.0, is_decoder=not bidirectional)
+    config._attn_implementation = "eager"
+    theirs = T5Attention(config, has_relative_attention_bias=True).double()
+    ours = (RelativeAttention if bidirectional else CausalRelativeAttention)(D_MODEL, N_HEADS, use_bias=False).double()
+    names = [("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")]
+    for name, other in [*names, ("relative_bias", "relative_attention_bias")]:
+        getattr(ours, name).weight.data = torch.randn_like(getattr(theirs, other).weight)
+        getattr(theirs, other).weight.data = getattr(ours, name).weight.data.clone()
+    ours.q_proj.weight.data *= math.sqrt(d_head)  # T5 leaves out 1 / sqrt(d_head)
+    x = random_input(BATCH, length, D_MODEL)
+    mask = None if bidirectional else causal_mask(length)
+    blocked = None if mask is None else torch.zeros(1, 1, length, length).double().masked_fill(~mask, -math.inf)
+    expected, _, _ = theirs(x, mask=blocked)
+    actual, _ = ours(x, mask=mask)
+    parity(type(ours).__name__, "transformers T5Attention", "output", actual, expected, 1e-10)
+    our_grads = torch.autograd.grad(actual.square().sum(), (x, ours.relative_bias.weight, ours.k_proj.weight))
+    wanted = (x, theirs.relative_attention_bias.weight, theirs.k.weight)
+    their_grads = torch.autograd.grad(expected.square().sum(), wanted)
+    parity(type(ours).__name__, "transformers T5Attention", "gradient", our_grads, their_grads, 1e-8)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 6, 8, 12, 16, 20])
+def test_alibi_slopes_against_bloom(parity, n_heads: int) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 3), n_heads, torch.float32)  # (heads, 1, key): slope * key position
+    parity("alibi_slopes", "transformers Bloom", "output", alibi_slopes(n_heads), theirs[:, 0, 1], 1e-6)
+
+
+def test_alibi_slopes_are_those_of_the_paper(parity) -> None:
+    parity(
+        "alibi_slopes", "Press et al. 2022, section 3", "output", alibi_slopes(8), [2.0**-i for i in range(1, 9)], 1e-12
+    )
+    sixteen = [2 ** (-i / 2) for i in range(1, 17)]
+    parity("alibi_slopes", "Press et al. 2022, section 3", "output", alibi_slopes(16), sixteen, 1e-12)
+
+
+def test_alibi_attention_weights_against_bloom_bias(parity) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    layer, x = shake(AlibiAttention(D_MODEL, N_HEADS)).double(), random_input(BATCH, TGT, D_MODEL)
+    bias = build_alibi_tensor(torch.ones(1, TGT), N_HEADS, torch.float64)  # same in every row: softmax cannot tell
+    plain = MultiHeadAttention(D_MODEL, N_HEADS).double()
+    plain.load_state_dict(layer.state_dict())
+    k, v = plain.keys_values(x)
+    expected = plain.attend(x, k, v, causal_mask(TGT), bias)
+    parity("AlibiAttention", "transformers Bloom", "output", layer(x, mask=causal_mask(TGT)), expected, 1e-7)
+
+
+def test_position_attention_adds_to_a_given_bias(parity) -> None:
+    x, bias = random_input(BATCH, TGT, D_MODEL), torch.randn(N_HEADS, TGT, TGT).double()
+    blocking = torch.zeros_like(bias).masked_fill(~causal_mask(TGT), -math.inf)
+    for cls in (RotaryAttention, AlibiAttention, RelativeAttention):
+        layer = shake(cls(D_MODEL, N_HEADS)).double()
+        k, v = layer.keys_values(x)
+        by_bias, by_mask = layer.attend(x, k, v, bias=blocking), layer(x, mask=causal_mask(TGT))
+        parity(cls.__name__, "a bias of -inf as the mask", "invariant", by_bias, by_mask, 1e-10)
+        assert (layer.attend(x, k, v, bias=bias)[1] - layer(x)[1]).abs().max() > 1e-3
+
+
+# Parity: counters
+
+
+def sizes() -> list[TransformerSize]:
+    return [
+        TransformerSize(D_MODEL, N_HEADS, D_FF, 3, 2),
+        TransformerSize(D_MODEL, N_HEADS, D_FF, 4, 0),
+        VASWANI_BASE,
+        VASWANI_BIG,
+    ]
+
+
+@pytest.mark.parametrize("size", sizes(), ids=["small", "encoder", "base", "big"])
+def test_counts_of_stacks_on_the_meta_device(parity, size: TransformerSize) -> None:
+    batch_size, src_len, tgt_len = 2, SRC, TGT
+    arguments = (size.d_model, size.n_heads, size.d_ff)
+    with torch.device("meta"):
+        encoder, decoder = Encoder(size.n_encoder_layers, *arguments), Decoder(size.n_decoder_layers, *arguments)
+        lm_head = nn.Linear(size.d_model, size.vocab_size, bias=False)
+        src = torch.empty(batch_size, src_len, size.d_model)
+        tgt = torch.empty(batch_size, tgt_len, size.d_model)
+    stacks = nn.ModuleList([encoder, decoder, lm_head] if size.n_decoder_layers else [encoder, lm_head])
+    counted = count_parameters(stacks)["total"]
+    parity("transformer_parameters", "instances on meta", "output", transformer_parameters(size)["total"], counted, 0)
+    terms = transformer_flops(size, batch_size, src_len, tgt_len)
+    with FlopCounterMode(display=False) as theirs, MatmulCounter() as ours:
+        memory = encoder(src)
+        lm_head(decoder(tgt, memory) if size.n_decoder_layers else memory)
+    parity("transformer_flops", "torch.utils.flop_counter", "output", terms["total"], theirs.get_total_flops(), 0)
+    parity("MatmulCounter", "torch.utils.flop_counter", "output", ours.flops, theirs.get_total_flops(), 0)
+
+
+def test_backward_takes_twice_the_flops_of_forward(parity) -> None:
+    size = TransformerSize(D_MODEL, N_HEADS, D_FF, 2)
+    encoder, x = Encoder(2, D_MODEL, N_HEADS, D_FF), torch.randn(BATCH, TGT, D_MODEL, requires_grad=True)
+    with FlopCounterMode(display=False) as theirs, MatmulCounter() as ours:
+        encoder(x, causal_mask(TGT)).sum().backward()
+    expected = 3 * transformer_flops(size, BATCH, TGT)["total"]
+    parity("transformer_flops", "torch.utils.flop_counter", "output", expected, theirs.get_total_flops(), 0)
+    parity("MatmulCounter", "torch.utils.flop_counter", "output", ours.flops, theirs.get_total_flops(), 0)
+
+
+def test_published_parameter_counts() -> None:
+    base, big = transformer_parameters(VASWANI_BASE), transformer_parameters(VASWANI_BIG)
+    assert base["embeddings"] == 37_000 * 512  # the shared matrix is part of the published numbers
+    assert base["total"] == pytest.approx(65e6, rel=0.03)
+    assert big["total"] == pytest.approx(213e6, rel=0.01)
+    implied = [
+        (published - (terms["total"] - terms["embeddings"])) / width
+        for published, terms, width in ((65e6, base, 512), (213e6, big, 1024))
+    ]
+    assert implied[0] > 39_000 and implied[1] < 37_000  # no one vocabulary size gives both
+
+
+@pytest.mark.parametrize("positions", list(POSITIONS))
+def test_counts_of_language_models(parity, positions: str) -> None:
+    model = CausalTransformer(VOCAB, dataclasses.replace(TINY, positions=positions))
+    size, token_ids = TransformerSize.of(model), torch.randint(4, VOCAB, (BATCH, TGT))
+    extra = TINY.n_layers * 32 * N_HEADS if positions == "relative" else 0  # learned numbers of each bucket and head
+    counts = count_parameters(model)
+    assert counts["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert counts["encoder.blocks.ffn"] == transformer_parameters(size)["feed-forward"]
+    formula = transformer_parameters(size)["total"] + extra
+    parity("transformer_parameters", "CausalTransformer", "output", formula, counts["total"], 0)
+    with FlopCounterMode(display=False) as theirs:
+        model(token_ids)
+    flops = transformer_flops(size, BATCH, TGT)["total"]
+    parity("transformer_flops", "torch.utils.flop_counter", "output", flops, theirs.get_total_flops(), 0)
+
+
+def test_a_shared_parameter_counts_once() -> None:
+    module = nn.ModuleDict({"one": nn.Linear(3, 5, bias=False), "two": nn.Linear(3, 5, bias=False)})
+    assert count_parameters(module) == {"one": 15, "two": 15, "total": 30}
+    module["two"].weight = module["one"].weight
+    assert count_parameters(module) == {"one": 15, "total": 15}
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 9), (3, 5)])
+def test_memory_formulas_equal_what_is_really_kept(parity, batch: int, length: int) -> None:
+    size = TransformerSize(D_MODEL, N_HEADS, D_FF, 2)
+    encoder, x = Encoder(2, D_MODEL, N_HEADS, D_FF), torch.randn(batch, length, D_MODEL, requires_grad=True)
+    measured = saved_bytes(encoder, x, causal_mask(length))
+    formula = activation_bytes(size, batch, length)["total"]
+    parity("activation_bytes", "saved tensors of autograd", "output", formula, measured, 0)
+    model, token_ids = CausalTransformer(VOCAB, TINY), torch.randint(4, VOCAB, (batch, length))
+    caches = model.new_caches()
+    model(token_ids, caches)
+    held = sum(cache.n_bytes for cache in caches)
+    formula = kv_cache_bytes(TransformerSize.of(model), batch, length)
+    parity("kv_cache_bytes", "KeyValueCache", "output", formula, held, 0)
+    decoder, caches = Decoder(3, D_MODEL, N_HEADS, D_FF), [KeyValueCache() for _ in range(3)]
+    decoder(x, torch.randn(batch, SRC, D_MODEL), causal_mask(length), None, caches)
+    formula = kv_cache_bytes(TransformerSize(D_MODEL, N_HEADS, D_FF, 1, 3), batch, length, SRC)
+    parity("kv_cache_bytes", "KeyValueCache", "output", formula, sum(cache.n_bytes for cache in caches), 0)
+
+
+# Parity: topic 01's NumPy engine
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_numpy_engine_computes_the_same_gradients(parity, activation: str) -> None:
+    config = dataclasses.replace(TINY, n_layers=1, positions="learned", activation=activation)
+    model = shake(CausalTransformer(VOCAB, config)).double()
+    inputs, targets = torch.randint(VOCAB, (BATCH, TGT)), torch.randint(VOCAB, (BATCH, TGT))
+    targets[0, 1] = IGNORE
+    ours, logits = NumpyTransformer(model), model(inputs)
+    our_logits = ours(inputs.numpy())
+    parity("NumpyTransformer", "CausalTransformer in torch", "output", our_logits.data, logits, 1e-10)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE).backward()
+    prerequisites.cross_entropy(our_logits, targets.numpy(), IGNORE).backward()
+    our_grads = {name: weight.grad for name, weight in ours.weights.items()}
+    their_grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    parity("NumpyTransformer", "CausalTransformer in torch", "gradient", our_grads, their_grads, 1e-10)
+
+
+def test_numpy_engine_trains_a_transformer_along_the_same_path(parity) -> None:
+    config = dataclasses.replace(TINY, n_layers=1, positions="learned")
+    model, token_ids = CausalTransformer(VOCAB, config), torch.randint(4, VOCAB, (BATCH, TGT + 1))
+    theirs, ours = train_both_engines(model, token_ids[:, :-1], token_ids[:, 1:], max_steps=20)
+    parity("NumpyTransformer", "CausalTransformer in torch", "trajectory", ours, theirs, 1e-10)
+    assert ours[0] == pytest.approx(math.log(VOCAB), abs=0.3)
+    assert ours[-1] < math.log(VOCAB) / 2
+
+
+# Invariants
+
+
+@pytest.mark.parametrize("positions", list(POSITIONS))
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_language_model_cached_equals_uncached_and_ignores_the_future(parity, positions: str, norm_order: str) -> None:
+    config = dataclasses.replace(TINY, positions=positions, norm_order=norm_order)
+    model, token_ids = shake(CausalTransformer(VOCAB, config)).double(), torch.randint(4, VOCAB, (BATCH, 9))
+    whole = model(token_ids)
+    caches, parts = model.new_caches(), []
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 9)):  # several positions at once, and one by one
+        parts.append(model(token_ids[:, start:stop], caches))
+        assert len(caches[0]) == stop
+    parity(f"CausalTransformer, {positions}", "cached = uncached", "invariant", torch.cat(parts, dim=1), whole, 1e-10)
+    changed = token_ids.clone()
+    changed[:, 6:] = 4 + (changed[:, 6:] - 3) % (VOCAB - 4)
+    after = model(changed)
+    parity(f"CausalTransformer, {positions}", "the future does not count", "invariant", after[:, :6], whole[:, :6], 0)
+    assert (after[:, 6:] - whole[:, 6:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_decoder_cached_equals_uncached(parity, norm_order: str) -> None:
+    decoder = shake(Decoder(2, D_MODEL, N_HEADS, D_FF, norm_order=norm_order)).double()
+    x, memory = random_input(BATCH, TGT, D_MODEL), random_input(BATCH, SRC, D_MODEL)
+    memory_mask = torch.tensor([True] * (SRC - 2) + [False] * 2)[None]
+    whole = decoder(x, memory, causal_mask(TGT), memory_mask)
+    caches, parts = [KeyValueCache() for _ in decoder.blocks], []
+    assert [len(cache) for cache in caches] == [0, 0]
+    for start, stop in ((0, 1), (1, 4), (4, 5)):
+        mask = causal_mask(stop - start, stop)
+        parts.append(decoder(x[:, start:stop], memory if start == 0 else None, mask, memory_mask, caches))
+    parity("Decoder", "cached = uncached", "invariant", torch.cat(parts, dim=1), whole, 1e-10)
+    assert [len(cache) for cache in caches] == [TGT, TGT]
+
+
+def test_the_memory_is_projected_once() -> None:
+    layer, cache, calls = DecoderLayer(D_MODEL, N_HEADS, D_FF), KeyValueCache(), []
+    layer.cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(4):
+        layer(torch.randn(BATCH, 1, D_MODEL), torch.randn(BATCH, SRC, D_MODEL), cache=cache)
+    assert len(calls) == 1 and len(cache) == 4
+
+
+def test_selecting_cache_rows_equals_selecting_sequences(parity) -> None:
+    layer, rows = shake(DecoderLayer(D_MODEL, N_HEADS, D_FF)).double(), [1, 0, 1, 1]
+    x, memory = random_input(BATCH, TGT, D_MODEL), random_input(BATCH, SRC, D_MODEL)
+    cache = KeyValueCache()
+    cache.select(rows)  # nothing to select yet
+    layer(x[:, :3], memory, causal_mask(3), cache=cache)
+    cache.select(torch.tensor(rows))
+    continued = torch.randn(len(rows), 2, D_MODEL).double()
+    actual = layer(continued, memory[rows], causal_mask(2, 5), cache=cache)
+    expected = layer(torch.cat([x[rows, :3], continued], dim=1), memory[rows], causal_mask(5))[:, 3:]
+    parity("KeyValueCache.select", "selected sequences", "invariant", actual, expected, 1e-10)
+
+
+def test_padding_does_not_change_an_encoder(parity) -> None:
+    for norm_order in ("pre", "post"):
+        encoder = shake(Encoder(2, D_MODEL, N_HEADS, D_FF, norm_order=norm_order)).double()
+        token_ids = torch.tensor([[5, 6, 7, 8, 9, 4, 4], [5, 6, 7, 8, 0, 0, 0]])
+        x = random_input(VOCAB, D_MODEL)[token_ids]
+        padded = encoder(x, padding_mask(token_ids))
+        parity("Encoder", "padded = unpadded", "invariant", padded[1:, :4], encoder(x[1:, :4]), 1e-10)
+
+
+@pytest.mark.parametrize("cls", [RotaryAttention, HalfRotaryAttention, RelativeAttention, AlibiAttention])
+def test_position_attention_ignores_where_a_sequence_starts(parity, cls) -> None:
+    layer = shake(cls(D_MODEL, N_HEADS)).double()
+    x, before = random_input(BATCH, TGT, D_MODEL), random_input(BATCH, 4, D_MODEL)
+    mask = causal_mask(TGT + 4)
+    mask[:, :4] = torch.eye(TGT + 4, 4, dtype=torch.bool)  # nobody looks at the four positions in front
+    shifted = layer(torch.cat([before, x], dim=1), mask=mask)[0][:, 4:]
+    parity(cls.__name__, "shift of the whole sequence", "invariant", shifted, layer(x, mask=causal_mask(TGT))[0], 1e-10)
+
+
+def test_without_positions_the_order_of_the_past_is_invisible(parity) -> None:
+    x, order = random_input(1, TGT, D_MODEL), [2, 0, 3, 1, 4]
+    encoder = shake(Encoder(1, D_MODEL, N_HEADS, D_FF)).double()
+    last, again = encoder(x, causal_mask(TGT))[:, -1], encoder(x[:, order], causal_mask(TGT))[:, -1]
+    parity("Encoder without positions", "permuted past", "invariant", again, last, 1e-10)
+    for cls in (RotaryAttention, AlibiAttention, CausalRelativeAttention):
+        encoder.blocks[0].self_attn = shake(cls(D_MODEL, N_HEADS)).double()
+        assert (encoder(x, causal_mask(TGT)) - encoder(x[:, order], causal_mask(TGT)))[:, -1].abs().max() > 1e-4
+
+
+def test_pre_norm_leaves_the_stream_alone_and_post_norm_does_not() -> None:
+    """The trap of two names for one formula: with silent sub-layers pre-norm is the identity, post-norm normalises."""
+    x = 3 * random_input(BATCH, TGT, D_MODEL) + 1
+    for norm_order, expected in (("pre", x), ("post", F.layer_norm(F.layer_norm(x, (D_MODEL,)), (D_MODEL,)))):
+        layer = EncoderLayer(D_MODEL, N_HEADS, D_FF, norm_order=norm_order).double()
+        topic.silence(layer.self_attn)
+        topic.silence(layer.ffn)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_identity_start(parity) -> None:
+    model, token_ids = CausalTransformer(VOCAB, TINY), torch.randint(4, VOCAB, (BATCH, TGT))
+    topic.start_as_identity(model)
+    x = model.token_emb(token_ids)
+    for block in model.encoder.blocks:
+        parity("start_as_identity", "identity", "invariant", block(x), x, 0.0)
+
+
+def test_layer_norm_traps() -> None:
+    """The variance is the biased one, and eps stands inside the root."""
+    x = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    output = LayerNorm(2).double()(x)
+    assert output[0, 1].item() == pytest.approx(1 / math.sqrt(1 + 1e-5), abs=1e-12)  # unbiased would give 0.7071
+    tiny = LayerNorm(2, norm_eps=1e-5).double()(torch.tensor([[-1e-3, 1e-3]], dtype=torch.float64))
+    assert tiny[0, 1].item() == pytest.approx(1e-3 / math.sqrt(1e-6 + 1e-5), abs=1e-12)  # outside would give 0.990
+
+
+def test_rows_that_may_attend_nowhere_stay_finite() -> None:
+    layer, x = EncoderLayer(D_MODEL, N_HEADS, D_FF), torch.randn(BATCH, TGT, D_MODEL, requires_grad=True)
+    mask = torch.zeros(TGT, TGT, dtype=torch.bool)
+    output = layer(x, mask)
+    output.sum().backward()
+    assert output.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_shape_comments_are_true(checked_shapes, tmp_path) -> None:
+    config = dataclasses.replace(TINY, n_layers=1)
+    with checked_shapes(topic) as checked:
+        for positions in POSITIONS:
+            model = CausalTransformer(VOCAB, dataclasses.replace(config, positions=positions))
+            model.generate(torch.randint(4, VOCAB, (BATCH, TGT)), 3)
+        cache, decoder = KeyValueCache(), Decoder(1, D_MODEL, N_HEADS, D_FF)
+        for _ in range(2):
+            decoder(torch.randn(BATCH, 1, D_MODEL), torch.randn(BATCH, SRC, D_MODEL), caches=[cache])
+        x = torch.randn(BATCH, TGT, D_MODEL)
+        layer_norm_backward(x, torch.ones(D_MODEL), x)
+        model = CausalTransformer(VOCAB, dataclasses.replace(config, positions="learned"))
+        token_ids = torch.randint(4, VOCAB, (BATCH, TGT))
+        train_both_engines(model, token_ids, token_ids, 1)
+        topic.train_language_model(config_for_world(), dataclasses.replace(SHORT, max_steps=1), RUN)
+        topic.plot_curves({"a": [[1.0, 2.0], [2.0, 3.0]]}, "x", "y")
+        language = CausalTransformer(len(World().vocabulary()), config_for_world())
+        topic.excess_by_position(language, 20, 2, 0)
+    source = Path(topic.__file__).read_text(encoding="utf-8").splitlines()
+    claimed = {number for number, line in enumerate(source, 1) if line.rstrip().endswith(")") and "  # (" in line}
+    ran = {int(place.rsplit(":", 1)[1]) for place in checked}
+    assert claimed <= ran, f"shape comments that no line of this test runs: {sorted(claimed - ran)}"
+
+
+def config_for_world(**changes) -> ModelConfig:
+    return ModelConfig(**{"max_seq_len": 96, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 32, **changes})
+
+
+# Worked by hand
+
+
+def test_hand_worked_layer() -> None:
+    """One position, d_model 2: normalise (1, 3), add the sub-layer, in both orders."""
+    x = torch.tensor([[[1.0, 3.0]]], dtype=torch.float64)
+    norm, double = LayerNorm(2, norm_eps=0.0).double(), lambda y: 2 * y
+    assert norm(x).tolist() == [[[-1.0, 1.0]]]  # mean 2, variance 1
+    pre, post = (EncoderLayer(2, 1, 1, norm_order=order) for order in ("pre", "post"))
+    assert pre.residual(x, norm, double).tolist() == [[[-1.0, 5.0]]]  # (1, 3) + 2 (-1, 1)
+    assert post.residual(x, norm, double).tolist() == [[[-1.0, 1.0]]]  # (1, 3) + 2 (1, 3) = (3, 9), normalised
+    quarter = torch.tensor([[math.pi / 2]], dtype=torch.float64)
+    turned = rotate_pairs(torch.tensor([[1.0, 2.0]], dtype=torch.float64), quarter)
+    torch.testing.assert_close(turned, torch.tensor([[-2.0, 1.0]], dtype=torch.float64))
+    grads = layer_norm_backward(
+        torch.tensor([[1.0, 3.0]]).double(), torch.tensor([2.0, 5.0]).double(), torch.tensor([[1.0, 1.0]]).double(), 0.0
+    )
+    assert [grad.tolist() for grad in grads] == [[[0.0, 0.0]], [-1.0, 1.0], [1.0, 1.0]]  # width 2: only signs are left
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EncoderLayer(10, 3, 20), "d_model=10 is not divisible by n_heads=3"),
+        (lambda: RotaryAttention(9, 3), r"d_head=3 \(d_model=9 / n_heads=3\) must be even"),
+        (lambda: EncoderLayer(12, 3, 20, norm_order="prenorm"), "unknown norm_order 'prenorm'; did you mean 'pre'"),
+        (lambda: DecoderLayer(12, 3, 20, norm_order="both"), "unknown norm_order 'both'; .*choose from pre, post"),
+        (lambda: FeedForward(12, 20, activation="gleu"), "unknown activation 'gleu'; did you mean 'gelu'"),
+        (lambda: ModelConfig(positions="rotery"), "unknown positions 'rotery'; did you mean 'rotary'"),
+        (lambda: ModelConfig(positions="xyz"), "choose from sinusoidal, learned, rotary, alibi, relative, none"),
+        (lambda: ModelConfig(n_layers=0), "n_layers must be finite and >= 1, got 0"),
+        (lambda: ModelConfig(dropout=1.0), "dropout must be finite and >= 0 and < 1, got 1.0"),
+        (lambda: TrainConfig(learning_rate=math.nan), "learning_rate must be finite and > 0, got nan"),
+        (lambda: TrainConfig(n_documents=1), "n_documents must be finite and >= 2, got 1"),
+        (
+            lambda: CausalTransformer(VOCAB, ModelConfig(d_model=10, n_heads=3)),
+            "d_model=10 is not divisible by n_heads=3",
+        ),
+        (lambda: SinusoidalPositions(6, 16)(torch.zeros(1, 40, 6)), "sequence length 40 exceeds max_seq_len 16"),
+        (lambda: LearnedPositions(6, 16)(torch.zeros(1, 40, 6)), "sequence length 40 exceeds max_seq_len 16"),
+        (lambda: NoPositions(6, 16)(torch.zeros(1, 40, 6)), "sequence length 40 exceeds max_seq_len 16"),
+        (
+            lambda: LearnedPositions(6, 16)(torch.zeros(1, 4, 6), 13),
+            "length 4 after 13 cached positions exceeds max_seq_len 16",
+        ),
+        (lambda: tiny_model()(torch.full((1, 3), VOCAB)), rf"token id {VOCAB} >= vocab_size {VOCAB} at \[0, 0\]"),
+        (lambda: tiny_model()(torch.full((1, 17), 5)), "sequence length 17 exceeds max_seq_len 16"),
+        (lambda: tiny_model().generate(torch.full((1, 3), 5), -1), "max_new_tokens and temperature must be >= 0"),
+        (lambda: tiny_model().generate(torch.full((1, 3), 5), 2, temperature=math.nan), "finite, got 2, nan"),
+        (lambda: tiny_model().generate(torch.full((1, 3), 5), 14), "sequence length 17 exceeds max_seq_len 16"),
+        (lambda: topic.ablate("atention"), "unknown part 'atention'; did you mean 'attention'"),
+        (lambda: NumpyTransformer(tiny_model()), "needs norm_order 'pre', positions 'learned' and dropout 0"),
+        (
+            lambda: copy_from_torch(EncoderLayer(12, 3, 20), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)),
+            "norm_order='pre' does not fit norm_first=False",
+        ),
+        (lambda: copy_from_torch(nn.Linear(2, 3), nn.GRU(2, 3)), "no layer of this topic corresponds to GRU"),
+        (lambda: copy_from_torch(nn.Linear(2, 3), nn.Linear(2, 1)), r"weights of shape \(1, 2\) do not fit \(3, 2\)"),
+    ],
+)
+def test_bad_input_is_refused_with_a_remedy(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def tiny_model() -> CausalTransformer:
+    return CausalTransformer(VOCAB, TINY)
+
+
+def test_stacks_of_another_depth_are_refused() -> None:
+    theirs = nn.Transformer(12, 3, 2, 2, 20, 0.0, batch_first=True, norm_first=True)
+    with pytest.raises(ValueError, match="need 3 layers and a last norm, got 2"):
+        copy_from_torch(Encoder(3, 12, 3, 20), theirs.encoder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--d-model", "10", "--n-heads", "3"], "d_model=10 is not divisible by n_heads=3"),
+        (["--positions", "rotry"], "did you mean 'rotary'"),
+        (["--max-seq-len", "16"], "sequence length 64 exceeds max_seq_len 16"),
+        (["--learning-rate", "nan"], "learning_rate must be finite and > 0, got nan"),
+    ],
+)
+def test_command_line_reports_a_mistake_in_one_line(flags, message: str, capsys, tmp_path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        topic.main(["demo", "--device", "cpu", "--out", str(tmp_path), *flags])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+
+
+# Learning
+
+
+@pytest.mark.parametrize("positions", list(POSITIONS))
+def test_loss_at_the_start_is_ln_v_and_one_batch_can_be_overfitted(positions: str) -> None:
+    config = dataclasses.replace(TINY, positions=positions, d_model=24, activation="relu")
+    model = CausalTransformer(VOCAB, config)
+    token_ids = torch.randint(4, VOCAB, (4, 13))
+    batch = (token_ids[:, :-1], token_ids[:, 1:])
+    losses = topic.fit(model, iter([batch] * 120), TrainConfig(max_steps=120, warmup_steps=5, learning_rate=2e-2))
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.15)
+    assert losses[-1] < 0.3  # the first token of each row is given; the rest can be learned by heart
+
+
+def test_demo_beats_chance_and_writes_a_figure(capsys, tmp_path) -> None:
+    flags = "--max-steps 60 --warmup-steps 10 --d-model 32 --n-layers 1 --d-ff 64 --learning-rate 2e-2 --n-documents 60"
+    topic.main(["demo", *flags.split(), "--device", "cpu", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    uniform = float(output.split("uniform guessing: ")[1].split(")")[0])
+    loss = float(output.split("held-out loss ")[1].split()[0])
+    gap = float(output.split("per token: ")[1].split()[0])
+    floor = float(output.split("entropy floor ")[1].split()[0])
+    assert uniform == pytest.approx(math.log(len(World().vocabulary())), abs=1e-3)
+    assert 0 < gap == pytest.approx(loss - floor, abs=2e-4)
+    assert loss < 0.6 * uniform and 0.4 < floor < 0.8
+    assert (tmp_path / "loss.svg").stat().st_size > 1000
+
+
+def test_bench_reports_a_ratio(capsys) -> None:
+    topic.main("bench --n-repeats 2 --batch-size 2 --seq-len 8 --d-model 16 --device cpu".split())
+    assert 0 < float(capsys.readouterr().out.split("ours takes ")[1].split()[0]) < 100
+
+
+def test_training_is_reproducible() -> None:
+    first, second = (topic.train_language_model(config_for_world(), SHORT, RUN) for _ in range(2))
+    assert first.losses == second.losses and first.gap == second.gap
+    other = topic.train_language_model(config_for_world(), SHORT, dataclasses.replace(RUN, seed=1))
+    assert other.losses != first.losses
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=0.5, min_lr_ratio=0.1)
+    rates = [topic.learning_rate_at(step, config) for step in range(101)]
+    assert rates[0] == 0.05 and rates[9] == rates[10] == 0.5 and rates[100] == pytest.approx(0.05)
+    assert rates[55] == pytest.approx(0.275)  # half of the cosine: the middle between peak and end
+    assert topic.learning_rate_at(0, dataclasses.replace(config, warmup_steps=0)) == 0.5
+
+
+# Experiments
+
+
+def test_depth_shrinks_the_last_gradient_of_pre_norm_but_not_of_post_norm() -> None:
+    """Xiong et al. 2020, theorem 1: at the start the last block's gradient is of order 1/sqrt(depth) only in pre-norm."""
+    token_ids, last = torch.randint(VOCAB, (8, 13)), {}
+    for norm_order, n_layers in itertools.product(("pre", "post"), (2, 8)):
+        config = dataclasses.replace(TINY, d_model=48, d_ff=96, n_layers=n_layers, norm_order=norm_order)
+        models = [CausalTransformer(VOCAB, config) for _ in range(3)]
+        norms = [topic.gradient_norms(model, token_ids[:, :-1], token_ids[:, 1:]) for model in models]
+        assert all(len(per_block) == n_layers for per_block in norms)
+        last[norm_order, n_layers] = np.mean(norms, axis=0)[-1]
+    assert last["pre", 8] < 0.7 * last["pre", 2]
+    assert last["post", 8] > 0.85 * last["post", 2]
+    model = models[0]
+    F.cross_entropy(model(token_ids).flatten(0, 1), token_ids.flatten()).backward()  # must not add to what is measured
+    again = topic.gradient_norms(model, token_ids[:, :-1], token_ids[:, 1:])
+    assert again == pytest.approx(norms[0])
+
+
+def test_residual_variance_grows_only_in_pre_norm() -> None:
+    token_ids = torch.randint(VOCAB, (8, 13))
+    for norm_order in ("pre", "post"):
+        config = dataclasses.replace(TINY, d_model=48, n_layers=8, norm_order=norm_order)
+        variances = topic.residual_variances(CausalTransformer(VOCAB, config), token_ids)
+        assert len(variances) == 9
+        steps = np.diff(variances)
+        if norm_order == "pre":
+            assert (steps > 0).all() and steps[4:].mean() < 3 * steps[:4].mean()  # linear, not exponential
+        else:
+            assert variances[1:] == pytest.approx([1.0] * 8, abs=0.05)
+
+
+def test_each_ablation_removes_its_part() -> None:
+    token_ids = torch.randint(4, VOCAB, (BATCH, TGT))
+    changed = token_ids.clone()
+    changed[:, 0] = 4 + (changed[:, 0] - 3) % (VOCAB - 4)
+    outputs = {}
+    for part in topic.ABLATIONS:
+        torch.manual_seed(0)
+        model = CausalTransformer(VOCAB, TINY).double()
+        topic.ablate(part)(model)
+        outputs[part] = model(token_ids)
+        moved = (model(changed) - outputs[part])[:, 1:].abs().max()
+        assert (moved < 1e-12) == (part == "attention")  # without attention no position sees another
+    assert len({round(output.sum().item(), 9) for output in outputs.values()}) == len(topic.ABLATIONS)
+    x = torch.randn(BATCH, TGT, D_MODEL)
+    layer = EncoderLayer(D_MODEL, N_HEADS, D_FF)
+    topic.remove_residual(layer)
+    torch.testing.assert_close(layer(x), layer.ffn(layer.ffn_norm(layer.self_attn(layer.attn_norm(x))[0])))
+    topic.remove_norms(layer)
+    torch.testing.assert_close(layer(x), layer.ffn(layer.self_attn(x)[0]))
+    layer = EncoderLayer(D_MODEL, N_HEADS, D_FF)
+    topic.silence(layer.ffn)
+    torch.testing.assert_close(layer(x), x + layer.self_attn(layer.attn_norm(x))[0])
+
+
+def test_comparisons_run_every_condition_and_seed() -> None:
+    config, seeds = config_for_world(max_seq_len=96), range(2)
+    orders = topic.compare_norm_orders(config, SHORT, RUN, seeds)
+    assert list(orders) == ["pre, warm-up 2", "pre, warm-up 0", "post, warm-up 2", "post, warm-up 0"]
+    assert orders["pre, warm-up 2"][0] == orders["pre, warm-up 0"][0]  # the gradient before the first step
+    parts = topic.compare_parts(config, SHORT, RUN, range(1))
+    lengths = topic.compare_lengths(config, dataclasses.replace(SHORT, max_steps=2), RUN, range(1), n_rows=4)
+    assert list(parts) == list(topic.ABLATIONS) and list(lengths) == list(POSITIONS)
+    gaps = [gap for _, gaps in orders.values() for gap in gaps] + [gap for gaps in parts.values() for gap in gaps]
+    assert parts["nothing"] == orders["pre, warm-up 2"][1][:1]  # the same run
+    assert len(gaps) == 8 + len(parts) and len(set(gaps)) == len(gaps) - 1 and min(gaps) > 0
+    assert all(len(curve) == 96 for curves in lengths.values() for curve in curves)
+    figure = topic.plot_curves(lengths, "position", "nats per token", width=8, marks=(32,))
+    assert len(figure.axes[0].lines) == len(POSITIONS) + 1
+
+
+class Oracle(nn.Module):
+    """A model that knows the language: it answers with the exact probabilities of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.vocabulary = Vocabulary(self.world.vocabulary())
+        self.lm_head = nn.Linear(1, 1)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((*token_ids.shape, len(self.vocabulary)), -1e9)
+        for row, ids in enumerate(token_ids.tolist()):
+            for position in range(len(ids)):
+                start = max(index for index in range(position + 1) if ids[index] == BOS_ID)
+                prefix = self.vocabulary.decode(ids[start + 1 : position + 1])
+                if prefix[-1:] != ["<eos>"]:
+                    for token, chance in self.world.next_token(prefix).items():
+                        logits[row, position, self.vocabulary.ids[token]] = math.log(chance)
+        return logits
+
+
+def test_excess_of_the_true_language_is_zero_at_every_position(parity) -> None:
+    excess = topic.excess_by_position(Oracle(), seq_len=50, n_rows=3, seed=5)
+    parity(
+        "excess_by_position",
+        "exact language",
+        "invariant",
+        [x for x in excess if x == x],
+        [0.0] * sum(x == x for x in excess),
+        1e-5,
+    )
+
+
+# Distributions
+
+
+def test_generate_samples_from_the_softmax_and_temperature_zero_takes_the_mode() -> None:
+    model, n_samples = shake(tiny_model()), 20_000
+    model.lm_head.weight.data *= 20
+    prompt = torch.tensor([[BOS_ID, 7, 9]])
+    chances = model(prompt)[0, -1].softmax(dim=-1).detach().double().numpy()
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.generate(prompt.expand(n_samples, -1), 1, generator=generator)[:, 0]
+    counts = torch.bincount(drawn, minlength=VOCAB).numpy()
+    common = chances * n_samples >= 5  # with 20,000 samples a total variation of 0.03 fails almost surely
+    observed = [*counts[common], counts[~common].sum()]
+    expected = [*chances[common], chances[~common].sum()]
+    assert stats.chisquare(observed, np.array(expected) / sum(expected) * n_samples).pvalue > 1e-3
+    assert model.generate(prompt, 1, temperature=0).item() == chances.argmax()
+    torch.manual_seed(0)
+    greedy = model.generate(prompt, 6, temperature=0)
+    whole = torch.cat([prompt, greedy], dim=1)
+    assert model(whole).argmax(dim=-1)[0, 2 : 2 + greedy.shape[1]].tolist() == greedy[0].tolist()
+
+
+def test_generated_rows_hold_padding_after_their_end() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data.zero_()
+    drawn = model.generate(torch.full((200, 1), BOS_ID), 15, generator=torch.Generator().manual_seed(0))
+    ended = (drawn == 2).cumsum(dim=1)
+    after = (ended - (drawn == 2).long()) > 0
+    assert after.any() and (drawn[after] == 0).all() and ((drawn == 2).sum(dim=1) <= 1).all()
+
+
+def test_dropout_zeroes_the_stated_fraction_in_training_only() -> None:
+    layer = EncoderLayer(64, 4, 256, dropout=0.3)
+    x = torch.randn(8, 40, 64)
+    torch.testing.assert_close(layer.eval()(x), layer(x), rtol=0, atol=0)
+    layer.train()
+    topic.silence(layer.self_attn)
+    for seen in ([], []):
+        handle = layer.ffn.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        dropped = (layer(x) - x) == 0  # what the residual dropout removed from the feed-forward network's part
+        handle.remove()
+        assert stats.binomtest(int(dropped.sum()), dropped.numel(), 0.3).pvalue > 1e-4
+    hidden = []
+    layer.ffn.down_proj.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    layer.ffn(x)
+    active = F.relu(layer.ffn.up_proj(x)) > 0
+    assert stats.binomtest(int((hidden[0][active] == 0).sum()), int(active.sum()), 0.3).pvalue > 1e-4
+
+
+def test_document_losses_accepts_the_language_model() -> None:
+    world = World()
+    vocabulary, documents = Vocabulary(world.vocabulary()), world.documents(6, seed=3)
+    model = CausalTransformer(len(vocabulary), config_for_world())
+    losses = document_losses(model, documents, vocabulary)
+    tokens = sum(len(document.tokens) for document in documents)
+    assert sum(losses) / tokens == pytest.approx(math.log(len(vocabulary)), abs=0.2)
