@@ -1108,23 +1108,39 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
     print(describe_machine())
     print(f"measured peaks: {machine.flops / 1e9:.1f} GFLOP/s in float32, {machine.bandwidth / 1e9:.1f} GB/s")
     print(f"ridge: {machine.ridge:.1f} FLOP/byte; by their data sheets, in 16 bits: {ridges}")
-    print("matrix product: size, intensity, then median GFLOP/s (share of the roofline)")
+    print("matrix product: size, intensity, GFLOP/s in the best round (share of the roofline; slowest round)")
     for size in config.sizes:
         roof = roofline(matmul_intensity(size), machine)
-        cells = {name: np.median(sizes[size]) for name, sizes in rates.items() if size in sizes}
-        line = "  ".join(f"{name} {rate / 1e9:8.4g} ({rate / roof:6.2%})" for name, rate in cells.items())
+        cells = {name: np.array(sizes[size]) for name, sizes in rates.items() if size in sizes}
+        line = "  ".join(
+            f"{n} {r.max() / 1e9:.3g} ({r.max() / roof:.2%}; {r.min() / 1e9:.3g})" for n, r in cells.items()
+        )
         print(f"{size:5} {matmul_intensity(size):6.1f} FLOP/byte  {line}")
     shared = list(rates["loop"])[-1]
-    loop, *others = (np.median(sizes[shared]) for sizes in rates.values())
+    loop, *others = (np.max(sizes[shared]) for sizes in rates.values())
     print(
         f"at size {shared}, NumPy is {others[0] / loop:.0f} and torch {others[1] / loop:.0f} times as fast as the loop"
     )
+    rounds = [runs for sizes in rates.values() for runs in sizes.values()]
     for d_hidden, batch_size in ((32, 64), (512, 256)):
         times = step_times(d_hidden, batch_size, config.n_rounds, run.seed)
-        median = np.median(times["ours"]) / 10
+        rounds += times.values()
         ratio = speed_ratio(times["ours"], times["torch"])
-        print(f"training step, width {d_hidden}, batch {batch_size}: {median * 1e3:.2f} ms, {ratio} of torch")
+        best = np.min(times["ours"]) / 10
+        print(f"training step, width {d_hidden}, batch {batch_size}: {best * 1e3:.2f} ms, {ratio} of torch")
+    warn_if_unsteady(rounds)
     save_figure(plot_roofline(machine, rates), run.out / "roofline.svg")
+
+
+def warn_if_unsteady(rounds: list[list[float]], most: float = 3.0) -> None:
+    """Say so if the rounds of one measurement differ more than `most`-fold: then no ratio above can be trusted.
+
+    A threaded product waits for its slowest thread, so that one busy core can make it a hundred times as slow.
+    """
+    spread = np.max([np.max(runs) / np.min(runs) for runs in rounds])
+    if spread > most:
+        remedy = "repeat on an idle machine, or with OMP_NUM_THREADS=1"
+        print(f"unsteady: rounds of one measurement differ {spread:.0f}-fold, other programs hold the cores; {remedy}")
 
 
 def main(argv: list[str] | None = None) -> None:

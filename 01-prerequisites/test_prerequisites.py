@@ -587,7 +587,7 @@ def test_shape_comments_are_true(checked_shapes) -> None:
         model, _, held_out = topic.solve_spirals(TrainConfig(n_samples=20, max_steps=1), 0)
         plt.close(topic.plot_spirals(model, *held_out))
         topic.xor_points()
-        topic.activation_variances(topic.he_normal, relu, np.random.default_rng(0), 2, 8, 6)
+        topic.activation_variances(topic.he_normal, relu, np.random.default_rng(0), 2, 8)
         topic.softmax_error(softmax, 0.0, np.random.default_rng(0))
     n_comments = Path(topic.__file__).read_text(encoding="utf-8").count("  # (")
     assert len(checked) == n_comments >= 20
@@ -870,7 +870,7 @@ def test_parameters_are_found_once_in_nested_parts() -> None:
 
 def test_variance_through_the_layers_follows_the_derivation() -> None:
     def slopes(init, activation) -> list[float]:
-        runs = [topic.activation_variances(init, activation, np.random.default_rng(s), 30, 200, 64) for s in range(4)]
+        runs = [topic.activation_variances(init, activation, np.random.default_rng(s), 30, 200) for s in range(4)]
         return [np.log2(run[-1] / run[0]) / 29 for run in runs]
 
     assert np.mean(slopes(topic.he_normal, relu)) == pytest.approx(0, abs=0.06)
@@ -920,6 +920,13 @@ def test_every_measurement_is_repeated() -> None:
     assert {name: len(times) for name, times in topic.step_times(4, 8, 2, 0).items()} == {"ours": 2, "torch": 2}
     machine = topic.measure_machine(1)
     assert machine.flops > 1e8 and machine.bandwidth > 1e8 and machine.memory > 1e8
+
+
+def test_unsteady_measurements_are_called_so(capsys) -> None:
+    topic.warn_if_unsteady([[1.0, 1.2], [5.0, 9.0]])
+    assert capsys.readouterr().out == ""
+    topic.warn_if_unsteady([[1.0, 1.2], [0.2, 60.0]])
+    assert "rounds of one measurement differ 300-fold" in capsys.readouterr().out
 
 
 def test_figures_have_labels_and_all_lines() -> None:

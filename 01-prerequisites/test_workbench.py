@@ -84,6 +84,7 @@ class ToyConfig:
     limit: int | None = None  # how many at most
     kind: Literal["plain", "fancy"] = "plain"  # which kind
     loud: bool = False  # whether to shout
+    break_: str = "nothing"  # what to break
     words: tuple[str, ...] = ()  # what to say
 
     def __post_init__(self) -> None:
@@ -109,10 +110,13 @@ def call(*argv: str) -> None:
 def test_flags_come_from_the_fields(capsys) -> None:
     call()
     assert capsys.readouterr().out.startswith(
-        "ToyConfig(width=4, rate=0.5, limit=None, kind='plain', loud=False, words=())"
+        "ToyConfig(width=4, rate=0.5, limit=None, kind='plain', loud=False, break_='nothing', words=())"
     )
-    call("other", "--width", "7", "--limit", "3", "--kind", "fancy", "--loud", "two", "words")
-    assert "width=7, rate=0.5, limit=3, kind='fancy', loud=True, words=('two', 'words')" in capsys.readouterr().out
+    call("other", "--width", "7", "--limit", "3", "--kind", "fancy", "--loud", "--break", "it", "two", "words")
+    assert (
+        "width=7, rate=0.5, limit=3, kind='fancy', loud=True, break_='it', words=('two', 'words')"
+        in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit) as exit_info:
         call("demo", "--help")
     printed = " ".join(capsys.readouterr().out.split())

@@ -151,8 +151,9 @@ def add_config_flags(parser: argparse.ArgumentParser, config_cls: type) -> None:
             how = {"choices": get_args(kind)}
         else:
             how = {"type": kind, "metavar": kind.__name__.upper()}
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=f"{note} (default: %(default)s)", **how)
+        flag = "--" + field.name.rstrip("_").replace("_", "-")  # a field `break_` becomes --break
+        help_text = f"{note} (default: %(default)s)"
+        parser.add_argument(flag, dest=field.name, default=field.default, help=help_text, **how)
 
 
 @functools.cache

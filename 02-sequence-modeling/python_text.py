@@ -171,9 +171,7 @@ def library() -> tuple[tuple[Docstring, ...], tuple[LibraryFunction, ...]]:
         except (SyntaxError, ValueError):
             continue
         lines = source.splitlines()
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
+        for node in definitions(tree):
             text = plain(ast.get_docstring(node) or "")
             if len(text) < 30:
                 continue
@@ -184,6 +182,16 @@ def library() -> tuple[tuple[Docstring, ...], tuple[LibraryFunction, ...]]:
                 summary = " ".join(re.split(r"\n[ \t]*\n", text)[0].split())
                 functions.setdefault(code, LibraryFunction(module, name, summary, code))
     return tuple(docstrings.values()), tuple(functions.values())
+
+
+def definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the module and all classes and functions in it; expressions, most of the tree, are not looked into."""
+    waiting: list[ast.AST] = [tree]
+    for node in waiting:  # grows while it is read
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            waiting += getattr(node, block, [])
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
 
 
 def code_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str:
@@ -401,7 +409,7 @@ def load_from_hub(name: str) -> dict:
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
-    "xz": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "xz": lambda data: lzma.compress(data, preset=9),
 }
 
 

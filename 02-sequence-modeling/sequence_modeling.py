@@ -8,11 +8,9 @@ Papers: Kneser and Ney 1995; Elman 1990; Hochreiter and Schmidhuber 1997; Cho et
 Sutskever et al. 2014 (arXiv 1409.3215).
 """
 
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import random
 import time
@@ -31,7 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from python_text import load_texts
+from python_text import COMPRESSORS, load_texts
+from python_text import bits_per_byte as compressor_bits
 from tiny_world import SPECIAL_TOKENS, Document, World, ratio_of_means
 from workbench import (
     RunConfig,
@@ -50,6 +49,7 @@ from workbench import (
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 FIRST_TOKENS = list(SPECIAL_TOKENS[:4])  # <pad> <bos> <eos> <unk>, in this order in every vocabulary of the course
 IGNORE = -100  # a target that the loss leaves out
+State = Tensor | tuple[Tensor, Tensor]  # of a recurrent layer: h, or the LSTM's (h, c)
 
 
 def check_sizes(**sizes: int) -> None:
@@ -313,11 +313,8 @@ class Recurrent(nn.Module):
         self.cells = nn.ModuleList(self.cell_cls(width, d_hidden) for width in widths)
 
     def forward(
-        self,
-        x: Tensor,
-        state: Tensor | tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | list[int] | None = None,
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        self, x: Tensor, state: State | None = None, lengths: Tensor | list[int] | None = None
+    ) -> tuple[Tensor, State]:
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_input:
             raise ValueError(f"x must be (batch, seq >= 1, {self.d_input}), got {tuple(x.shape)}")
         real = None if lengths is None else real_positions(lengths, x)
@@ -342,9 +339,10 @@ class Recurrent(nn.Module):
                 outputs.append(new[0] * alive)
                 new = tuple(torch.where(alive, after, before) for after, before in zip(new, parts, strict=True))
             parts = new
-        return torch.stack(outputs, dim=1), parts  # outputs are (batch, seq, d_hidden)
+        stacked = torch.stack(outputs, dim=1)  # (batch, seq, d_hidden)
+        return stacked, parts
 
-    def initial_state(self, state: Tensor | tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[Tensor, ...]:
+    def initial_state(self, state: State | None, x: Tensor) -> tuple[Tensor, ...]:
         n_states, shape = self.cell_cls.n_states, (self.n_layers, len(x), self.d_hidden)
         if state is None:
             return (x.new_zeros(shape),) * n_states
@@ -355,28 +353,30 @@ class Recurrent(nn.Module):
         return parts
 
     def load_torch(self, theirs: nn.RNNBase) -> "Recurrent":
-        """Copy the weights of torch's layer of the same kind and size."""
-        for layer, cell in enumerate(self.cells):
-            for proj, kind in ((cell.input_proj, "ih"), (cell.state_proj, "hh")):
-                weight, bias = getattr(theirs, f"weight_{kind}_l{layer}"), getattr(theirs, f"bias_{kind}_l{layer}")
-                proj.load_state_dict({"weight": weight, "bias": bias})
+        """Copy the weights of torch's layer. Raises ValueError if it is of another kind, size or setting."""
+        twin = self.torch_cls(self.d_input, self.d_hidden, self.n_layers, device="meta")
+        settings = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+        for name in settings:
+            if getattr(theirs, name) != getattr(twin, name):
+                raise ValueError(f"{name} must be {getattr(twin, name)}, torch's layer has {getattr(theirs, name)}")
+        for ours, foreign in self.weight_pairs(theirs):
+            ours.data.copy_(foreign.data)
         return self
 
     def to_torch(self) -> nn.RNNBase:
         """Return torch's layer with a copy of these weights."""
-        weight = self.cells[0].input_proj.weight
-        theirs = self.torch_cls(
-            self.d_input, self.d_hidden, self.n_layers, batch_first=True, dtype=weight.dtype, device=weight.device
-        )
-        names = ((name, proj) for name in ("weight", "bias") for proj in (("ih", "input_proj"), ("hh", "state_proj")))
-        theirs.load_state_dict(
-            {
-                f"{name}_{kind}_l{layer}": getattr(getattr(cell, proj), name)
-                for name, (kind, proj) in names
-                for layer, cell in enumerate(self.cells)
-            }
-        )
+        theirs = self.torch_cls(self.d_input, self.d_hidden, self.n_layers, batch_first=True)
+        theirs = theirs.to(self.cells[0].input_proj.weight)
+        for ours, foreign in self.weight_pairs(theirs):
+            foreign.data.copy_(ours.data)
         return theirs
+
+    def weight_pairs(self, theirs: nn.RNNBase) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield (our parameter, torch's parameter of the same meaning and shape)."""
+        for layer, cell in enumerate(self.cells):
+            for proj, kind in ((cell.input_proj, "ih"), (cell.state_proj, "hh")):
+                for name in ("weight", "bias"):
+                    yield getattr(proj, name), getattr(theirs, f"{name}_{kind}_l{layer}")
 
 
 class RNN(Recurrent):
@@ -432,8 +432,8 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
     After the pass with offset k, entry t holds the last 2k steps as one. Shapes and errors as linear_recurrence.
     """
     check_recurrence(a, b)
-    if initial is not None:
-        b = torch.cat([b[:, :1] + a[:, :1] * initial[:, None], b[:, 1:]], dim=1)  # (batch, seq, d_model)
+    initial = torch.zeros_like(b[:, 0]) if initial is None else initial  # (batch, d_model)
+    b = torch.cat([a[:, :1] * initial[:, None] + b[:, :1], b[:, 1:]], dim=1)  # (batch, seq, d_model)
     offset = 1
     while offset < b.shape[1]:
         b = torch.cat([b[:, :offset], a[:, offset:] * b[:, :-offset] + b[:, offset:]], dim=1)  # (batch, seq, d_model)
@@ -451,9 +451,9 @@ def check_recurrence(a: Tensor, b: Tensor) -> None:
 
 
 def document_so_far(token_ids: Tensor) -> Tensor:
-    """True where position j belongs to the same document as position i and is not later: (batch, seq, seq) of bool."""
+    """True at (i, j) where position j belongs to the same document as position i and is not later."""
     document = (token_ids == BOS_ID).cumsum(dim=1)  # (batch, seq)
-    return (document[:, :, None] == document[:, None, :]).tril()
+    return (document[:, :, None] == document[:, None, :]).tril()  # (batch, seq, seq)
 
 
 def bag_of_words(token_ids: Tensor, vocab_size: int) -> Tensor:
@@ -511,10 +511,11 @@ class LanguageModel(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.advance(token_ids)[0]
 
-    def advance(self, token_ids: Tensor, state=None) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    def advance(self, token_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read on from `state`: the logits, and the state after these tokens."""
         check_token_ids(token_ids, self.vocab_size)
-        outputs, state = self.layers(self.token_emb(token_ids), state)  # outputs are (batch, seq, d_model)
+        x = self.token_emb(token_ids)  # (batch, seq, d_model)
+        outputs, state = self.layers(x, state)
         logits = self.lm_head(outputs)  # (batch, seq, vocab)
         return logits, state
 
@@ -531,6 +532,7 @@ class Seq2Seq(nn.Module):
     def __init__(self, src_vocab_size: int, tgt_vocab_size: int, d_model: int, pad_id: int = PAD_ID) -> None:
         super().__init__()
         check_sizes(src_vocab_size=src_vocab_size, tgt_vocab_size=tgt_vocab_size, d_model=d_model)
+        check_range(SimpleNamespace(pad_id=pad_id), "pad_id", least=0, below=min(src_vocab_size, tgt_vocab_size))
         self.src_vocab_size, self.tgt_vocab_size, self.pad_id = src_vocab_size, tgt_vocab_size, pad_id
         self.src_emb, self.tgt_emb = nn.Embedding(src_vocab_size, d_model), nn.Embedding(tgt_vocab_size, d_model)
         self.encoder, self.decoder = GRU(d_model, d_model), GRU(d_model, d_model)
@@ -584,13 +586,31 @@ def document_batches(
     read lazily, in its order, until it is exhausted. Deterministic given `seed`.
     """
     check_sizes(batch_size=batch_size, seq_len=seq_len)
-    stream = endless(documents, random.Random(seed))
+    if not isinstance(documents, Iterator):
+        documents = list(documents)
+        if not documents:
+            raise ValueError("the list of documents is empty; give at least one")
+        documents = reshuffled(documents, random.Random(seed))
+    return packed(documents, vocabulary, batch_size, seq_len)
+
+
+def reshuffled(documents: list, rng: random.Random) -> Iterator:
+    """The documents again and again, in a fresh order every epoch."""
+    while True:
+        rng.shuffle(documents)
+        yield from documents
+
+
+def packed(
+    documents: Iterator, vocabulary: Vocabulary, batch_size: int, seq_len: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `document_batches`, until the documents run out."""
     while True:
         rows = []
         for _ in range(batch_size):
             row: list[int] = []
             while len(row) < seq_len + 1:
-                document = next(stream, None)
+                document = next(documents, None)
                 if document is None:
                     return
                 row += [BOS_ID, *vocabulary.encode(document.tokens)]
@@ -598,19 +618,6 @@ def document_batches(
         token_ids = torch.tensor(rows)  # (batch, seq_and_one)
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]  # (batch, seq)
         yield inputs, targets.masked_fill(targets == BOS_ID, IGNORE)
-
-
-def endless(documents: Iterable, rng: random.Random) -> Iterator:
-    """A list's items again and again, reshuffled every epoch; an iterator's items once."""
-    if isinstance(documents, Iterator):
-        yield from documents
-        return
-    documents = list(documents)
-    if not documents:
-        raise ValueError("the list of documents is empty; give at least one")
-    while True:
-        rng.shuffle(documents)
-        yield from documents
 
 
 def stream_batches(token_ids: Tensor, batch_size: int, seq_len: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
@@ -628,9 +635,8 @@ def stream_batches(token_ids: Tensor, batch_size: int, seq_len: int) -> Iterator
             f"the data has {len(token_ids)}; lower batch_size or seq_len"
         )
     rows = token_ids[: batch_size * width].view(batch_size, width)  # (batch, width)
-    while True:
-        for start in range(0, width - seq_len, seq_len):
-            yield rows[:, start : start + seq_len], rows[:, start + 1 : start + seq_len + 1], start == 0
+    starts = itertools.cycle(range(0, width - seq_len, seq_len))
+    return ((rows[:, at : at + seq_len], rows[:, at + 1 : at + seq_len + 1], at == 0) for at in starts)
 
 
 def copy_batch(batch_size: int, n_symbols: int, generator: torch.Generator, n_kinds: int = 16) -> tuple[Tensor, Tensor]:
@@ -685,15 +691,16 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, step: int, max_steps:
     """One step: gradients clipped to norm 1, learning rate up over a twentieth of the run and down to 0; nats paid.
 
     Clipping is what keeps a recurrent network alive: its rare exploding gradient would undo all steps before
-    (Pascanu et al. 2013, arXiv 1211.5063). Raises ValueError for a loss that is not finite.
+    (Pascanu et al. 2013, arXiv 1211.5063). Raises ValueError, before any change, if loss or norm is not finite.
     """
-    if not math.isfinite(loss.item()):
-        raise ValueError(f"loss is {loss.item()} at step {step}; lower learning_rate={learning_rate}")
-    warm = min(1.0, (step + 1) / math.ceil(max_steps / 20))
-    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
+    if not math.isfinite(loss.item() + norm):
+        raise ValueError(
+            f"loss {loss.item()}, gradient norm {norm} at step {step}; lower learning_rate={learning_rate}"
+        )
+    warm = min(1.0, (step + 1) / math.ceil(max_steps / 20))
     optimizer.param_groups[0]["lr"] = learning_rate * warm * (1 - step / max_steps)
     optimizer.step()
     return loss.item()
@@ -737,7 +744,7 @@ def fit_stream(
     return losses
 
 
-def detach(state: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+def detach(state: State) -> State:
     """The same numbers without their history."""
     return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
 
@@ -799,12 +806,14 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 def stream_nats(model, token_ids: Tensor, n_rows: int = 1, chunk: int = 256) -> float:
     """Total nats that `model.advance` pays for one long sequence of ids, read as n_rows rows side by side.
 
-    Each row starts after a <bos> alone; more rows are faster and can raise the result a little, never by luck lower it.
+    The first token is predicted from <bos>. A further row starts with an empty state after its true previous token:
+    more rows are faster, and can only cost a model what it would have remembered.
     """
     check_sizes(n_tokens=len(token_ids), n_rows=n_rows)
     width = math.ceil(len(token_ids) / n_rows)
-    targets = F.pad(token_ids, (0, n_rows * width - len(token_ids)), value=IGNORE).view(n_rows, width)  # (rows, width)
-    inputs = F.pad(targets[:, :-1].clamp(min=PAD_ID), (1, 0), value=BOS_ID)  # (rows, width)
+    padded = F.pad(token_ids, (0, n_rows * width - len(token_ids)), value=IGNORE)
+    targets = padded.view(n_rows, width)  # (rows, width)
+    inputs = F.pad(padded[:-1].clamp(min=PAD_ID), (1, 0), value=BOS_ID).view(n_rows, width)  # (rows, width)
     total, state = 0.0, None
     for start in range(0, width, chunk):
         logits, state = model.advance(inputs[:, start : start + chunk].to(device_of(model)), state)
@@ -900,7 +909,7 @@ def gradient_by_lag(layer: Recurrent, seq_len: int, seed: int) -> list[float]:
     layer = layer.double()
     x = torch.randn(32, seq_len, layer.d_input, generator=generator, dtype=torch.float64).requires_grad_()
     direction = torch.randn(32, layer.d_hidden, generator=generator, dtype=torch.float64)
-    outputs, _ = layer(x)  # outputs are (batch, seq, d_hidden)
+    outputs, _ = layer(x)
     (gradient,) = torch.autograd.grad((outputs[:, -1] * direction).sum(), x)  # (batch, seq, d_input)
     return gradient.norm(dim=2).mean(dim=0).flip(0).tolist()
 
@@ -952,14 +961,13 @@ def forward_backward(layer: Callable, *inputs: Tensor) -> None:
 
 
 def compressed_bits(train_text: str, test_text: str) -> dict[str, float]:
-    """Bits per byte of the test text by general compressors: alone, and as the growth of train + test over train."""
-    train, test = train_text.encode(), test_text.encode()
-    check_sizes(n_bytes=len(test))
-    squeeze = {"gzip": partial(gzip.compress, compresslevel=9), "xz": partial(lzma.compress, preset=9)}
-    sizes = {name: len(compress(test)) for name, compress in squeeze.items()}
-    for name, compress in squeeze.items():
-        sizes[f"{name} after the training text"] = len(compress(train + test)) - len(compress(train))
-    return {name: 8 * size / len(test) for name, size in sizes.items()}
+    """Bits per byte of the test text by gzip, bz2 and xz: alone, and after the training text."""
+    alone = {name: compressor_bits(compress, test_text) for name, compress in COMPRESSORS.items()}
+    after = {
+        f"{name} after the training text": compressor_bits(compress, test_text, train_text)
+        for name, compress in COMPRESSORS.items()
+    }
+    return alone | after
 
 
 def text_bits(model, vocabulary: Vocabulary, text: str, n_rows: int = 32) -> float:
@@ -980,8 +988,8 @@ class LadderConfig:
     d_model: int = 64  # width of embeddings and states
     batch_size: int = 16  # rows per step
     seq_len: int = 64  # tokens per row
-    max_steps: int = 500  # optimizer steps of each neural model
-    learning_rate: float = 1e-2  # Adam's largest step size
+    max_steps: int = 300  # optimizer steps of each neural model
+    learning_rate: float = 2e-2  # Adam's largest step size
 
     def __post_init__(self) -> None:
         check_range(self, "n_documents", "order", "d_model", "batch_size", "seq_len", "max_steps", least=1)
@@ -1063,6 +1071,7 @@ def plot_lines(
 
 def demo(config: LadderConfig, run: RunConfig) -> None:
     """Train n-grams and recurrent networks on TinyWorld and show how far each stays above the entropy."""
+    torch.set_num_threads(1)  # steps this small gain nothing from a second core, and stall when it has other work
     per_step = 1.7e-6 * config.batch_size * config.seq_len * (config.d_model + 64)
     announce(f"2 counting models and 4 networks of {config.max_steps} steps each", 10 + per_step * config.max_steps)
     rungs, fresh, vocabulary = climb(config, run)
@@ -1164,7 +1173,7 @@ def train_character_lm(
     """Train a character model by truncated backpropagation through time; return it and nats per character by step."""
     seed_everything(run.seed)
     model = LanguageModel(len(vocabulary), config.d_model, config.cell, config.n_layers).to(pick_device(run.device))
-    token_ids = torch.tensor(vocabulary.encode(text))
+    token_ids = torch.tensor([BOS_ID, *vocabulary.encode(text)])
     sizes = (config.batch_size, config.seq_len, config.max_steps)
     return model, fit_stream(model, token_ids, *sizes, config.learning_rate)
 

@@ -301,7 +301,7 @@ def test_people_are_told_asked_and_held_out_as_promised(world: World) -> None:
     named: dict[str, set[str]] = defaultdict(set)
     everyone = re.compile("|".join(set.union(*groups)))
     for kind in world.kinds:
-        for document in world.documents(1500, seed=2, kind=kind):
+        for document in world.documents(4000 if kind == "news" else 700, seed=2, kind=kind):
             named[kind].update(everyone.findall(document.text))
     assert named["bio"] == set(world.known) and named["quiz"] == set(world.asked) and named["news"] == strangers
     assert not set.union(*named.values()) & set(world.unseen)
@@ -381,7 +381,7 @@ def test_sampled_frequencies_fit_the_probabilities() -> None:
     assert p_value(0.7) > 0.001 > p_value(0.74)
 
 
-@pytest.mark.parametrize("kind", [None, "talk", "scene", "count"])
+@pytest.mark.parametrize("kind", [None, "talk", "scene"])
 def test_whole_texts_are_as_frequent_as_stated(small: World, language, kind: str | None) -> None:
     """Chi-square over all texts, the rare ones (expected below 10) in one cell; 20,000 samples, p > 0.001."""
     n, table = 20_000, language(kind)
@@ -413,7 +413,7 @@ def test_the_floor_under_the_split_is_as_the_docstring_says(small: World, langua
     """A kind of 192 texts: who knows the training side gains -log P(side) there, and loses on validation."""
     table = language("talk")
     known = math.fsum(chance for text, chance in table.items() if not held_out(text))
-    counts = Counter(document.text for document in small.documents(20_000, seed=1, split="train", kind="talk"))
+    counts = Counter(document.text for document in small.documents(10_000, seed=1, split="train", kind="talk"))
     n, size = sum(counts.values()), len(table)
 
     def loss(document) -> float:  # a model that counts whole texts, with a little mass for those it never saw
@@ -479,16 +479,14 @@ def test_the_bias_is_what_the_config_says() -> None:
 
 def test_canaries_come_at_their_rate_and_only_in_training() -> None:
     canaries = random_canaries(3, seed=5)
-    world = World(canaries=(*canaries, canaries[0]), canary_rate=0.02)
+    n, world = 10_000, World(canaries=(*canaries, canaries[0]), canary_rate=0.04)
     counts = Counter(
-        document.facts["canary"]
-        for document in world.documents(20_000, seed=1, split="train")
-        if document.kind == "canary"
+        document.facts["canary"] for document in world.documents(n, seed=1, split="train") if document.kind == "canary"
     )
     assert set(counts) == set(canaries) and 0.4 < counts[canaries[0]] / sum(counts.values()) < 0.6
-    share = 0.02 / (0.02 + 0.98 * 0.9)  # the split keeps every canary and nine tenths of the rest
-    assert abs(sum(counts.values()) - 20_000 * share) < 4 * math.sqrt(20_000 * share)
-    assert sum(world.surprisal(["Note", ":", *canaries[0].split(), EOS])) == pytest.approx(nats(0.02 * 2 / 4))
+    share = 0.04 / (0.04 + 0.96 * 0.9)  # the split keeps every canary and nine tenths of the rest
+    assert abs(sum(counts.values()) - n * share) < 4 * math.sqrt(n * share)
+    assert sum(world.surprisal(["Note", ":", *canaries[0].split(), EOS])) == pytest.approx(nats(0.04 * 2 / 4))
     with pytest.raises(ValueError, match="no 'canary' document on the validation side"):
         world.documents(1, seed=0, split="validation", kind="canary")
 

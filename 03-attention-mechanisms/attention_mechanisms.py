@@ -1,19 +1,116 @@
-"""Topic 03 - Attention Mechanisms: look back at everything read so far, and learn where to look.
+"""Topic 03 - Attention mechanisms: instead of one fixed summary, look back at everything, and learn where to look.
 
 python 03-attention-mechanisms/attention_mechanisms.py              # the demo: CPU, a minute, no network
 python 03-attention-mechanisms/attention_mechanisms.py bench        # ours against PyTorch's: time and memory
 python 03-attention-mechanisms/attention_mechanisms.py --help
 
-Papers: Bahdanau, Cho, Bengio 2015 (arXiv 1409.0473), additive attention; Luong, Pham, Manning 2015 (arXiv 1508.04025),
-dot, general, concat; Vaswani et al. 2017 (arXiv 1706.03762), scaled dot products and heads; Dao et al. 2022 (arXiv
-2205.14135), exact attention tile by tile; Katharopoulos et al. 2020 (arXiv 2006.16236), linear attention.
+Papers: Bahdanau et al. 2015 (arXiv 1409.0473), additive attention; Luong et al. 2015 (arXiv 1508.04025), dot, general,
+concat; Vaswani et al. 2017 (arXiv 1706.03762), scaled dot products and heads; Dao et al. 2022 (arXiv 2205.14135), exact
+attention tile by tile; Katharopoulos et al. 2020 (arXiv 2006.16236), linear attention.
 """
 
+import itertools
 import math
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sequence_modeling import (
+    BOS_ID,
+    IGNORE,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    GRUCell,
+    Seq2Seq,
+    check_token_ids,
+    copy_batch,
+    fit,
+    real_positions,
+    recall_batch,
+)
+from workbench import (
+    RunConfig,
+    announce,
+    check_range,
+    describe_machine,
+    pick_device,
+    run_verbs,
+    save_figure,
+    seed_everything,
+)
+
+N_KINDS = 16  # different symbols of the memory tasks; guessing is right once in so many
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Sequence-to-sequence tasks whose true alignment is known."""
+
+    n_symbols: int = 16  # longest source, in tokens
+    d_model: int = 64  # width of the models with attention; those without get at least as many parameters
+    batch_size: int = 64  # sequences per step
+    max_steps: int = 300  # training steps of each model
+    learning_rate: float = 4e-3  # Adam's highest step size
+    fault: Literal["none", "inverted-mask", "no-mask"] = "none"  # break the padding mask on purpose
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_symbols", least=2, most=2 * N_KINDS)
+        check_range(self, "d_model", "batch_size", "max_steps", least=1)
+        check_range(self, "learning_rate", above=0)
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """An attention-only model on associative recall."""
+
+    n_pairs: int = 6  # key-value pairs of a sequence
+    d_model: int = 64  # width of the residual stream
+    n_heads: int = 4  # attention heads of each layer; must divide d_model
+    n_layers: int = 2  # attention layers
+    batch_size: int = 64  # sequences per step
+    max_steps: int = 300  # training steps
+    learning_rate: float = 3e-3  # Adam's highest step size
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_pairs", least=1, most=N_KINDS)
+        check_range(self, "d_model", "n_heads", "n_layers", "batch_size", "max_steps", least=1)
+        check_range(self, "learning_rate", above=0)
+        check_heads(self.d_model, self.n_heads)
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Shapes at which time and memory are measured."""
+
+    shortest: int = 256  # first length; it doubles from here
+    longest: int = 2048  # last length
+    n_heads: int = 4  # heads
+    d_head: int = 64  # width of a head
+    tile_size: int = 128  # rows and columns of a tile
+    n_repeats: int = 5  # timed runs; the fastest counts
+
+    def __post_init__(self) -> None:
+        check_range(self, "shortest", "n_heads", "d_head", "tile_size", "n_repeats", least=1)
+        check_range(self, "longest", least=self.shortest)
+
+
+def check_heads(d_model: int, n_heads: int) -> None:
+    if n_heads < 1 or d_model < 1 or d_model % n_heads:
+        raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; choose a divisor of d_model")
+
 
 # Masks: bool, True = may attend
 
@@ -44,35 +141,49 @@ def padding_mask(token_ids: Tensor, pad_id: int = 0) -> Tensor:
     return (token_ids != pad_id)[:, None, None, :]  # (batch, 1, 1, key)
 
 
-def prefix_mask(n_query: int, n_prefix: int, n_key: int | None = None) -> Tensor:
-    """The first `n_prefix` keys for every query, and the past; shape (query, key) (Raffel et al. 2020, section 3.2.1)."""
-    distance = key_distance(n_query, n_key)  # (query, key)
+def prefix_mask(
+    n_query: int, n_prefix: int, n_key: int | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The first `n_prefix` keys for every query, and the past; shape (query, key) (Raffel et al. 2020, section 3.2.1).
+
+    Raises ValueError unless 0 <= n_prefix <= number of keys.
+    """
+    distance = key_distance(n_query, n_key, device)  # (query, key)
     n_key = distance.shape[1]
     if not 0 <= n_prefix <= n_key:
         raise ValueError(f"n_prefix={n_prefix} must be in 0..{n_key}, the number of keys")
-    return (distance >= 0) | (torch.arange(n_key) < n_prefix)  # (query, key)
+    return (distance >= 0) | (torch.arange(n_key, device=device) < n_prefix)  # (query, key)
 
 
-def window_mask(n_query: int, window_size: int, n_key: int | None = None) -> Tensor:
+def window_mask(
+    n_query: int, window_size: int, n_key: int | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """The query's own position and the `window_size - 1` before it; shape (query, key).
 
-    `mask | mask.T` is the window to both sides (Beltagy et al. 2020, section 3.1) of n_query = n_key positions.
+    For n_query = n_key, `mask | mask.T` is the window to both sides (Beltagy et al. 2020, section 3.1).
     """
-    return dilated_mask(n_query, window_size, 1, n_key)
+    return dilated_mask(n_query, window_size, 1, n_key, device)
 
 
-def dilated_mask(n_query: int, window_size: int, dilation: int, n_key: int | None = None) -> Tensor:
+def dilated_mask(
+    n_query: int,
+    window_size: int,
+    dilation: int,
+    n_key: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """The `window_size` keys at distances 0, dilation, 2 * dilation, ...; shape (query, key) (Beltagy et al. 2020)."""
-    if window_size < 1 or dilation < 1:
-        raise ValueError(f"window_size and dilation must be >= 1, got {window_size} and {dilation}")
-    distance = key_distance(n_query, n_key)  # (query, key)
+    for name, size in (("window_size", window_size), ("dilation", dilation)):
+        if size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}; a window of 1 is the query's own position")
+    distance = key_distance(n_query, n_key, device)  # (query, key)
     return (distance >= 0) & (distance < window_size * dilation) & (distance % dilation == 0)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
     """Every key of the query's own document, for rows that pack several: (batch, seq) -> (batch, 1, seq, seq).
 
-    Both directions: `document_mask(ids) & causal_mask(seq)` is the mask of a packed language model. Where each document
+    Past and future: `document_mask(ids) & causal_mask(seq)` is the mask of a packed language model. Where each document
     starts with <bos>, its ids are `(token_ids == bos_id).cumsum(1)`.
     """
     if document_ids.dim() != 2:
@@ -81,19 +192,32 @@ def document_mask(document_ids: Tensor) -> Tensor:
 
 
 def random_mask(n_query: int, n_random: int, generator: torch.Generator, n_key: int | None = None) -> Tensor:
-    """`n_random` different keys, drawn uniformly for each query; shape (query, key) (Zaheer et al. 2020, section 2)."""
+    """`n_random` different keys, drawn uniformly for each query; shape (query, key) (Zaheer et al. 2020, section 2).
+
+    Lies on the generator's device. Raises ValueError unless 1 <= n_random <= number of keys.
+    """
     n_key = n_query if n_key is None else n_key
     if not 1 <= n_random <= n_key:
         raise ValueError(f"n_random={n_random} must be in 1..{n_key}, the number of keys")
-    chosen = torch.rand(n_query, n_key, generator=generator).topk(n_random, dim=1).indices  # (query, random)
-    return torch.zeros(n_query, n_key, dtype=torch.bool).scatter(1, chosen, True)  # (query, key)
+    lots = torch.rand(n_query, n_key, generator=generator, device=generator.device)  # (query, key)
+    chosen = lots.topk(n_random, dim=1).indices  # (query, random)
+    return torch.zeros_like(lots, dtype=torch.bool).scatter(1, chosen, True)  # (query, key)
 
 
 def check_mask(mask: Tensor, scores_shape: torch.Size) -> None:
     """Raise ValueError unless `mask` is bool and broadcasts to the shape of the scores."""
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool (True = may attend), got {mask.dtype}; pass numbers to add as bias=")
+        raise ValueError(f"mask must be bool (True = may attend), got {mask.dtype}; pass numbers to add as bias")
     check_broadcast("mask", mask, scores_shape)
+
+
+def check_bias(bias: Tensor, scores_shape: torch.Size) -> None:
+    """Raise ValueError unless `bias` holds numbers, which True and False are not, and broadcasts to the scores."""
+    if bias.dtype == torch.bool:
+        raise ValueError(
+            "bias must be numbers to add to the scores, got torch.bool, which would add 1; pass it as mask"
+        )
+    check_broadcast("bias", bias, scores_shape)
 
 
 def check_broadcast(name: str, tensor: Tensor, scores_shape: torch.Size) -> None:
@@ -111,8 +235,8 @@ def check_broadcast(name: str, tensor: Tensor, scores_shape: torch.Size) -> None
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the keys that may be attended; a row with none is 0, and so is the gradient through it.
 
-    A score of -inf also blocks its key. The plain softmax of a row of -inf is 0 / 0 = NaN, and would stay NaN in the
-    gradient even if the output were overwritten; so the row is replaced before the softmax, and erased after it.
+    A score of -inf also blocks its key. The plain softmax of a row of -inf is 0 / 0 = NaN, and its gradient stays NaN
+    even if the output is overwritten; so such a row is replaced before the softmax, and erased after it.
     """
     if mask is not None:
         check_mask(mask, scores.shape)
@@ -121,17 +245,23 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     return scores.masked_fill(blocked, 0.0).softmax(dim=-1).masked_fill(blocked, 0.0)
 
 
+def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"queries have width {q.shape[-1]} but keys {k.shape[-1]}; a dot product needs them equal")
+    if v is not None and k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values; each key needs its value")
+
+
 def attention_weights(
     q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """softmax(q k^T * scale + bias) over the keys that may be attended; scale is 1/sqrt(d_k) unless given."""
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"queries have width {q.shape[-1]}, keys {k.shape[-1]}; a dot product needs them equal")
+    check_widths(q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q * scale) @ k.transpose(-2, -1)  # (batch, heads, query, key)
     if bias is not None:
-        check_broadcast("bias", bias, scores.shape)
-        scores = scores + bias
+        check_bias(bias, scores.shape)
+        scores = scores + bias  # (batch, heads, query, key)
     elif mask is None:
         return scores.softmax(dim=-1)
     return masked_softmax(scores, mask)
@@ -146,11 +276,11 @@ def scaled_dot_product_attention(
         q (batch, heads, query, d_k), k (batch, heads, key, d_k), v (batch, heads, key, d_v)
         mask: bool, broadcastable to (batch, heads, query, key); True = may attend. bias: numbers, likewise.
         returns output (batch, heads, query, d_v), weights (batch, heads, query, key)
-    A query that may attend nowhere gives 0, and 0 as gradient. NaN is not hidden: it reaches every row that it touches.
-    Raises ValueError for shapes that do not fit and for a mask that is not bool.
+    A query that may attend nowhere gives 0, and passes no gradient. NaN is never hidden: one in a query spoils that
+    query's row, one in a key the rows that may attend to it, one in a value every row (0 * NaN is NaN).
+    Raises ValueError for shapes that do not fit, a mask that is not bool and a bias that is.
     """
-    if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values")
+    check_widths(q, k, v)
     weights = attention_weights(q, k, mask, bias)  # (batch, heads, query, key)
     output = weights @ v  # (batch, heads, query, d_v)
     return output, weights
@@ -160,20 +290,19 @@ class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention in `n_heads` subspaces at once (Vaswani et al. 2017, section 3.2.2).
 
     Shapes:
-        x (batch, query, d_model), memory (batch, key, d_model) -> output (batch, query, d_model), weights (batch,
-        heads, query, key); without memory x attends to itself. mask: bool, (query, key) or with four axes that
-        broadcast to (batch, heads, query, key); True = may attend.
-    The weights are returned as they were used: in training with dropout, as nn.MultiheadAttention does.
-    Raises ValueError if n_heads does not divide d_model, and for a mask of three axes, which could mean one for each
-    sequence or one for each head.
+        x (batch, query, d_model), memory (batch, key, d_model) -> output (batch, query, d_model) and weights
+        (batch, heads, query, key); without memory, x attends to itself
+        mask: bool, (query, key), or four axes that broadcast to (batch, heads, query, key); True = may attend
+    The weights are returned as used: in training with dropout applied, as by nn.MultiheadAttention.
+    Raises ValueError if n_heads does not divide d_model, and for a mask of three axes, whose first could mean the
+    sequence or the head.
     """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, use_bias: bool = True) -> None:
         super().__init__()
-        if n_heads < 1 or d_model < 1 or d_model % n_heads:
-            raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}")
+        check_heads(d_model, n_heads)
         self.d_model, self.n_heads, self.d_head = d_model, n_heads, d_model // n_heads
-        self.scale = 1 / math.sqrt(self.d_head)  # keeps the variance of a score at 1 for unit-variance q and k
+        self.scale = 1 / math.sqrt(self.d_head)  # unit-variance q and k then give scores of variance 1
         self.q_proj = nn.Linear(d_model, d_model, bias=use_bias)
         self.k_proj = nn.Linear(d_model, d_model, bias=use_bias)
         self.v_proj = nn.Linear(d_model, d_model, bias=use_bias)
@@ -185,7 +314,7 @@ class MultiHeadAttention(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(batch, seq, d_model) -> (batch, heads, seq, d_head): the length is that of x, never the query's."""
+        """(batch, seq, d_model) -> (batch, heads, seq, d_head): seq is x's own length, not always the query's."""
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (batch, heads, seq, d_head)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,13 +328,827 @@ class MultiHeadAttention(nn.Module):
         if mask is not None and mask.dim() == 3 and len(mask) != 1:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, expected (query, key) or (batch, heads, query, key); "
-                "use mask[:, None] for one mask per sequence, mask[None] for one per head"
+                "use mask[:, None] for one per sequence, mask[None] for one per head"
             )
         q = self.split_heads(self.q_proj(x))  # (batch, heads, query, d_head)
         weights = self.dropout(attention_weights(q, k, mask, bias, self.scale))  # (batch, heads, query, key)
-        mixed = weights @ v  # (batch, heads, query, d_head)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), weights
+        mixed = (weights @ v).transpose(1, 2).flatten(2)  # (batch, query, d_model)
+        return self.out_proj(mixed), weights
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         k, v = self.keys_values(x if memory is None else memory)  # (batch, heads, key, d_head)
         return self.attend(x, k, v, mask)
+
+    def load_torch(self, theirs: nn.MultiheadAttention) -> "MultiHeadAttention":
+        """Copy the weights of PyTorch's layer of the same size; its three input projections are one matrix."""
+        weights = theirs.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if theirs.in_proj_bias is None else theirs.in_proj_bias.chunk(3)
+        for ours, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), weights, biases, strict=True):
+            ours.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+        self.out_proj.load_state_dict(theirs.out_proj.state_dict())
+        return self
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """Return PyTorch's layer (batch first) with a copy of these weights."""
+        weight, bias = self.q_proj.weight, self.q_proj.bias
+        theirs = nn.MultiheadAttention(
+            self.d_model,
+            self.n_heads,
+            self.dropout.p,
+            bias is not None,
+            batch_first=True,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        inputs = (self.q_proj, self.k_proj, self.v_proj)
+        state = {
+            "in_proj_weight": torch.cat([layer.weight for layer in inputs]),
+            "out_proj.weight": self.out_proj.weight,
+        }
+        if bias is not None:
+            state |= {"in_proj_bias": torch.cat([layer.bias for layer in inputs]), "out_proj.bias": self.out_proj.bias}
+        theirs.load_state_dict(state)
+        return theirs.train(self.training)
+
+
+# How alike are a query and a memory? The scores that came before
+
+
+class ScoredAttention(nn.Module):
+    """Average a memory with weights softmax(scores); the classes below say how a score is computed.
+
+    Shapes:
+        query (batch, query, d_query), memory (batch, key, d_memory), mask broadcastable to (batch, query, key)
+        -> context (batch, query, d_memory), weights (batch, query, key)
+    """
+
+    def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weights = masked_softmax(self.scores(query, memory), mask)  # (batch, query, key)
+        context = weights @ memory  # (batch, query, d_memory)
+        return context, weights
+
+
+class AdditiveAttention(ScoredAttention):
+    """v^T tanh(W q + U h) (Bahdanau et al. 2015, section 3.1 and appendix A.1.2)."""
+
+    def __init__(self, d_query: int, d_memory: int, d_attention: int) -> None:
+        super().__init__()
+        self.query_proj = nn.Linear(d_query, d_attention, bias=False)
+        self.memory_proj = nn.Linear(d_memory, d_attention, bias=False)
+        self.score_proj = nn.Linear(d_attention, 1, bias=False)
+
+    def scores(self, query: Tensor, memory: Tensor) -> Tensor:
+        hidden = (
+            self.query_proj(query)[:, :, None] + self.memory_proj(memory)[:, None]
+        )  # (batch, query, key, attention)
+        return self.score_proj(hidden.tanh()).squeeze(-1)  # (batch, query, key)
+
+
+class DotAttention(ScoredAttention):
+    """q^T h, without a parameter, so both need the same width (Luong et al. 2015, section 3.1)."""
+
+    def scores(self, query: Tensor, memory: Tensor) -> Tensor:
+        check_widths(query, memory)
+        return query @ memory.transpose(1, 2)  # (batch, query, key)
+
+
+class GeneralAttention(ScoredAttention):
+    """q^T W h (Luong et al. 2015, section 3.1)."""
+
+    def __init__(self, d_query: int, d_memory: int) -> None:
+        super().__init__()
+        self.memory_proj = nn.Linear(d_memory, d_query, bias=False)
+
+    def scores(self, query: Tensor, memory: Tensor) -> Tensor:
+        return query @ self.memory_proj(memory).transpose(1, 2)  # (batch, query, key)
+
+
+class ConcatAttention(ScoredAttention):
+    """v^T tanh(W [q; h]) (Luong et al. 2015, section 3.1): every query is paired with every key, in that order."""
+
+    def __init__(self, d_query: int, d_memory: int, d_attention: int) -> None:
+        super().__init__()
+        self.pair_proj = nn.Linear(d_query + d_memory, d_attention, bias=False)
+        self.score_proj = nn.Linear(d_attention, 1, bias=False)
+
+    def scores(self, query: Tensor, memory: Tensor) -> Tensor:
+        n_query, n_key = query.shape[1], memory.shape[1]
+        left = query[:, :, None].expand(-1, -1, n_key, -1)  # (batch, query, key, d_query)
+        right = memory[:, None].expand(-1, n_query, -1, -1)  # (batch, query, key, d_memory)
+        hidden = self.pair_proj(torch.cat([left, right], dim=-1)).tanh()  # (batch, query, key, attention)
+        return self.score_proj(hidden).squeeze(-1)  # (batch, query, key)
+
+
+# Exact attention in O(n) memory: one tile of the score matrix at a time
+
+
+def tiles(length: int, tile_size: int) -> list[slice]:
+    return [slice(start, min(start + tile_size, length)) for start in range(0, length, tile_size)]
+
+
+def tile_scores(
+    q: Tensor, k: Tensor, rows: slice, columns: slice, mask: Tensor | None, offset: int | None
+) -> Tensor | None:
+    """Scores of a tile, -inf where blocked; None if all of it lies in the future.
+
+    q is already cut to `rows` and scaled. `offset` is the number of keys before the first query; None is not causal.
+    """
+    if offset is not None and columns.start > rows.stop - 1 + offset:
+        return None
+    scores = q @ k[..., columns, :].to(q.dtype).transpose(-2, -1)  # (batch, heads, rows, columns)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., rows, columns], -math.inf)
+    if offset is not None and columns.stop - 1 > rows.start + offset:  # the diagonal crosses the tile
+        query = torch.arange(rows.start + offset, rows.stop + offset, device=q.device)  # (rows)
+        key = torch.arange(columns.start, columns.stop, device=q.device)  # (columns)
+        scores = scores.masked_fill(key > query[:, None], -math.inf)
+    return scores
+
+
+class TiledAttention(torch.autograd.Function):
+    """Attention that never holds the score matrix (Dao et al. 2022, algorithms 1 and 4).
+
+    Forward, for each tile of queries: a running maximum, a running sum of exp(score - maximum) and a running weighted
+    sum of values; a new maximum rescales both sums (Milakov and Gimelshein 2018, arXiv 1805.02867). Backward: the
+    weights of a tile are computed again from its scores and the saved log-sum of each row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, offset: int | None, tile_size: int
+    ) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)  # half-precision inputs, single-precision sums
+        scale, output = 1 / math.sqrt(q.shape[-1]), q.new_empty(*q.shape[:-1], v.shape[-1])
+        log_sums = q.new_empty(*q.shape[:-1], 1, dtype=wide)  # (batch, heads, query, 1)
+        for rows in tiles(q.shape[-2], tile_size):
+            q_tile = q[..., rows, :].to(wide) * scale  # (batch, heads, *, d_k)
+            top = q_tile.new_full((*q_tile.shape[:-1], 1), -math.inf)  # (batch, heads, *, 1)
+            total, mixed = torch.zeros_like(top), q_tile.new_zeros(*q_tile.shape[:-1], v.shape[-1])
+            for columns in tiles(k.shape[-2], tile_size):
+                scores = tile_scores(q_tile, k, rows, columns, mask, offset)
+                if scores is None:
+                    break
+                new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))  # (batch, heads, *, 1)
+                reference = new_top.masked_fill(new_top == -math.inf, 0.0)  # nothing allowed so far: -inf - -inf is NaN
+                weights, shrink = (scores - reference).exp(), (top - reference).exp()
+                total = total * shrink + weights.sum(dim=-1, keepdim=True)  # (batch, heads, *, 1)
+                mixed = mixed * shrink + weights @ v[..., columns, :].to(wide)  # (batch, heads, *, d_v)
+                top = new_top  # (batch, heads, *, 1)
+            nowhere = total == 0
+            total = total.masked_fill(nowhere, 1.0)
+            output[..., rows, :] = mixed / total
+            log_sums[..., rows, :] = top.masked_fill(nowhere, 0.0) + total.log()
+        ctx.save_for_backward(q, k, v, mask, output, log_sums)
+        ctx.offset, ctx.tile_size, ctx.scale, ctx.wide = offset, tile_size, scale, wide
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, output, log_sums = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros_like(tensor, dtype=ctx.wide) for tensor in (q, k, v))
+        for rows in tiles(q.shape[-2], ctx.tile_size):
+            q_tile = q[..., rows, :].to(ctx.wide) * ctx.scale  # (batch, heads, *, d_k)
+            grad = grad_output[..., rows, :].to(ctx.wide)  # (batch, heads, *, d_v)
+            # The softmax Jacobian needs sum_j P_ij dP_ij of a whole row: it equals dO_i . O_i, which needs no row.
+            shared = (grad * output[..., rows, :]).sum(dim=-1, keepdim=True)  # (batch, heads, *, 1)
+            for columns in tiles(k.shape[-2], ctx.tile_size):
+                scores = tile_scores(q_tile, k, rows, columns, mask, ctx.offset)
+                if scores is None:
+                    break
+                weights = (scores - log_sums[..., rows, :]).exp()  # (batch, heads, *, *)
+                grad_weights = grad @ v[..., columns, :].to(ctx.wide).transpose(-2, -1)  # (batch, heads, *, *)
+                grad_scores = weights * (grad_weights - shared)  # (batch, heads, *, *)
+                grad_v[..., columns, :] += weights.transpose(-2, -1) @ grad
+                grad_k[..., columns, :] += grad_scores.transpose(-2, -1) @ q_tile
+                grad_q[..., rows, :] += grad_scores @ k[..., columns, :].to(ctx.wide) * ctx.scale
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, tile_size: int = 128
+) -> Tensor:
+    """The output of `scaled_dot_product_attention`, to rounding, in memory proportional to the length.
+
+    Shapes as there. causal aligns the last query with the last key, as `causal_mask`; it skips the tiles of the future
+    and keeps no mask, while a mask is read tile by tile but is itself (query, key) unless it broadcasts.
+    No second derivatives. Raises ValueError for tile_size < 1 and for what `scaled_dot_product_attention` refuses.
+    """
+    if tile_size < 1:
+        raise ValueError(f"tile_size must be >= 1, got {tile_size}")
+    check_widths(q, k, v)
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    if mask is not None:
+        scores_shape = torch.Size((*lead, q.shape[-2], k.shape[-2]))
+        check_mask(mask, scores_shape)
+        mask = mask.expand(scores_shape)  # a view: nothing is copied
+    q, k, v = (tensor.expand(*lead, *tensor.shape[-2:]) for tensor in (q, k, v))
+    return TiledAttention.apply(q, k, v, mask, k.shape[-2] - q.shape[-2] if causal else None, tile_size)
+
+
+# Linear attention: another kernel, without a softmax
+
+
+def positive_features(x: Tensor) -> Tensor:
+    """elu(x) + 1 (Katharopoulos et al. 2020, equation 7), as exp(x) where x <= 0: elu would round e^x - 1 + 1 to 0."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Attention with weights phi(q) . phi(k), normalised, in time linear in the length (Katharopoulos et al. 2020).
+
+    Shapes: q (batch, heads, query, d_k), k (batch, heads, key, d_k), v (batch, heads, key, d_v), or other leading axes
+    -> (batch, heads, query, d_v). Since the kernel is a product, keys and values are summed before a query asks: once
+    for all queries, or as running sums if causal, which needs as many queries as keys. The running sums of all
+    positions are kept: key * d_k * d_v numbers. Raises ValueError for shapes that do not fit.
+    """
+    check_widths(q, k, v)
+    if causal and q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"causal linear attention needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
+    q, k = positive_features(q), positive_features(k)
+    if causal:
+        memory = (k[..., :, None] * v[..., None, :]).cumsum(dim=-3)  # (batch, heads, key, d_k, d_v)
+        mixed = (q[..., None, :] @ memory).squeeze(-2)  # (batch, heads, query, d_v)
+        total = (q * k.cumsum(dim=-2)).sum(dim=-1, keepdim=True)  # (batch, heads, query, 1)
+    else:
+        mixed = q @ (k.transpose(-2, -1) @ v)  # (batch, heads, query, d_v)
+        total = q @ k.sum(dim=-2)[..., None]  # (batch, heads, query, 1)
+    return mixed / total.clamp(min=torch.finfo(total.dtype).tiny)  # (batch, heads, query, d_v)
+
+
+# Models
+
+
+class DecoderState(NamedTuple):
+    """What a decoder with attention carries from one call to the next."""
+
+    hidden: Tensor  # (batch, d_model)
+    memory: Tensor  # (batch, src, d_model)
+    mask: Tensor  # (batch, 1, src)
+    weights: Tensor | None = None  # (batch, tgt, src) of the last call
+
+
+class AttentionSeq2Seq(Seq2Seq):
+    """Topic 02's encoder-decoder, with a decoder that looks back at every encoder output, not the last state alone.
+
+    `encode` returns the memory and a DecoderState; forward (teacher forcing) and generate (greedy) are inherited.
+    """
+
+    def source_mask(self, src_ids: Tensor, src_lengths: Tensor | list[int]) -> Tensor:
+        return real_positions(src_lengths, src_ids).transpose(1, 2)  # (batch, 1, src)
+
+    def encode(self, src_ids: Tensor, src_lengths: Tensor | list[int]) -> tuple[Tensor, DecoderState]:
+        memory, hidden = super().encode(src_ids, src_lengths)
+        return memory, DecoderState(hidden, memory, self.source_mask(src_ids, src_lengths))
+
+    def align(self, src_ids: Tensor, src_lengths: Tensor | list[int], tgt_ids: Tensor) -> Tensor:
+        """Where the decoder looks before each prediction: weights (batch, tgt, src)."""
+        _, state = self.decode(tgt_ids, self.encode(src_ids, src_lengths)[1])
+        return state.weights  # (batch, tgt, src)
+
+
+class BahdanauSeq2Seq(AttentionSeq2Seq):
+    """The decoder's previous state asks; the context enters its next step and its output (Bahdanau et al. 2015).
+
+    Deviations: topic 02's encoder reads in one direction only, and the output is linear in [state; token; context]
+    where the paper has a maxout layer.
+    """
+
+    def __init__(self, src_vocab_size: int, tgt_vocab_size: int, d_model: int, pad_id: int = PAD_ID) -> None:
+        super().__init__(src_vocab_size, tgt_vocab_size, d_model, pad_id)
+        self.attention = AdditiveAttention(d_model, d_model, d_model)
+        self.decoder = GRUCell(2 * d_model, d_model)
+        self.lm_head = nn.Linear(3 * d_model, tgt_vocab_size)
+
+    def decode(self, tgt_ids: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        check_token_ids(tgt_ids, self.tgt_vocab_size)
+        hidden, outputs, looks = state.hidden, [], []
+        for token in self.tgt_emb(tgt_ids).unbind(1):
+            context, weights = self.attention(hidden[:, None], state.memory, state.mask)
+            seen = torch.cat([token, context[:, 0]], dim=-1)  # (batch, seen)
+            hidden = self.decoder(seen, hidden)  # (batch, d_model)
+            outputs.append(torch.cat([hidden, seen], dim=-1))
+            looks.append(weights)
+        return torch.stack(outputs, dim=1), state._replace(hidden=hidden, weights=torch.cat(looks, dim=1))
+
+
+class LuongSeq2Seq(AttentionSeq2Seq):
+    """The decoder's current state asks, so all steps ask at once; h' = tanh(W [context; h]) (Luong et al. 2015).
+
+    Score "general". Deviation: h' is not fed to the next step (the paper's input feeding, section 3.3).
+    """
+
+    def __init__(self, src_vocab_size: int, tgt_vocab_size: int, d_model: int, pad_id: int = PAD_ID) -> None:
+        super().__init__(src_vocab_size, tgt_vocab_size, d_model, pad_id)
+        self.attention = GeneralAttention(d_model, d_model)
+        self.context_proj = nn.Linear(2 * d_model, d_model, bias=False)
+
+    def decode(self, tgt_ids: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        hidden, last = super().decode(tgt_ids, state.hidden)
+        context, weights = self.attention(hidden, state.memory, state.mask)
+        outputs = self.context_proj(torch.cat([context, hidden], dim=-1)).tanh()  # (batch, tgt, d_model)
+        return outputs, state._replace(hidden=last, weights=weights)
+
+
+class AttentionOnlyModel(nn.Module):
+    """A causal language model of multi-head attention and residual sums alone (Elhage et al. 2021).
+
+    Shapes: token_ids (batch, seq) -> logits (batch, seq, vocab). Raises ValueError for ids or lengths out of range.
+    """
+
+    def __init__(self, vocab_size: int, max_seq_len: int, d_model: int, n_heads: int, n_layers: int) -> None:
+        super().__init__()
+        self.token_emb, self.pos_emb = nn.Embedding(vocab_size, d_model), nn.Embedding(max_seq_len, d_model)
+        self.layers = nn.ModuleList(MultiHeadAttention(d_model, n_heads) for _ in range(n_layers))
+        self.lm_head = nn.Linear(d_model, vocab_size)
+
+    def look(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the weights of all layers, (layers, batch, heads, seq, seq)."""
+        check_token_ids(token_ids, self.token_emb.num_embeddings)
+        seq, limit = token_ids.shape[1], self.pos_emb.num_embeddings
+        if seq > limit:
+            raise ValueError(f"sequence length {seq} exceeds max_seq_len {limit}")
+        mask, looks = causal_mask(seq, device=token_ids.device), []
+        x = self.token_emb(token_ids) + self.pos_emb.weight[:seq]  # (batch, seq, d_model)
+        for layer in self.layers:
+            mixed, weights = layer(x, mask=mask)
+            x = x + mixed  # (batch, seq, d_model)
+            looks.append(weights)
+        return self.lm_head(x), torch.stack(looks)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.look(token_ids)[0]  # (batch, seq, vocab)
+
+
+# Memory tasks with a known alignment
+
+
+TASKS = ("copy", "recall")
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 2 * N_KINDS
+
+
+def alignment_batch(task: str, batch_size: int, n_symbols: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Topic 02's memory tasks as source and target: (src_ids, src_lengths, tgt_ids, targets, links).
+
+    copy: the target repeats the source, of n_symbols // 2 to n_symbols tokens. recall: the source shows key-value pairs
+    (n_symbols // 2 of them), the target asks for each key's value. links, bool (batch, tgt, src), is the alignment that
+    solves the task: which source token each counted target repeats. Raises ValueError for another task.
+    """
+    if task == "copy":
+        _, targets = copy_batch(batch_size, n_symbols, generator, N_KINDS)
+        symbols = targets[:, n_symbols:]  # (batch, src)
+        src_lengths = torch.randint(max(1, n_symbols // 2), n_symbols + 1, (batch_size,), generator=generator)
+        real = real_positions(src_lengths, symbols)[:, :, 0]  # (batch, src)
+        src_ids, targets = symbols.masked_fill(~real, PAD_ID), symbols.masked_fill(~real, IGNORE)  # (batch, src)
+        tgt_ids = src_ids.roll(1, dims=1)  # (batch, tgt)
+        tgt_ids[:, 0] = BOS_ID
+        links = torch.eye(n_symbols, dtype=torch.bool) & real[:, :, None]  # (batch, tgt, src)
+    elif task == "recall":
+        inputs, targets = recall_batch(batch_size, n_symbols // 2, generator, N_KINDS)
+        n_shown = n_symbols // 2 * 2
+        src_ids, tgt_ids, targets = inputs[:, :n_shown], inputs[:, n_shown + 1 :], targets[:, n_shown + 1 :]
+        src_lengths = torch.full((batch_size,), n_shown)  # (batch)
+        asked = src_ids[:, None, :] == tgt_ids[:, :, None]  # (batch, tgt, src)
+        links = asked.roll(1, dims=2) & (targets != IGNORE)[:, :, None]  # (batch, tgt, src); the value follows its key
+    else:
+        raise ValueError(f"unknown task {task!r}; use one of {', '.join(TASKS)}")
+    return src_ids, src_lengths, tgt_ids, targets, links
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Fraction of the counted targets that are the most likely token."""
+    counted = targets != IGNORE
+    return (logits.argmax(dim=-1) == targets)[counted].float().mean().item()
+
+
+def score_alignment(weights: Tensor, links: Tensor, threshold: float = 0.5) -> tuple[float, float]:
+    """Precision and recall of the links with a weight above `threshold`, over the rows that have a true link.
+
+    Shapes: weights and links (bool), both (batch, tgt, src). Precision is 0 where no weight exceeds the threshold.
+    """
+    found = (weights > threshold) & links.any(dim=-1, keepdim=True)  # (batch, tgt, src)
+    right = (found & links).sum().item()
+    return right / max(1, found.sum().item()), right / max(1, links.sum().item())
+
+
+# Experiments
+
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda mask: mask,
+    "inverted-mask": torch.logical_not,  # only padding may be attended
+    "no-mask": torch.ones_like,  # padding may be attended too
+}
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """One trained model on one task; precision, recall and weights are None for a model without attention."""
+
+    model: str
+    n_parameters: int
+    losses: list[float]  # nats per counted target, of every step
+    accuracy: float  # fraction of held-out targets
+    precision: float | None = None
+    recall: float | None = None
+    weights: Tensor | None = None  # (batch, tgt, src) on the held-out batch
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def matched_width(model_cls: type[Seq2Seq], n_parameters: int) -> int:
+    """The smallest d_model at which a model of this class has at least `n_parameters` parameters."""
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+        widths = itertools.count(1)
+        return next(d for d in widths if count_parameters(model_cls(VOCAB_SIZE, VOCAB_SIZE, d)) >= n_parameters)
+
+
+def held_out(task: str, config: AlignmentConfig, seed: int) -> tuple[Tensor, ...]:
+    """512 sequences that no training run with this seed draws."""
+    return alignment_batch(task, 512, config.n_symbols, torch.Generator().manual_seed(seed + 2**62))
+
+
+def compare_on_task(
+    task: str, attention_cls: type[AttentionSeq2Seq], config: AlignmentConfig, run: RunConfig
+) -> list[AlignmentResult]:
+    """Train topic 02's model and one with attention on the same batches, and score both on the same fresh ones."""
+    device = pick_device(run.device)
+    src_ids, src_lengths, tgt_ids, targets, links = (part.to(device) for part in held_out(task, config, run.seed))
+    with torch.device("meta"):
+        n_parameters = count_parameters(attention_cls(VOCAB_SIZE, VOCAB_SIZE, config.d_model))
+    results = []
+    for model_cls, d_model in ((Seq2Seq, matched_width(Seq2Seq, n_parameters)), (attention_cls, config.d_model)):
+        generator = seed_everything(run.seed)
+        model = model_cls(VOCAB_SIZE, VOCAB_SIZE, d_model).to(device)
+        attentive = isinstance(model, AttentionSeq2Seq)
+        if attentive:
+            proper, fault = model.source_mask, FAULTS[config.fault]
+            model.source_mask = lambda *source, proper=proper, fault=fault: fault(proper(*source))
+        batches = (alignment_batch(task, config.batch_size, config.n_symbols, generator)[:4] for _ in itertools.count())
+        losses = fit(model, batches, config.max_steps, config.learning_rate, f"{task}, {model_cls.__name__}")
+        with torch.no_grad():
+            right = accuracy(model(src_ids, src_lengths, tgt_ids), targets)
+            weights = model.align(src_ids, src_lengths, tgt_ids).cpu() if attentive else None
+        precision, recall = score_alignment(weights, links.cpu()) if attentive else (None, None)
+        results.append(
+            AlignmentResult(model_cls.__name__, count_parameters(model), losses, right, precision, recall, weights)
+        )
+    return results
+
+
+def recall_model(config: RecallConfig, seed: int) -> tuple[AttentionOnlyModel, Iterator[tuple[Tensor, Tensor]]]:
+    """A fresh attention-only model and its endless batches of (inputs, targets)."""
+    generator = seed_everything(seed)
+    model = AttentionOnlyModel(VOCAB_SIZE, 4 * config.n_pairs, config.d_model, config.n_heads, config.n_layers)
+    return model, (recall_batch(config.batch_size, config.n_pairs, generator, N_KINDS) for _ in itertools.count())
+
+
+def relative_entropy(weights: Tensor, mask: Tensor) -> float:
+    """Mean entropy of the rows of weights (..., query, key), as a fraction of the log of how many keys they may use.
+
+    1 is uniform, 0 a single key. Rows with fewer than two keys are left out: they have no choice.
+    """
+    n_keys = mask.sum(dim=-1).expand(weights.shape[:-1])  # (layers, batch, heads, query)
+    entropy = torch.special.entr(weights).sum(dim=-1)  # (layers, batch, heads, query)
+    free = n_keys > 1
+    return (entropy[free] / n_keys[free].log()).mean().item()
+
+
+def entropy_through_training(
+    config: RecallConfig, scaled: bool, seed: int, every: int = 10
+) -> tuple[list[int], list[float], float]:
+    """Train with or without the 1/sqrt(d_head); return steps, relative entropies and the last batches' mean loss."""
+    model, batches = recall_model(config, seed)
+    if not scaled:
+        for layer in model.layers:
+            layer.scale = 1.0
+    steps, entropies = [], []
+
+    def watched() -> Iterator[tuple[Tensor, Tensor]]:
+        for step, batch in enumerate(batches):
+            if step % every == 0:
+                with torch.no_grad():
+                    weights = model.look(batch[0])[1]  # (layers, batch, heads, query, key)
+                steps.append(step)
+                entropies.append(relative_entropy(weights, causal_mask(weights.shape[-1])))
+            yield batch
+
+    name = "scaled" if scaled else "unscaled"
+    losses = fit(model, watched(), config.max_steps, config.learning_rate, f"{name}, seed {seed}")
+    return steps, entropies, float(np.mean(losses[-every:]))
+
+
+def largest_weight(d_head: int, n_keys: int, scaled: bool, generator: torch.Generator, n_queries: int = 500) -> float:
+    """Mean largest weight of a query over n_keys keys, all independent standard normal; uniform would be 1/n_keys."""
+    q, k = (torch.randn(n_queries, 1, n, d_head, generator=generator) for n in (1, n_keys))
+    weights = attention_weights(q, k, scale=None if scaled else 1.0)  # (queries, 1, 1, keys)
+    return weights.amax(dim=-1).mean().item()
+
+
+@contextmanager
+def without_head(layer: MultiHeadAttention, head: int) -> Iterator[None]:
+    """Within the block, the layer's output lacks what `head` contributes (Michel et al. 2019, arXiv 1905.10650)."""
+
+    def silence(_, inputs: tuple[Tensor]) -> Tensor:
+        by_head = inputs[0].unflatten(-1, (layer.n_heads, layer.d_head)).clone()  # (batch, seq, heads, d_head)
+        by_head[:, :, head] = 0
+        return by_head.flatten(2)  # (batch, seq, d_model)
+
+    hook = layer.out_proj.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def ablate_heads(model: AttentionOnlyModel, inputs: Tensor, targets: Tensor) -> list[list[float]]:
+    """Accuracy with one head silenced at a time: one list for each layer, one number for each head."""
+    table = []
+    for layer in model.layers:
+        table.append([])
+        for head in range(layer.n_heads):
+            with without_head(layer, head):
+                table[-1].append(accuracy(model(inputs), targets))
+    return table
+
+
+class PeakMemory(TorchDispatchMode):
+    """Within the block, `peak` is the largest number of bytes that tensors made there held at once.
+
+    Sees every tensor that PyTorch's dispatcher hands out, on any device; not the private scratch of a fused kernel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.meet((args, kwargs), is_new=False)
+        result = func(*args, **(kwargs or {}))
+        self.meet(result, is_new=True)
+        return result
+
+    def meet(self, tree, is_new: bool) -> None:
+        for leaf in tree_leaves(tree):
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is None or storage.nbytes() == 0 or storage.data_ptr() in self.known:
+                continue  # a view, or a tensor met before
+            size = storage.nbytes() if is_new else 0
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            self.known.add(storage.data_ptr())
+            weakref.finalize(storage, self.forget, storage.data_ptr(), size).atexit = False
+
+    def forget(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    with PeakMemory() as memory:
+        work()
+    return memory.peak
+
+
+def fastest(work: Callable[[], object], n_repeats: int, device: torch.device) -> float:
+    """Seconds of the fastest of n_repeats runs, after one that does not count."""
+    seconds = []
+    for _ in range(n_repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+class Cost(NamedTuple):
+    """Forward and backward of one kind of attention at one length."""
+
+    kind: str
+    seq_len: int
+    seconds: float
+    n_bytes: int  # peak, beyond the inputs
+
+
+def measure_cost(config: CostConfig, run: RunConfig) -> list[Cost]:
+    """Time and peak memory of naive, tiled and PyTorch's attention, unmasked, one sequence, at doubling lengths."""
+    kinds = {
+        "naive": lambda q, k, v: scaled_dot_product_attention(q, k, v)[0],
+        "tiled": lambda q, k, v: tiled_attention(q, k, v, tile_size=config.tile_size),
+        "PyTorch": F.scaled_dot_product_attention,
+    }
+    seed_everything(run.seed)
+    device, costs, seq_len = pick_device(run.device), [], config.shortest
+    while seq_len <= config.longest:
+        shape = (1, config.n_heads, seq_len, config.d_head)
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in "qkv"]
+        for kind, attend in kinds.items():
+
+            def work(attend=attend, inputs=inputs) -> None:
+                torch.autograd.grad(attend(*inputs).sum(), inputs)
+
+            costs.append(Cost(kind, seq_len, fastest(work, config.n_repeats, device), peak_memory(work)))
+        seq_len *= 2
+    return costs
+
+
+def growth(costs: list[Cost], kind: str) -> float:
+    """The exponent p of peak memory = fixed + length^p: the slope, in the logarithms, of what each doubling adds.
+
+    Raises ValueError for fewer than three lengths.
+    """
+    points = [(cost.seq_len, cost.n_bytes) for cost in costs if cost.kind == kind]
+    if len(points) < 3:
+        raise ValueError(f"an exponent needs at least 3 lengths, got {len(points)}; raise longest")
+    lengths, n_bytes = np.array(points, dtype=float).T
+    return float(np.polyfit(np.log(lengths[:-1]), np.log(np.diff(n_bytes)), deg=1)[0])
+
+
+# Figures
+
+
+def plot_heads(weights: Tensor, tokens: list[str] | None = None, title: str = "") -> Figure:
+    """One panel for each head of weights (heads, query, key); `tokens` label both axes of self-attention."""
+    if weights.dim() != 3:
+        raise ValueError(f"weights must have shape (heads, query, key), got {tuple(weights.shape)}")
+    n_heads, n_query, n_key = weights.shape
+    figure, axes = plt.subplots(1, n_heads, figsize=(2.6 * n_heads + 0.6, 2.9), squeeze=False, sharey=True)
+    for head, axis in enumerate(axes[0]):
+        image = axis.imshow(weights[head].detach().cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
+        axis.set(title=f"head {head}", xlabel="key", ylabel="" if head else "query")
+        if tokens is not None:
+            axis.set_xticks(range(n_key), tokens, rotation=90, fontsize=7)
+            axis.set_yticks(range(n_query), tokens, fontsize=7)
+    figure.colorbar(image, ax=axes[0], label="weight")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_alignment(results: list[AlignmentResult], links: Tensor, title: str = "") -> Figure:
+    """Left: the loss of every model; right: the weights of one sequence, with a circle on each true link (tgt, src)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    for result in results:
+        left.plot(result.losses, label=result.model)
+        if result.weights is not None:
+            image = right.imshow(result.weights[0].numpy(), vmin=0, vmax=1, cmap="viridis")
+    left.axhline(math.log(N_KINDS), color="black", linestyle=":", label="guessing")
+    left.set(xlabel="training step", ylabel="loss (nats per symbol)", ylim=(0, None))
+    left.legend(frameon=False)
+    rows, columns = links.nonzero(as_tuple=True)
+    right.scatter(columns.numpy(), rows.numpy(), s=45, facecolors="none", edgecolors="#D55E00", label="true alignment")
+    right.set(xlabel="source position", ylabel="target position")
+    right.legend(loc="lower left", fontsize=8)
+    figure.colorbar(image, ax=right, label="weight")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, log: bool = False) -> Figure:
+    """Curves by name, each (x, y); `log` makes both axes logarithmic, the horizontal one in powers of 2."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    for name, (x, y) in lines.items():
+        axis.plot(x, y, marker="o" if len(x) < 15 else "", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    return figure
+
+
+# The verbs
+
+
+SECONDS_PER_STEP = 0.09  # of the four models of the demo together, with the default sizes, on 2 cores
+
+
+def demo(config: AlignmentConfig, run: RunConfig) -> None:
+    """Two memory tasks, from a fixed vector and with attention: accuracy, and the alignment beside the true one."""
+    plan = f"train 4 models for {config.max_steps} steps on copy and recall of {config.n_symbols} tokens"
+    announce(plan, config.max_steps * SECONDS_PER_STEP)
+    lines = [f"{'task':7} {'model':15} {'parameters':>10} {'accuracy':>9} {'precision':>10} {'recall':>7}"]
+    for task, attention_cls in (("copy", BahdanauSeq2Seq), ("recall", LuongSeq2Seq)):
+        results = compare_on_task(task, attention_cls, config, run)
+        for result in results:
+            scores = "" if result.precision is None else f" {result.precision:10.2f} {result.recall:7.2f}"
+            lines.append(f"{task:7} {result.model:15} {result.n_parameters:10,} {result.accuracy:9.1%}{scores}")
+        _, src_lengths, _, _, links = held_out(task, config, run.seed)
+        guess = (links.sum(dim=(1, 2)) / src_lengths).sum() / links.sum()  # one source token at random for each target
+        lines.append(f"{task:7} {'chance':15} {'':10} {1 / N_KINDS:9.1%} {guess:10.2f} {guess:7.2f}")
+        figure = plot_alignment(results, links[0], f"{task} of {config.n_symbols} tokens, seed {run.seed}")
+        save_figure(figure, run.out / f"alignment_{task}.svg")
+    print("\n".join(lines))
+
+
+def heads(config: RecallConfig, run: RunConfig) -> None:
+    """Train an attention-only model on recall, draw what each head looks at, and silence the heads one at a time."""
+    announce(f"train {config.n_layers} layers of {config.n_heads} heads for {config.max_steps} steps", 20)
+    model, batches = recall_model(config, run.seed)
+    model.to(pick_device(run.device))
+    fit(model, batches, config.max_steps, config.learning_rate, "train")
+    inputs, targets = (part.to(model.lm_head.weight.device) for part in next(batches))
+    with torch.no_grad():
+        logits, weights = model.look(inputs)
+    print(f"accuracy {accuracy(logits, targets):.1%} with all heads (chance {1 / N_KINDS:.1%}); with one silenced:")
+    for layer, row in enumerate(ablate_heads(model, inputs, targets)):
+        print(f"layer {layer}: " + "  ".join(f"head {head} {value:6.1%}" for head, value in enumerate(row)))
+    for layer in range(config.n_layers):
+        figure = plot_heads(weights[layer, 0], token_names(inputs[0]), f"layer {layer}")
+        save_figure(figure, run.out / f"heads_layer_{layer}.svg")
+
+
+def token_names(token_ids: Tensor) -> list[str]:
+    """Names for the ids of recall: keys k0, k1, ..., values v0, v1, ..."""
+    names = [*SPECIAL_TOKENS, *(f"k{kind}" for kind in range(N_KINDS)), *(f"v{kind}" for kind in range(N_KINDS))]
+    return [names[token_id] for token_id in token_ids.tolist()]
+
+
+def scale(config: RecallConfig, run: RunConfig) -> None:
+    """With and without 1/sqrt(d): entropy of the weights through training (3 seeds), largest weight against width."""
+    announce(f"train 6 models for {config.max_steps} steps", 100)
+    curves, d_head = {}, config.d_model // config.n_heads
+    for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without")):
+        trials = [entropy_through_training(config, scaled, run.seed + trial) for trial in range(3)]
+        entropies = np.array([entropies for _, entropies, _ in trials])
+        curves[name] = (trials[0][0], entropies.mean(axis=0).tolist())
+        first, last, losses = entropies[:, 0], entropies[:, -1], np.array([loss for _, _, loss in trials])
+        print(
+            f"{name:15} d_head {d_head}: entropy {first.mean():.2f} ± {first.std(ddof=1):.2f} of the largest at the "
+            f"start, {last.mean():.2f} ± {last.std(ddof=1):.2f} at the end; "
+            f"loss {losses.mean():.3f} ± {losses.std(ddof=1):.3f} nats (guessing {math.log(N_KINDS):.3f})"
+        )
+    save_figure(plot_lines(curves, "training step", "entropy / log(keys)"), run.out / "scale_entropy.svg")
+    generator, widths, n_keys = torch.Generator().manual_seed(run.seed), [4, 16, 64, 256, 1024], 64
+    lines = {
+        name: (widths, [largest_weight(width, n_keys, scaled, generator) for width in widths])
+        for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without"))
+    }
+    for name, (_, largest) in lines.items():
+        values = ", ".join(f"{value:.3f} at {width}" for width, value in zip(widths, largest, strict=True))
+        print(f"{name:15} mean largest of {n_keys} weights: {values} (uniform {1 / n_keys:.3f})")
+    figure = plot_lines(lines, "width of queries and keys", f"mean largest of {n_keys} weights", log=True)
+    save_figure(figure, run.out / "scale_width.svg")
+
+
+def bench(config: CostConfig, run: RunConfig) -> None:
+    """Ours beside PyTorch's in one run: time as a ratio, and peak memory against length; forward and backward."""
+    announce(f"time attention at {config.shortest} to {config.longest} tokens", 15)
+    print(f"{describe_machine()}; {config.n_heads} heads of {config.d_head}, tiles of {config.tile_size}, float32")
+    costs = measure_cost(config, run)
+    reference = {cost.seq_len: cost for cost in costs if cost.kind == "PyTorch"}
+    for cost in costs:
+        ratio = cost.seconds / reference[cost.seq_len].seconds
+        print(
+            f"{cost.seq_len:6} tokens {cost.kind:8} {cost.seconds * 1e3:9.2f} ms {ratio:6.2f} x PyTorch "
+            f"{cost.n_bytes / 2**20:8.2f} MiB"
+        )
+    if config.longest >= 4 * config.shortest:
+        exponents = [f"{kind} length^{growth(costs, kind):.2f}" for kind in ("naive", "tiled", "PyTorch")]
+        print(f"peak memory grows as: {', '.join(exponents)} (beyond a fixed part)")
+    ours, theirs = multi_head_seconds(config, run)
+    print(
+        f"MultiHeadAttention {ours * 1e3:.2f} ms, {ours / theirs:.2f} x nn.MultiheadAttention (with weights per head)"
+    )
+    for column, ylabel in (("seconds", "time (s)"), ("n_bytes", "peak memory (bytes)")):
+        lines = {
+            kind: ([c.seq_len for c in costs if c.kind == kind], [getattr(c, column) for c in costs if c.kind == kind])
+            for kind in ("naive", "tiled", "PyTorch")
+        }
+        save_figure(plot_lines(lines, "length (tokens)", ylabel, log=True), run.out / f"cost_{column}.svg")
+
+
+def multi_head_seconds(config: CostConfig, run: RunConfig) -> tuple[float, float]:
+    """Seconds of forward and backward of our layer and of PyTorch's with the same weights, 8 sequences."""
+    seed_everything(run.seed)
+    device = pick_device(run.device)
+    ours = MultiHeadAttention(config.n_heads * config.d_head, config.n_heads).to(device)
+    theirs = ours.to_torch()
+    x = torch.randn(8, config.shortest, ours.d_model, device=device)
+
+    def work(layer: nn.Module, *inputs: Tensor, **options) -> None:
+        layer(*inputs, **options)[0].sum().backward()
+
+    return (
+        fastest(lambda: work(ours, x), config.n_repeats, device),
+        fastest(lambda: work(theirs, x, x, x, average_attn_weights=False), config.n_repeats, device),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    verbs = {
+        "demo": (demo, AlignmentConfig, RunConfig),
+        "heads": (heads, RecallConfig, RunConfig),
+        "scale": (scale, RecallConfig, RunConfig),
+        "bench": (bench, CostConfig, RunConfig),
+    }
+    run_verbs(__doc__, verbs, argv)
+
+
+if __name__ == "__main__":
+    main()

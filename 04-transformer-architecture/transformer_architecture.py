@@ -120,6 +120,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_range(self, "max_seq_len", "d_model", "n_layers", "n_heads", "d_ff", least=1)
         check_range(self, "dropout", least=0, below=1)
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
         check_name("positions", self.positions, POSITIONS)
         check_name("norm_order", self.norm_order, NORM_ORDERS)
         check_name("activation", self.activation, ACTIVATIONS)
@@ -477,7 +479,8 @@ class DecoderLayer(EncoderLayer):
 
     Shapes: x (batch, tgt, d_model), memory (batch, src, d_model) to (batch, tgt, d_model); self_mask broadcasts to
     (batch, heads, tgt, tgt), memory_mask to (batch, heads, tgt, src). With a cache, x holds only the new positions;
-    several at once need the causal mask of `causal_mask(new, len(cache) + new)`.
+    several at once need the causal mask of `causal_mask(new, len(cache) + new)`. The first call keeps the keys and
+    values of the memory; later calls ignore what they get as memory.
     """
 
     def __init__(
@@ -578,9 +581,9 @@ class CausalTransformer(nn.Module):
     Raises ValueError for an id outside the vocabulary and for more than max_seq_len positions.
     """
 
-    def __init__(self, vocab_size: int, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.vocab_size, self.config = vocab_size, config
+        self.config, self.vocab_size = config, vocab_size
         added, attention = POSITIONS[config.positions]
         d_model, n_heads, dropout = config.d_model, config.n_heads, config.dropout
         self.token_emb = nn.Embedding(vocab_size, d_model)
@@ -617,8 +620,8 @@ class CausalTransformer(nn.Module):
     ) -> Tensor:
         """Sample a continuation of token_ids (batch, seq); returns the new ids (batch, at most max_new_tokens).
 
-        Temperature 0 takes the most likely token. After its <eos> a row holds <pad>. Raises ValueError for a
-        temperature or max_new_tokens below 0 and if the end could lie beyond max_seq_len.
+        Temperature 0 takes the most likely token. After its <eos> a row holds <pad>. With dropout, call `eval()` first.
+        Raises ValueError for a temperature or max_new_tokens below 0 and if the end could lie beyond max_seq_len.
         """
         if max_new_tokens < 0 or not 0 <= temperature < math.inf:
             raise ValueError(
@@ -659,7 +662,8 @@ def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Te
     """Yield each of our parameters with the tensor that holds the same numbers in PyTorch's module of the same kind.
 
     Takes LayerNorm, Linear, MultiheadAttention, the two Transformer layers, their stacks, and nn.Transformer for any
-    module of ours that has an `encoder` and a `decoder`. Raises ValueError if kind, norm order or depth differ.
+    module of ours that has an `encoder` and a `decoder`. Raises ValueError if kind, norm order, activation or depth
+    differ.
     """
     children: list[tuple[nn.Module, nn.Module]] = []
     match theirs:
@@ -676,6 +680,8 @@ def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Te
         case nn.TransformerEncoderLayer() | nn.TransformerDecoderLayer():
             if (ours.norm_order == "pre") != theirs.norm_first:
                 raise ValueError(f"norm_order={ours.norm_order!r} does not fit norm_first={theirs.norm_first}")
+            if theirs.activation in ACTIVATIONS.values() and theirs.activation is not ACTIVATIONS[ours.ffn.activation]:
+                raise ValueError(f"activation={ours.ffn.activation!r} does not fit {theirs.activation.__name__}")
             norms = [ours.attn_norm, ours.ffn_norm]
             children = [(ours.self_attn, theirs.self_attn)]
             if isinstance(theirs, nn.TransformerDecoderLayer):
@@ -999,10 +1005,12 @@ def train_language_model(
     """Train on fresh documents of TinyWorld's train split; `prepare` edits the model before the first step."""
     seed_everything(run.seed)
     world, vocabulary = tiny_world()
-    model = CausalTransformer(len(vocabulary), model_config)
+    held_out = world.documents(config.n_documents, HELD_OUT_SEED, split="validation")
+    longest = max(len(document.tokens) for document in held_out)
+    check_length(max(longest, config.seq_len), 0, model_config.max_seq_len)  # now, not after the training
+    model = CausalTransformer(model_config, len(vocabulary))
     prepare(model)
     losses = fit(model.to(pick_device(run.device)), tiny_world_batches(config, run.seed), config)
-    held_out = world.documents(config.n_documents, HELD_OUT_SEED, split="validation")
     nats = document_losses(model, held_out, vocabulary)
     gap, standard_error = gap_to_floor(nats, held_out)
     return TrainedModel(model, losses, sum(nats) / sum(len(doc.tokens) for doc in held_out), gap, standard_error)
@@ -1036,7 +1044,7 @@ def compare_norm_orders(
         norms, gaps = [], []
         for seed in seeds:
             seed_everything(seed)
-            model = CausalTransformer(len(tiny_world()[1]), model_kind)
+            model = CausalTransformer(model_kind, len(tiny_world()[1]))
             norms.append(gradient_norms(model, *next(tiny_world_batches(schedule, seed))))
             kept = dataclasses.replace(run, seed=seed)
             gaps.append(train_language_model(model_kind, schedule, kept, prepare=lambda model: None).gap)
@@ -1132,10 +1140,12 @@ def excess_by_position(model: CausalTransformer, seq_len: int, n_rows: int, seed
             floor += [math.nan, *document.surprisal]
         rows.append(row[: seq_len + 1])
         floors.append(floor[1 : seq_len + 1])
-    token_ids = torch.tensor(rows, device=model.lm_head.weight.device)  # (batch, seq_and_one)
-    logits = model.eval()(token_ids[:, :-1])  # (batch, seq, vocab)
-    nats = F.cross_entropy(logits.transpose(1, 2), token_ids[:, 1:], reduction="none").cpu()  # (batch, seq)
-    return (nats.double() - torch.tensor(floors, dtype=torch.float64)).nanmean(dim=0).tolist()
+    token_ids = torch.tensor(rows, device=model.lm_head.weight.device)  # (rows, seq_and_one)
+    parts = []
+    for part in token_ids.split(32):
+        logits = model.eval()(part[:, :-1])  # (batch, seq, vocab)
+        parts.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").double().cpu())
+    return (torch.cat(parts) - torch.tensor(floors, dtype=torch.float64)).nanmean(dim=0).tolist()
 
 
 def compare_lengths(

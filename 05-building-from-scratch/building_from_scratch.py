@@ -32,7 +32,6 @@ from sequence_modeling import BOS_ID, EOS_ID, FIRST_TOKENS, IGNORE, PAD_ID, Voca
 from transformer_architecture import (
     Decoder,
     Encoder,
-    FeedForward,
     KeyValueCache,
     LearnedPositions,
     NoPositions,
@@ -670,44 +669,7 @@ def print_results(rows: list[dict], n_beams: int) -> None:
     print("exact match of whole translations; remembering = the target of the most similar training source")
 
 
-# Debugging tools
-
-
-def loss_at_init(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """The untrained model's loss and ln(vocabulary), in nats per token: far apart means a wrong scale or a leak."""
-    src_ids, tgt_ids, answers = batch
-    with torch.no_grad():
-        loss = smoothed_cross_entropy(model.eval()(src_ids, tgt_ids), answers)
-    return loss.item(), math.log(model.tgt_vocab_size)
-
-
-def overfit_one_batch(
-    model: Transformer, batch: tuple[Tensor, Tensor, Tensor], max_steps: int = 200, learning_rate: float = 1e-3
-) -> list[float]:
-    """Train on the same batch again and again; a sound model brings the loss (nats per token) near 0."""
-    src_ids, tgt_ids, answers = batch
-    optimizer, losses = torch.optim.Adam(model.parameters(), lr=learning_rate), []
-    model.train()
-    for _ in range(max_steps):
-        loss = smoothed_cross_entropy(model(src_ids, tgt_ids), answers)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def gradient_report(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> list[tuple[str, float, float]]:
-    """Name, gradient norm and weight norm of every parameter after one backward pass; 0 marks what never learns."""
-    src_ids, tgt_ids, answers = batch
-    model.zero_grad(set_to_none=True)
-    smoothed_cross_entropy(model(src_ids, tgt_ids), answers).backward()
-    rows = []
-    for name, parameter in model.named_parameters():
-        grad_norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
-        rows.append((name, grad_norm, parameter.norm().item()))
-    model.zero_grad(set_to_none=True)
-    return rows
+# Looking inside
 
 
 @contextmanager
@@ -722,36 +684,6 @@ def watched(model: nn.Module, kind: type, see: Callable[[str, nn.Module, tuple, 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def first_non_finite(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """Name of the first module, in order of computation, whose output holds NaN or infinity; None if all is finite."""
-    found: list[str] = []
-
-    def see(name: str, _: nn.Module, inputs: tuple, output: object) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        if not all(torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)):
-            found.append(name)
-
-    with watched(model, nn.Module, see):
-        model(*batch[:2])
-    return found[0] if found else None
-
-
-@torch.no_grad()
-def dead_units(model: Transformer, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Share of hidden units of each feed-forward network that are 0 at every real position of the batch, 0..1."""
-    shares: dict[str, float] = {}
-
-    def see(name: str, module: FeedForward, inputs: tuple, _: object) -> None:
-        is_real = (batch[0] if name.startswith("encoder") else batch[1]) != PAD_ID
-        hidden = F.relu(module.up_proj(inputs[0]))[is_real]  # (tokens, d_ff)
-        shares[name] = (hidden == 0).all(dim=0).float().mean().item()
-
-    with watched(model.eval(), FeedForward, see):
-        model(*batch[:2])
-    return shares
 
 
 @torch.no_grad()
@@ -821,12 +753,13 @@ def train(
     model_config: ModelConfig, data: DataConfig, config: TrainConfig, decode: DecodeConfig, run: RunConfig
 ) -> None:
     """Train a translator, score it on held-out pairs, save figures and checkpoints."""
-    generator_seed = seed_everything(run.seed).initial_seed()
+    seed_everything(run.seed)
     device = pick_device(run.device)
-    pairs, unit, meanings = load_pairs(data, generator_seed)
+    pairs, unit, meanings = load_pairs(data, run.seed)
     codec = Codec.from_pairs(pairs["train"], unit)
     model = Transformer(model_config, len(codec.src), len(codec.tgt)).to(device)
     check_lengths(pairs, model_config.max_seq_len)
+    check_new_tokens(model, decode.max_new_tokens)
     header = {
         "model_config": asdict(model_config),
         "data_config": {name: str(value) for name, value in asdict(data).items()},
@@ -955,26 +888,6 @@ def evaluate(data: DataConfig, decode: DecodeConfig, run: RunConfig) -> None:
     print_results(evaluate_splits(model, codec, pairs, meanings, decode), decode.n_beams)
 
 
-def debug(model_config: ModelConfig, data: DataConfig, run: RunConfig) -> None:
-    """Examine an untrained model: loss at init, gradients, dead units, non-finite values, and one batch overfitted."""
-    seed_everything(run.seed)
-    pairs, unit, _ = load_pairs(data, run.seed)
-    codec = Codec.from_pairs(pairs["train"], unit)
-    device = pick_device(run.device)
-    model = Transformer(model_config, len(codec.src), len(codec.tgt)).to(device)
-    batch = batch_tensors(codec, pairs["train"][:32], device)
-    announce("examine an untrained model", 8)
-    loss, chance = loss_at_init(model, batch)
-    print(f"loss at init      {loss:.2f} nats per token; ln(vocabulary) is {chance:.2f}")
-    print(f"first non-finite  {first_non_finite(model, batch)}")
-    print(f"dead units        {max(dead_units(model, batch).values()):.1%} in the worst layer")
-    report = sorted(gradient_report(model, batch), key=lambda row: row[1])
-    print(f"weakest gradient  {report[0][1]:.1e} in {report[0][0]}")
-    print(f"largest gradient  {report[-1][1]:.1e} in {report[-1][0]}")
-    losses = overfit_one_batch(model, batch)
-    print(f"one batch, {len(losses)} steps: loss {losses[0]:.2f} -> {losses[-1]:.4f} (a sound model nears 0)")
-
-
 def bench(model_config: ModelConfig, run: RunConfig) -> None:
     """Time a training step against nn.Transformer, and cached against uncached decoding, in one run."""
     seed_everything(run.seed)
@@ -1030,7 +943,6 @@ def main(argv: list[str] | None = None) -> None:
         "train": (train, *training),
         "translate": (translate, TranslateConfig, DecodeConfig, RunConfig),
         "evaluate": (evaluate, DataConfig, DecodeConfig, RunConfig),
-        "debug": (debug, ModelConfig, DataConfig, RunConfig),
         "bench": (bench, ModelConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
