@@ -258,7 +258,7 @@ class Phrases:
         return [(offset, -math.log(chance)) for offset, chance in enumerate(chances) if chance < 1]
 
 
-phrases = cache(Phrases)
+phrases = cache(Phrases)  # for tables that many documents ask for again
 
 
 class Chooser:
@@ -447,7 +447,9 @@ class Almanac:
         self.held_out_sums = tuple(sorted(pairs[: len(pairs) // 10]))  # pairs of operands that no document holds
         self.sums = tuple(sorted(pairs[len(pairs) // 10 :]))
         self.numbers = tuple(str(number) for number in numbers)
-        self.seconds_of = {str(first): tuple(str(b) for a, b in self.sums if a == first) for first in numbers}
+        self.seconds_of = {
+            str(number): tuple(str(second) for first, second in self.sums if first == number) for number in numbers
+        }
         jobs = self.words["jobs"]
         self.p_he = {job: config.bias if index % 2 else 1 - config.bias for index, job in enumerate(jobs)}
         self.pronouns = {job: Phrases(("he", "she"), (p_he, 1 - p_he)) for job, p_he in self.p_he.items()}
@@ -828,7 +830,8 @@ INSTRUCTION_SPLITS = {  # name -> (held-out content, held-out phrasing)
 class Instruction:
     """A prompt and an answer, both as tokens; the answer ends with <eos> and has its exact surprisal (nats per token).
 
-    Every category but "story" has one right answer, of surprisal 0. A story is right if the grammar can tell it.
+    Every category but "story" has one right answer, of surprisal 0; a story is right if the grammar can tell it. So the
+    floor of fine-tuning is known too. Prompts have no stated probability: they are drawn until they suit the split.
     """
 
     category: str
@@ -1068,7 +1071,7 @@ class Language(Almanac):
         try:
             self.write(reader, kind)
         except PrefixEnds as end:
-            return reader.surprisal, end.allowed
+            return reader.surprisal, dict(end.allowed)
         position = len(reader.tokens)
         if position < len(tokens):
             raise ValueError(f"impossible token {tokens[position]!r} at position {position}; the document ended there")

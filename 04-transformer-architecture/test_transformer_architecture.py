@@ -327,10 +327,10 @@ def test_rotary_in_pairs_against_gptj(parity) -> None:
 
 
 def test_the_two_rotary_layouts_agree_only_after_the_weights_are_reordered(parity) -> None:
-    pairs, halves = RotaryAttention(D_MODEL, N_HEADS).double(), HalfRotaryAttention(D_MODEL, N_HEADS).double()
+    pairs, halves = RotaryAttention(18, N_HEADS).double(), HalfRotaryAttention(18, N_HEADS).double()  # d_head 6 = 2 * 3
     shake(pairs)
     halves.load_state_dict(pairs.state_dict())
-    x = random_input(BATCH, TGT, D_MODEL)
+    x = random_input(BATCH, TGT, 18)
     assert (halves(x)[0] - pairs(x)[0]).abs().max() > 1e-3  # weights of the other layout load without any complaint
     for name in ("q_proj", "k_proj"):
         for part in ("weight", "bias"):
@@ -795,9 +795,11 @@ def test_stacks_of_another_depth_are_refused() -> None:
 )
 def test_command_line_reports_a_mistake_in_one_line(flags, message: str, capsys, tmp_path) -> None:
     with pytest.raises(SystemExit) as stop:
-        topic.main(["demo", "--device", "cpu", "--out", str(tmp_path), *flags])
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        topic.main(["demo", "--device", "cpu", "--max-steps", "1", "--out", str(tmp_path), *flags])
+    output = capsys.readouterr().err
+    errors = [line for line in output.splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+    assert "train:" not in output  # refused before the training, not after it
 
 
 # Learning
@@ -838,6 +840,7 @@ def test_training_is_reproducible() -> None:
     assert first.losses == second.losses and first.gap == second.gap
     other = topic.train_language_model(config_for_world(), SHORT, dataclasses.replace(RUN, seed=1))
     assert other.losses != first.losses
+    assert not torch.equal(next(topic.tiny_world_batches(SHORT, 0))[0], next(topic.tiny_world_batches(SHORT, 1))[0])
 
 
 def test_learning_rate_rises_then_falls() -> None:

