@@ -118,8 +118,8 @@ def test_docstrings_and_functions_are_those_of_the_library() -> None:
         "Remove any common leading whitespace"
     )
     assert dedent.summary[:40] not in dedent.code
-    n_parsed = sum(parses(function.code) for function in functions())
-    assert n_parsed > 0.99 * len(functions()) > 2000
+    some = functions()[::10]
+    assert sum(parses(function.code) for function in some) > 0.99 * len(some) > 200
     assert all(len(function.code) <= 300 for function in functions(max_chars=300)) and functions(max_chars=300)
     modules = {docstring.module for docstring in docstrings()}
     assert not any(re.search(r"(^|\.)(test|tests|idlelib|site-packages)(\.|$)", module) for module in modules)

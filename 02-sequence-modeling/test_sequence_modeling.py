@@ -239,14 +239,14 @@ def test_kneser_ney_sums_to_one_after_every_context(order) -> None:
 
 
 def test_longer_contexts_and_more_data_help(world, vocabulary) -> None:
-    fresh = world.documents(200, 5, "validation")
-    train = [[BOS_ID, *vocabulary.encode(document.tokens)] for document in world.documents(3000, 5, "train")]
+    fresh = world.documents(100, 5, "validation")
+    train = [[BOS_ID, *vocabulary.encode(document.tokens)] for document in world.documents(2000, 5, "train")]
 
     def nats(order: int, n_documents: int) -> float:
         return sum(document_losses(NGramModel(order, len(vocabulary)).fit(train[:n_documents]), fresh, vocabulary))
 
-    assert nats(1, 3000) > nats(2, 3000) > nats(3, 3000) > nats(5, 3000)
-    assert nats(3, 300) > nats(3, 3000)
+    assert nats(1, 2000) > nats(2, 2000) > nats(3, 2000) > nats(5, 2000)
+    assert nats(3, 200) > nats(3, 2000)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -495,7 +495,7 @@ def test_gap_has_the_paired_standard_error() -> None:
 
 
 def test_no_model_beats_the_floor_on_fresh_documents(world, vocabulary) -> None:
-    train, fresh = world.documents(4000, 6, "train"), world.documents(300, 6, "validation")
+    train, fresh = world.documents(2000, 6, "train"), world.documents(200, 6, "validation")
     sequences = [[BOS_ID, *vocabulary.encode(document.tokens)] for document in train]
     seed_everything(0)
     network = LanguageModel(len(vocabulary), 32, "gru")
@@ -751,7 +751,7 @@ def test_experiments_run_small() -> None:
 
 
 def test_demo_climbs_from_chance_towards_the_floor(tmp_path, capsys) -> None:
-    flags = "--n-documents 1500 --n-eval 100 --max-steps 60 --batch-size 8 --d-model 32 --device cpu".split()
+    flags = "--n-documents 800 --n-eval 60 --max-steps 40 --batch-size 8 --seq-len 48 --d-model 32 --device cpu".split()
     topic.main(["demo", *flags, "--out", str(tmp_path)])
     output = capsys.readouterr().out
     table = {line[:22].strip(): line[22:].split() for line in output.splitlines()}

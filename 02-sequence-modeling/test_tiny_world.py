@@ -225,9 +225,9 @@ def test_the_vocabulary_starts_with_the_special_tokens_and_holds_every_token(wor
     assert vocabulary[:8] == ["<pad>", "<bos>", "<eos>", "<unk>", "<mask>", "<user>", "<bot>", "<sys>"]
     assert vocabulary[8:] == sorted(set(vocabulary[8:])) and len(set(vocabulary)) == len(vocabulary) < 500
     assert World(seed=1, bias=0.9).vocabulary() == vocabulary
-    used = {token for kind in world.kinds for item in world.documents(800, seed=4, kind=kind) for token in item.tokens}
+    used = {token for kind in world.kinds for item in world.documents(400, seed=4, kind=kind) for token in item.tokens}
     for split in INSTRUCTION_SPLITS:
-        used.update(token for item in world.instructions(1500, seed=4, split=split) for token in item.tokens)
+        used.update(token for item in world.instructions(800, seed=4, split=split) for token in item.tokens)
     used.update(token for prompt, answer in world.questions("unseen", 300, seed=4) for token in prompt + answer)
     assert used <= set(vocabulary)
     assert set(vocabulary) - used <= {"<pad>", "<bos>", "<unk>", "<mask>", "<sys>"}, "a word that nothing uses"
@@ -383,8 +383,8 @@ def test_sampled_frequencies_fit_the_probabilities() -> None:
 
 @pytest.mark.parametrize("kind", [None, "talk", "scene"])
 def test_whole_texts_are_as_frequent_as_stated(small: World, language, kind: str | None) -> None:
-    """Chi-square over all texts, the rare ones (expected below 10) in one cell; 20,000 samples, p > 0.001."""
-    n, table = 20_000, language(kind)
+    """Chi-square over all texts, the rare ones (expected below 10) in one cell; 10,000 samples, p > 0.001."""
+    n, table = 10_000, language(kind)
     counts = Counter(document.text for document in small.documents(n, seed=9, kind=kind))
     assert set(counts) <= set(table)
     often = [text for text, chance in table.items() if n * chance >= 10]

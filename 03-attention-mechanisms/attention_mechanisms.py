@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ from sequence_modeling import (
     Seq2Seq,
     check_token_ids,
     copy_batch,
+    device_of,
     fit,
     real_positions,
     recall_batch,
@@ -235,14 +236,14 @@ def check_broadcast(name: str, tensor: Tensor, scores_shape: torch.Size) -> None
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the keys that may be attended; a row with none is 0, and so is the gradient through it.
 
-    A score of -inf also blocks its key. The plain softmax of a row of -inf is 0 / 0 = NaN, and its gradient stays NaN
-    even if the output is overwritten; so such a row is replaced before the softmax, and erased after it.
+    The plain softmax of a row of -inf is 0 / 0 = NaN, and its gradient stays NaN even if the output is overwritten; so
+    such a row attends everywhere in the softmax, and is erased after it.
     """
-    if mask is not None:
-        check_mask(mask, scores.shape)
-        scores = scores.masked_fill(~mask, -math.inf)
-    blocked = (scores == -math.inf).all(dim=-1, keepdim=True)
-    return scores.masked_fill(blocked, 0.0).softmax(dim=-1).masked_fill(blocked, 0.0)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    check_mask(mask, scores.shape)
+    nowhere = ~mask.any(dim=-1, keepdim=True)
+    return scores.masked_fill(~(mask | nowhere), -math.inf).softmax(dim=-1).masked_fill(nowhere, 0.0)
 
 
 def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -255,15 +256,20 @@ def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
 def attention_weights(
     q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """softmax(q k^T * scale + bias) over the keys that may be attended; scale is 1/sqrt(d_k) unless given."""
+    """softmax(q k^T * scale + bias) over the keys that may be attended; scale is 1/sqrt(d_k) unless given.
+
+    A bias of -inf blocks too. Shapes and errors as in `scaled_dot_product_attention`.
+    """
     check_widths(q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q * scale) @ k.transpose(-2, -1)  # (batch, heads, query, key)
+    if mask is not None:
+        check_mask(mask, scores.shape)
     if bias is not None:
         check_bias(bias, scores.shape)
-        scores = scores + bias  # (batch, heads, query, key)
-    elif mask is None:
-        return scores.softmax(dim=-1)
+        allowed = bias != -math.inf
+        scores = scores + bias.masked_fill(~allowed, 0.0)  # (batch, heads, query, key)
+        mask = allowed if mask is None else mask & allowed
     return masked_softmax(scores, mask)
 
 
@@ -798,11 +804,13 @@ def compare_on_task(
     return results
 
 
-def recall_model(config: RecallConfig, seed: int) -> tuple[AttentionOnlyModel, Iterator[tuple[Tensor, Tensor]]]:
-    """A fresh attention-only model and its endless batches of (inputs, targets)."""
-    generator = seed_everything(seed)
+def recall_model(config: RecallConfig, run: RunConfig) -> tuple[AttentionOnlyModel, Iterator[tuple[Tensor, Tensor]]]:
+    """A fresh attention-only model on its device, and endless batches of (inputs, targets)."""
+    generator = seed_everything(run.seed)
     model = AttentionOnlyModel(VOCAB_SIZE, 4 * config.n_pairs, config.d_model, config.n_heads, config.n_layers)
-    return model, (recall_batch(config.batch_size, config.n_pairs, generator, N_KINDS) for _ in itertools.count())
+    return model.to(pick_device(run.device)), (
+        recall_batch(config.batch_size, config.n_pairs, generator, N_KINDS) for _ in itertools.count()
+    )
 
 
 def relative_entropy(weights: Tensor, mask: Tensor) -> float:
@@ -817,10 +825,10 @@ def relative_entropy(weights: Tensor, mask: Tensor) -> float:
 
 
 def entropy_through_training(
-    config: RecallConfig, scaled: bool, seed: int, every: int = 10
+    config: RecallConfig, scaled: bool, run: RunConfig, every: int = 10
 ) -> tuple[list[int], list[float], float]:
     """Train with or without the 1/sqrt(d_head); return steps, relative entropies and the last batches' mean loss."""
-    model, batches = recall_model(config, seed)
+    model, batches = recall_model(config, run)
     if not scaled:
         for layer in model.layers:
             layer.scale = 1.0
@@ -830,13 +838,13 @@ def entropy_through_training(
         for step, batch in enumerate(batches):
             if step % every == 0:
                 with torch.no_grad():
-                    weights = model.look(batch[0])[1]  # (layers, batch, heads, query, key)
+                    weights = model.look(batch[0].to(device_of(model)))[1]  # (layers, batch, heads, query, key)
                 steps.append(step)
-                entropies.append(relative_entropy(weights, causal_mask(weights.shape[-1])))
+                entropies.append(relative_entropy(weights, causal_mask(weights.shape[-1], device=weights.device)))
             yield batch
 
     name = "scaled" if scaled else "unscaled"
-    losses = fit(model, watched(), config.max_steps, config.learning_rate, f"{name}, seed {seed}")
+    losses = fit(model, watched(), config.max_steps, config.learning_rate, f"{name}, seed {run.seed}")
     return steps, entropies, float(np.mean(losses[-every:]))
 
 
@@ -1049,10 +1057,9 @@ def demo(config: AlignmentConfig, run: RunConfig) -> None:
 def heads(config: RecallConfig, run: RunConfig) -> None:
     """Train an attention-only model on recall, draw what each head looks at, and silence the heads one at a time."""
     announce(f"train {config.n_layers} layers of {config.n_heads} heads for {config.max_steps} steps", 20)
-    model, batches = recall_model(config, run.seed)
-    model.to(pick_device(run.device))
+    model, batches = recall_model(config, run)
     fit(model, batches, config.max_steps, config.learning_rate, "train")
-    inputs, targets = (part.to(model.lm_head.weight.device) for part in next(batches))
+    inputs, targets = (part.to(device_of(model)) for part in next(batches))
     with torch.no_grad():
         logits, weights = model.look(inputs)
     print(f"accuracy {accuracy(logits, targets):.1%} with all heads (chance {1 / N_KINDS:.1%}); with one silenced:")
@@ -1074,7 +1081,7 @@ def scale(config: RecallConfig, run: RunConfig) -> None:
     announce(f"train 6 models for {config.max_steps} steps", 100)
     curves, d_head = {}, config.d_model // config.n_heads
     for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without")):
-        trials = [entropy_through_training(config, scaled, run.seed + trial) for trial in range(3)]
+        trials = [entropy_through_training(config, scaled, replace(run, seed=run.seed + i)) for i in range(3)]
         entropies = np.array([entropies for _, entropies, _ in trials])
         curves[name] = (trials[0][0], entropies.mean(axis=0).tolist())
         first, last, losses = entropies[:, 0], entropies[:, -1], np.array([loss for _, _, loss in trials])

@@ -476,6 +476,15 @@ def test_tiled_single_precision_at_length(parity) -> None:
     parity("tiled_attention, float32", SDPA, "gradient", list(grads[0]), list(grads[1]), 1e-5)
 
 
+def test_tiled_sums_half_precision_in_single() -> None:
+    """400 tiles of one key: sums kept in bfloat16 would lose the output's last bits, by far more than one."""
+    q, k = (torch.randn(3, n, D_K, generator=generator(n)).bfloat16() for n in (2, 400))
+    v = (torch.rand(3, 400, D_V, generator=generator(2)) + 0.5).bfloat16()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    output = tiled_attention(q, k, v, tile_size=1)
+    assert output.dtype == torch.bfloat16 and (output / exact - 1).abs().max() < 2**-8
+
+
 def test_tiled_has_no_second_derivative() -> None:
     """Asked for through the upstream gradient it is refused; otherwise the first derivative is a constant."""
     inputs = qkv(1, 1)
@@ -995,10 +1004,10 @@ CPU = RunConfig(device="cpu")
 
 def test_fresh_models_know_nothing() -> None:
     """The loss at init is near ln(vocab): no token is favoured."""
-    _, batches = recall_model(RecallConfig(), 0)
+    _, batches = recall_model(RecallConfig(), CPU)
     inputs, targets = next(batches)
     torch.manual_seed(0)
-    losses = {"AttentionOnlyModel": F.cross_entropy(recall_model(RecallConfig(), 0)[0](inputs).mT, targets)}
+    losses = {"AttentionOnlyModel": F.cross_entropy(recall_model(RecallConfig(), CPU)[0](inputs).mT, targets)}
     batch = alignment_batch("copy", 64, 8, generator())
     for model_cls in (BahdanauSeq2Seq, LuongSeq2Seq):
         logits = model_cls(VOCAB_SIZE, VOCAB_SIZE, 64)(*batch[:3])
@@ -1077,7 +1086,7 @@ def test_silencing_a_head_removes_exactly_its_share(parity) -> None:
 def test_ablation_finds_the_only_head_that_matters() -> None:
     """Heads without output weights can go; the one that is left cannot."""
     config = RecallConfig(n_pairs=2, d_model=16, n_heads=4, n_layers=1)
-    model, batches = recall_model(config, 0)
+    model, batches = recall_model(config, CPU)
     inputs, targets = next(batches)
     with torch.no_grad():
         model.layers[0].out_proj.weight[:, 4:] = 0  # only head 0 reaches the output
@@ -1088,14 +1097,14 @@ def test_ablation_finds_the_only_head_that_matters() -> None:
 
 def test_entropy_is_recorded_with_and_without_the_scale() -> None:
     config = RecallConfig(n_pairs=2, d_model=64, n_heads=1, n_layers=1, batch_size=8, max_steps=6)
-    (steps, scaled, _), (_, unscaled, loss) = (entropy_through_training(config, flag, 0, every=3) for flag in (1, 0))
+    (steps, scaled, _), (_, unscaled, loss) = (entropy_through_training(config, flag, CPU, every=3) for flag in (1, 0))
     assert steps == [0, 3] and len(scaled) == len(unscaled) == 2 and math.isfinite(loss)
     assert 1 > scaled[0] > unscaled[0] + 0.2, "at the start the scale alone keeps the weights spread"
 
 
 def test_attention_only_model_is_causal_and_recalls() -> None:
     config = RecallConfig(n_pairs=3, d_model=48, n_heads=2, max_steps=150, learning_rate=5e-3)
-    model, batches = recall_model(config, 0)
+    model, batches = recall_model(config, CPU)
     topic.fit(model, batches, config.max_steps, config.learning_rate)
     inputs, targets = recall_batch(256, 3, generator(5), N_KINDS)
     right = accuracy(model(inputs), targets)
@@ -1200,8 +1209,8 @@ def test_shape_comments_are_true(checked_shapes, tmp_path) -> None:
         for task, model_cls in (("copy", BahdanauSeq2Seq), ("recall", LuongSeq2Seq)):
             compare_on_task(task, model_cls, config, CPU)
         recall = RecallConfig(n_pairs=2, d_model=6, n_heads=3, batch_size=2, max_steps=1)
-        entropy_through_training(recall, True, 0)
-        model, batches = recall_model(recall, 0)
+        entropy_through_training(recall, True, CPU)
+        model, batches = recall_model(recall, CPU)
         ablate_heads(model, *next(batches))
         largest_weight(4, 5, True, generator())
     source_lines = Path(topic.__file__).read_text(encoding="utf-8").splitlines()

@@ -57,6 +57,7 @@ from workbench import (
 
 NORM_ORDERS = ("pre", "post")
 HELD_OUT_SEED = 777  # of the documents that models are examined with
+SMALL_MODEL_RATE = 20e9  # FLOP/s that a model of 100,000 parameters reaches on 2 CPU cores: a fifth of the peak
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -85,11 +86,11 @@ class BenchConfig:
 class TrainConfig:
     """How a language model is trained and examined."""
 
-    batch_size: int = 16  # rows in a batch, each packed with whole documents
+    batch_size: int = 8  # rows in a batch, each packed with whole documents
     seq_len: int = 64  # tokens in a row
-    max_steps: int = 1500  # optimizer steps
+    max_steps: int = 2000  # optimizer steps
     warmup_steps: int = 50  # steps of rising learning rate
-    learning_rate: float = 5e-3  # the peak
+    learning_rate: float = 7e-3  # the peak
     min_lr_ratio: float = 0.05  # last learning rate, as a fraction of the peak
     weight_decay: float = 0.1  # of the matrices
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -114,7 +115,7 @@ class ModelConfig:
     d_ff: int = 256  # width inside the feed-forward network
     dropout: float = 0.0  # fraction of activations zeroed in training
     norm_order: str = "pre"  # pre or post: normalise the input of a sub-layer, or the stream after it
-    activation: str = "gelu"  # relu or gelu
+    activation: str = "relu"  # relu or gelu
     positions: str = "rotary"  # sinusoidal, learned, rotary, alibi, relative or none
 
     def __post_init__(self) -> None:
@@ -1207,7 +1208,11 @@ def plot_curves(
 
 def demo(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -> None:
     """Train a small language model on TinyWorld and measure how far above the entropy of the language it stays."""
-    announce(f"training a {model_config.n_layers}-block causal transformer for {config.max_steps} steps", 50)
+    sizes = (model_config.d_model, model_config.n_heads, model_config.d_ff, model_config.n_layers)
+    size = TransformerSize(*sizes, vocab_size=len(tiny_world()[1]))
+    flops = 3 * transformer_flops(size, config.batch_size, config.seq_len)["total"]
+    plan = f"training a causal transformer of {model_config.n_layers} blocks for {config.max_steps} steps"
+    announce(plan, 10 + config.max_steps * flops / SMALL_MODEL_RATE)
     trained = train_language_model(model_config, config, run)
     model, uniform, floor = trained.model, math.log(trained.model.vocab_size), trained.loss - trained.gap
     for owner, number in count_parameters(model).items():

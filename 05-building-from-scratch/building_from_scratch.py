@@ -85,7 +85,7 @@ class DataConfig:
     task: Literal["french", "dates"] = "french"  # the embedded pairs to learn from
     data: Path | None = None  # a TSV file of source<TAB>target lines, in place of the embedded pairs
     unit: Literal["words", "characters"] = "words"  # how to split the lines of --data
-    n_pairs: int = 20_000  # training pairs drawn from the embedded task
+    n_pairs: int = 40_000  # training pairs drawn from the embedded task
     n_held_out: int = 500  # pairs drawn for each held-out split of the embedded task
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class TrainConfig:
     batch_size: int = 64  # pairs per step
     max_steps: int = 1200  # optimizer steps
     warmup_steps: int = 200  # steps in which the learning rate rises to its peak
-    learning_rate: float = 3e-3  # peak of the schedule
+    learning_rate: float = 2e-3  # peak of the schedule
     label_smoothing: float = 0.1  # probability moved from the right token to all tokens alike
     grad_clip: float = 1.0  # largest norm of the gradient
     save_every: int = 200  # steps between checkpoints
