@@ -135,6 +135,7 @@ def test_flags_come_from_the_fields(capsys) -> None:
         (["--kind", "odd"], "invalid choice: 'odd'"),
         (["--wid", "3"], "unrecognized arguments: --wid"),
         (["--seed", "-1"], "seed must be finite and >= 0"),
+        (["--threads", "0"], "threads must be finite and >= 1, got 0"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["demo", "explode"], "cannot explode on two lines"),
         (["demo", "full"], "No space left on device: 'model.pt'"),
@@ -146,6 +147,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys) -> None:
         call(*argv)
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_one_thread_unless_told_otherwise() -> None:
+    call("--threads", "2")
+    assert torch.get_num_threads() == 2
+    call()
+    assert torch.get_num_threads() == 1
 
 
 def test_interrupt_exits_130_without_a_traceback(capsys) -> None:

@@ -78,14 +78,16 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every run has: a seed, a device, a folder for what it writes."""
+    """What every run has: a seed, a device, a folder for what it writes, and the number of CPU threads."""
 
     seed: int = 0  # seed of every random generator
     device: str = "auto"  # auto, cpu, cuda or mps
     out: Path = ROOT / "runs"  # folder for everything this run writes
+    threads: int = 1  # CPU threads; one gives the same numbers everywhere and suffices for small models
 
     def __post_init__(self) -> None:
         check_range(self, "seed", least=0, below=2**63)
+        check_range(self, "threads", least=1)
         pick_device(self.device)
         check_folder(self.out)
 
@@ -186,7 +188,11 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     args = parser.parse_args(argv)
     function, *config_classes = verbs[args.verb]
     try:
-        function(*(config_from_args(config_cls, args) for config_cls in config_classes))
+        configs = [config_from_args(config_cls, args) for config_cls in config_classes]
+        for config in configs:
+            if isinstance(config, RunConfig):
+                torch.set_num_threads(config.threads)
+        function(*configs)
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; what was saved stays\n")
     except (ValueError, OSError) as error:

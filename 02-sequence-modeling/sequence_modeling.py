@@ -117,8 +117,9 @@ class NGramModel:
 
     p(w | h) = max(c(h w) - D, 0) / c(h) + D N(h) / c(h) p(w | h without its oldest token): c counts occurrences for the
     longest contexts, and for shorter ones the different tokens seen before h w; N(h) is the number of different words
-    after h; p(w | nothing) is mixed with the uniform distribution. A context never reaches back over <bos>, so one that
-    begins with it, which nothing precedes, keeps its plain counts. An unseen context is shortened until it is seen.
+    after h; p(w | nothing) is mixed with the uniform distribution. A context that begins with <bos>, which nothing
+    precedes, keeps its plain counts. An unseen context, such as one that reaches back over <bos> into the document
+    before, is shortened until it is seen.
 
     `discount` fixes D for every length; None estimates it for each as n1 / (n1 + 2 n2) (n1 entries counted once, n2
     twice), 0.5 where either is 0. order 1 is the unigram model.
@@ -167,9 +168,7 @@ class NGramModel:
             raise ValueError("the n-gram model has counted nothing yet; call fit first")
         check_token_ids(token_ids, self.vocab_size)
         ids = token_ids.numpy(force=True)
-        positions = np.arange(ids.shape[1])
-        document_start = np.maximum.accumulate(np.where(ids == BOS_ID, positions, 0), axis=1)  # (batch, seq)
-        available = (positions - document_start + 1).ravel()
+        available = np.tile(np.arange(1, ids.shape[1] + 1), len(ids))  # tokens of the row up to each position
         alive, node = np.ones(ids.size, bool), np.zeros(ids.size, np.int64)
         rows = np.full((ids.size, self.vocab_size), 1 / self.vocab_size)  # (tokens, vocab)
         for length, table in enumerate(self.tables):
@@ -1062,7 +1061,7 @@ def plot_lines(
     for index, (name, level) in enumerate(levels.items()):
         axis.axhline(level, color="black", linestyle=("--", ":", "-.")[index % 3], linewidth=1, label=name)
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -1072,8 +1071,9 @@ def plot_lines(
 def demo(config: LadderConfig, run: RunConfig) -> None:
     """Train n-grams and recurrent networks on TinyWorld and show how far each stays above the entropy."""
     torch.set_num_threads(1)  # steps this small gain nothing from a second core, and stall when it has other work
-    per_step = 1.7e-6 * config.batch_size * config.seq_len * (config.d_model + 64)
-    announce(f"2 counting models and 4 networks of {config.max_steps} steps each", 10 + per_step * config.max_steps)
+    per_token = 0.8e-3 + 0.9e-6 * config.batch_size * config.d_model  # of a row, in all four networks
+    seconds = 10 + per_token * config.seq_len * config.max_steps
+    announce(f"2 counting models and 4 networks of {config.max_steps} steps each", seconds)
     rungs, fresh, vocabulary = climb(config, run)
     n_tokens = sum(len(document.tokens) for document in fresh)
     floor = sum(sum(document.surprisal) for document in fresh) / n_tokens
@@ -1194,8 +1194,8 @@ def measure_text(train_text: str, test_text: str, config: CharacterConfig, run: 
 
 def train(data: TextConfig, config: CharacterConfig, run: RunConfig) -> None:
     """Train a character model on a text, compare it with compressors, and save it."""
-    per_step = 3e-7 * config.batch_size * config.seq_len * config.n_layers * (config.d_model / 128) ** 2
-    announce(f"{config.max_steps} steps of a character {config.cell} on {data.data}", 5 + per_step * config.max_steps)
+    per_step = config.seq_len * config.n_layers * (0.3e-3 + 0.3e-6 * config.batch_size * config.d_model)
+    announce(f"{config.max_steps} steps of a character {config.cell} on {data.data}", 10 + per_step * config.max_steps)
     train_text, test_text = read_text(data.data, "train"), read_text(data.data, "validation")[: data.eval_chars]
     vocabulary = Vocabulary(sorted(set(train_text + test_text)))  # the alphabet of both sides: no character is unknown
     model, _ = train_character_lm(train_text, vocabulary, config, run)

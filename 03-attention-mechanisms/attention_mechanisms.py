@@ -236,8 +236,8 @@ def check_broadcast(name: str, tensor: Tensor, scores_shape: torch.Size) -> None
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the keys that may be attended; a row with none is 0, and so is the gradient through it.
 
-    The plain softmax of a row of -inf is 0 / 0 = NaN, and its gradient stays NaN even if the output is overwritten; so
-    such a row attends everywhere in the softmax, and is erased after it.
+    The plain softmax of a row of -inf is 0 / 0 = NaN. Such a row attends everywhere in the softmax and is erased after
+    it, so that no NaN arises on the way either, forward or backward, for a NaN finder to stumble over.
     """
     if mask is None:
         return scores.softmax(dim=-1)
@@ -300,8 +300,8 @@ class MultiHeadAttention(nn.Module):
         (batch, heads, query, key); without memory, x attends to itself
         mask: bool, (query, key), or four axes that broadcast to (batch, heads, query, key); True = may attend
     The weights are returned as used: in training with dropout applied, as by nn.MultiheadAttention.
-    Raises ValueError if n_heads does not divide d_model, and for a mask of three axes, whose first could mean the
-    sequence or the head.
+    Raises ValueError if n_heads does not divide d_model, for inputs of other shapes, and for a mask of three axes,
+    whose first could mean the sequence or the head.
     """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, use_bias: bool = True) -> None:
@@ -323,14 +323,20 @@ class MultiHeadAttention(nn.Module):
         """(batch, seq, d_model) -> (batch, heads, seq, d_head): seq is x's own length, not always the query's."""
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (batch, heads, seq, d_head)
 
+    def check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"expected a sequence (batch, seq, d_model={self.d_model}), got {tuple(x.shape)}")
+
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a memory, each (batch, heads, key, d_head): what a cache keeps."""
+        self.check_input(memory)
         return self.split_heads(self.k_proj(memory)), self.split_heads(self.v_proj(memory))
 
     def attend(
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention of x (batch, query, d_model) over keys and values that are already split into heads."""
+        self.check_input(x)
         if mask is not None and mask.dim() == 3 and len(mask) != 1:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, expected (query, key) or (batch, heads, query, key); "
@@ -1033,7 +1039,7 @@ def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, lo
 # The verbs
 
 
-SECONDS_PER_STEP = 0.09  # of the four models of the demo together, with the default sizes, on 2 cores
+SECONDS_PER_STEP = 0.14  # of the four models of the demo together, with the default sizes, on 2 cores
 
 
 def demo(config: AlignmentConfig, run: RunConfig) -> None:

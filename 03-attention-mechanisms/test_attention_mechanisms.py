@@ -146,7 +146,8 @@ def test_rows_that_may_attend_nowhere_are_zero_and_pass_no_gradient() -> None:
     for options in ({"mask": mask}, {"bias": blocked_by_bias}, {"mask": mask, "bias": normal(QUERY, KEY)}):
         output, weights = scaled_dot_product_attention(*inputs, **options)
         assert (output[:, :, 2] == 0).all() and (weights[:, :, 2] == 0).all() and output[:, :, 0].abs().min() > 0
-        grad_q, grad_k, grad_v = gradients(output, inputs)
+        with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+            grad_q, grad_k, grad_v = gradients(output, inputs)
         assert (grad_q[:, :, 2] == 0).all()
         assert all(torch.isfinite(grad).all() for grad in (grad_q, grad_k, grad_v))
     nowhere = scaled_dot_product_attention(*inputs, torch.zeros(QUERY, KEY, dtype=torch.bool))[0]
@@ -711,8 +712,10 @@ def test_padded_equals_unpadded(parity) -> None:
 
 def test_a_constant_added_to_all_scores_of_a_row_changes_nothing(parity) -> None:
     inputs = qkv(BATCH, HEADS)
-    shifted = scaled_dot_product_attention(*inputs, bias=normal(QUERY, 1) * 10)[0]
-    parity("softmax", "shifted scores", "invariant", shifted, scaled_dot_product_attention(*inputs)[0], 1e-12)
+    for mask in (None, some_mask(QUERY, KEY)):  # a finite stand-in for -inf would win against scores far below it
+        shifted = scaled_dot_product_attention(*inputs, mask, bias=normal(QUERY, 1).abs() * -1e6)[0]
+        expected = scaled_dot_product_attention(*inputs, mask)[0]
+        parity("scaled_dot_product_attention", "shifted scores", "invariant", shifted, expected, 1e-8)
 
 
 def test_largest_weight_grows_with_width_only_without_the_scale() -> None:
@@ -831,12 +834,12 @@ def test_seq2seq_generates_what_teacher_forcing_predicts(model_cls: type, parity
     for row, wanted in zip(generated.tolist(), forced.tolist(), strict=True):
         end = row.index(EOS_ID) + 1 if EOS_ID in row else len(row)
         assert row[:end] == wanted[:end] and set(row[end:]) <= {PAD_ID}
-    state = model.encode(src_ids, src_lengths)[1]
-    steps = []
-    for t in range(inputs.shape[1]):
-        output, state = model.decode(inputs[:, t : t + 1], state)
+    tgt_ids = torch.randint(4, 13, (2, 6), generator=generator())
+    state, steps = model.encode(src_ids, src_lengths)[1], []
+    for t in range(6):
+        output, state = model.decode(tgt_ids[:, t : t + 1], state)
         steps.append(model.lm_head(output))
-    whole = model(src_ids, src_lengths, inputs)
+    whole = model(src_ids, src_lengths, tgt_ids)
     parity(model_cls.__name__, "one step at a time", "invariant", torch.cat(steps, dim=1), whole, 1e-12)
 
 
@@ -895,6 +898,11 @@ def test_score_alignment_counts_by_hand() -> None:
     [
         (lambda: MultiHeadAttention(10, 3), r"d_model=10 is not divisible by n_heads=3; choose a divisor"),
         (lambda: MultiHeadAttention(10, 0), r"d_model=10 is not divisible by n_heads=0"),
+        (
+            lambda: MultiHeadAttention(8, 1)(torch.ones(5, 8)),
+            r"expected a sequence \(batch, seq, d_model=8\), got \(5, 8\)",
+        ),
+        (lambda: MultiHeadAttention(8, 2)(torch.ones(2, 5, 8), torch.ones(2, 5, 6)), r"d_model=8\), got \(2, 5, 6\)"),
         (lambda: RecallConfig(d_model=10, n_heads=3), r"d_model=10 is not divisible by n_heads=3"),
         (lambda: window_mask(5, 0), r"window_size must be >= 1, got 0"),
         (lambda: dilated_mask(5, 2, 0), r"dilation must be >= 1, got 0"),
@@ -1102,6 +1110,20 @@ def test_entropy_is_recorded_with_and_without_the_scale() -> None:
     assert 1 > scaled[0] > unscaled[0] + 0.2, "at the start the scale alone keeps the weights spread"
 
 
+def test_attention_only_model_adds_to_a_residual_stream() -> None:
+    """Layers that write nothing leave embedding plus position; one that does adds its output to what it read."""
+    torch.manual_seed(0)
+    model, token_ids = AttentionOnlyModel(20, 9, 12, 3, 2), torch.randint(20, (2, 7), generator=generator())
+    stream = model.token_emb(token_ids) + model.pos_emb.weight[:7]
+    for layer in model.layers:
+        stream = stream + layer(stream, mask=causal_mask(7))[0]
+    torch.testing.assert_close(model(token_ids), model.lm_head(stream), rtol=0, atol=1e-6)
+    for layer in model.layers:
+        nn.init.zeros_(layer.out_proj.weight)
+    plain = model.lm_head(model.token_emb(token_ids) + model.pos_emb.weight[:7])
+    torch.testing.assert_close(model(token_ids), plain, rtol=0, atol=1e-6)
+
+
 def test_attention_only_model_is_causal_and_recalls() -> None:
     config = RecallConfig(n_pairs=3, d_model=48, n_heads=2, max_steps=150, learning_rate=5e-3)
     model, batches = recall_model(config, CPU)
@@ -1181,8 +1203,8 @@ def test_the_other_verbs_run(tmp_path, capsys) -> None:
 
 def test_alignment_figure_marks_the_true_links() -> None:
     config = AlignmentConfig(n_symbols=4, d_model=6, batch_size=4, max_steps=2)
-    results = compare_on_task("copy", BahdanauSeq2Seq, config, CPU)
-    links = topic.held_out("copy", config, 0)[-1][0]
+    results = compare_on_task("recall", LuongSeq2Seq, config, CPU)
+    links = topic.held_out("recall", config, 0)[-1][0]
     right = plot_alignment(results, links).axes[1]
     points = {(int(x), int(y)) for x, y in right.collections[0].get_offsets().tolist()}
     assert points == {(j, i) for i, j in links.nonzero().tolist()}

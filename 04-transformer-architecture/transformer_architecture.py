@@ -57,7 +57,7 @@ from workbench import (
 
 NORM_ORDERS = ("pre", "post")
 HELD_OUT_SEED = 777  # of the documents that models are examined with
-SMALL_MODEL_RATE = 20e9  # FLOP/s that a model of 100,000 parameters reaches on 2 CPU cores: a fifth of the peak
+SMALL_MODEL_RATE = 20e9  # FLOP/s that a model of 100,000 parameters reaches in training on one CPU core
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -862,7 +862,8 @@ def transformer_flops(size: TransformerSize, batch_size: int, src_len: int, tgt_
 def activation_bytes(size: TransformerSize, batch_size: int, seq_len: int, bytes_per_number: int = 4) -> dict[str, int]:
     """Bytes that our pre-norm encoder keeps for the backward pass (ReLU, no dropout, with a mask), term by term.
 
-    The stream itself is not among them: the gradient of a sum needs neither summand.
+    The stream itself is not among them: the gradient of a sum needs neither summand. Masks, one byte for each bool, are
+    left out.
     """
     tokens, n_layers = batch_size * seq_len, size.n_encoder_layers
     numbers = {
@@ -873,7 +874,6 @@ def activation_bytes(size: TransformerSize, batch_size: int, seq_len: int, bytes
         "feed-forward": n_layers * tokens * size.d_ff,
     }
     terms = {name: number * bytes_per_number for name, number in numbers.items()}
-    terms["masks"] = n_layers * (seq_len**2 + size.n_heads * tokens)  # one byte for each bool
     return {**terms, "total": sum(terms.values())}
 
 
@@ -1173,14 +1173,17 @@ def smooth(values: list[float], width: int) -> np.ndarray:
 
 
 def plot_training(losses: list[float], floor: float, uniform: float) -> Figure:
-    """The loss of every step, between that of uniform guessing and the entropy of the language."""
+    """The loss of every step on a logarithmic axis, between that of uniform guessing and the entropy floor."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     averaged = smooth(losses, 25)
     axis.plot(losses, lw=0.5, alpha=0.35, color="C0")
     axis.plot(range(len(losses) - len(averaged), len(losses)), averaged, color="C0", label="training loss")
     axis.axhline(uniform, color="grey", ls=":", label=f"uniform guessing, {uniform:.2f}")
-    axis.axhline(floor, color="black", ls="--", label=f"entropy of the language, {floor:.3f}")
-    axis.set(xlabel="step", ylabel="nats per token", ylim=(0, None))
+    axis.axhline(floor, color="black", ls="--", label=f"entropy floor, {floor:.3f}")
+    ticks = [tick for tick in (0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6) if 0.9 * floor < tick < 1.1 * uniform]
+    axis.set(xlabel="step", ylabel="nats per token", yscale="log", ylim=(0.9 * floor, 1.1 * uniform))
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.legend(frameon=False)
     return figure
 
@@ -1199,7 +1202,7 @@ def plot_curves(
     for mark in marks:
         axis.axvline(mark, color="black", ls=":", lw=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -1208,6 +1211,7 @@ def plot_curves(
 
 def demo(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -> None:
     """Train a small language model on TinyWorld and measure how far above the entropy of the language it stays."""
+    torch.set_num_threads(1)  # a model this small gains nothing from a second thread, and would wait for a busy core
     sizes = (model_config.d_model, model_config.n_heads, model_config.d_ff, model_config.n_layers)
     size = TransformerSize(*sizes, vocab_size=len(tiny_world()[1]))
     flops = 3 * transformer_flops(size, config.batch_size, config.seq_len)["total"]

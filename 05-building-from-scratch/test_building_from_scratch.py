@@ -32,6 +32,7 @@ from building_from_scratch import (
     batch_tensors,
     beam_search,
     beam_translate,
+    cooldown_factor,
     endless_batches,
     epoch_batches,
     generate,
@@ -197,6 +198,11 @@ def test_noam_schedule_equals_the_published_formula(parity, d_model: int, warmup
     assert max(ours) == ours[warmup_steps - 1] == pytest.approx(peak, rel=1e-12)
 
 
+def test_cooldown_falls_straight_to_its_last_step() -> None:
+    shares = [cooldown_factor(step, 100, 4) for step in (1, 96, 97, 98, 99, 100)]
+    assert shares == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("n_beams", [2, 4])
 def test_beam_search_equals_transformers_generate(parity, n_beams: int, length_penalty: float) -> None:
@@ -289,6 +295,17 @@ def test_full_width_beam_search_is_exhaustive_search(parity, length_penalty: flo
     parity("beam_search, full width", "exhaustive search", "output", ours, exact, 1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_stopping_when_the_best_is_certain_never_misses_it(seed: int) -> None:
+    table = random_table(5, 3, seed)
+    for length_penalty in (0.0, 0.6, 1.2):
+        patient, quick = (
+            beam_search(table_step(table, 4), 1, 4, 5, length_penalty, early_stop=False, n_best=n_best)[0][0]
+            for n_best in (None, 1)
+        )
+        assert patient == quick
+
+
 # Invariants
 
 
@@ -336,7 +353,7 @@ def test_cached_beam_search_equals_uncached(n_beams: int) -> None:
         with torch.no_grad():
             return model(src_ids.repeat_interleave(n_beams, dim=0), prefixes)[:, -1].log_softmax(-1)
 
-    plain = beam_search(step, BATCH, n_beams, 9, 0.6)
+    plain = beam_search(step, BATCH, n_beams, 9, 0.6, n_best=1)
     cached = beam_translate(model, src_ids, DecodeConfig(n_beams=n_beams, max_new_tokens=9))
     assert [[h.tokens for h in item] for item in cached] == [[h.tokens for h in item] for item in plain]
     if n_beams == 1:
@@ -531,7 +548,7 @@ def trained(tmp_path_factory) -> Path:
     write_number_words(out / "numbers.tsv")
     torch.set_num_threads(1)
     main(
-        f"train --data {out}/numbers.tsv --out {out}/run --max-steps 200 --warmup-steps 40 --batch-size 24 "
+        f"train --data {out}/numbers.tsv --out {out}/run --max-steps 200 --warmup-steps 40 --cooldown-steps 60 --batch-size 24 "
         "--d-model 32 --d-ff 64 --n-encoder-layers 1 --n-decoder-layers 1 --max-seq-len 12 --max-new-tokens 6 "
         "--device cpu".split()
     )
@@ -588,7 +605,7 @@ def test_translate_answers_and_refuses_what_it_cannot_know(trained, capsys) -> N
 
 
 def test_demo_of_an_embedded_task_beats_chance(tmp_path, capsys) -> None:
-    sizes = "--n-pairs 2000 --n-held-out 20 --max-steps 150 --warmup-steps 40 --n-beams 2 --device cpu".split()
+    sizes = "--n-pairs 2000 --n-held-out 20 --max-steps 150 --warmup-steps 40 --cooldown-steps 40 --n-beams 2 --device cpu".split()
     main(["demo", "--out", str(tmp_path), "--d-model", "32", "--d-ff", "64", *sizes])
     printed = capsys.readouterr().out
     history = load_checkpoint(tmp_path)["history"]
