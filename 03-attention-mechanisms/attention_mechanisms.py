@@ -990,32 +990,38 @@ def plot_heads(weights: Tensor, tokens: list[str] | None = None, title: str = ""
     if weights.dim() != 3:
         raise ValueError(f"weights must have shape (heads, query, key), got {tuple(weights.shape)}")
     n_heads, n_query, n_key = weights.shape
-    figure, axes = plt.subplots(1, n_heads, figsize=(2.6 * n_heads + 0.6, 2.9), squeeze=False, sharey=True)
+    side = max(2.6, 0.13 * n_key)  # inches: room for a label at every token
+    figure, axes = plt.subplots(1, n_heads, figsize=(side * n_heads + 1, side + 0.5), squeeze=False, sharey=True)
     for head, axis in enumerate(axes[0]):
         image = axis.imshow(weights[head].detach().cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
         axis.set(title=f"head {head}", xlabel="key", ylabel="" if head else "query")
         if tokens is not None:
-            axis.set_xticks(range(n_key), tokens, rotation=90, fontsize=7)
-            axis.set_yticks(range(n_query), tokens, fontsize=7)
+            axis.set_xticks(range(n_key), tokens, rotation=90, fontsize=6)
+            axis.set_yticks(range(n_query), tokens, fontsize=6)
     figure.colorbar(image, ax=axes[0], label="weight")
     figure.suptitle(title)
     return figure
 
 
 def plot_alignment(results: list[AlignmentResult], links: Tensor, title: str = "") -> Figure:
-    """Left: the loss of every model; right: the weights of one sequence, with a circle on each true link (tgt, src)."""
+    """Left: the loss of every model; right: weights of the sequence with most links (batch, tgt, src), each circled.
+
+    Only the targets that count are drawn.
+    """
+    index = links.sum(dim=(1, 2)).argmax()
+    counted = links[index].any(dim=1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     for result in results:
         left.plot(result.losses, label=result.model)
         if result.weights is not None:
-            image = right.imshow(result.weights[0].numpy(), vmin=0, vmax=1, cmap="viridis")
+            image = right.imshow(result.weights[index, counted].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     left.axhline(math.log(N_KINDS), color="black", linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="loss (nats per symbol)", ylim=(0, None))
     left.legend(frameon=False)
-    rows, columns = links.nonzero(as_tuple=True)
-    right.scatter(columns.numpy(), rows.numpy(), s=45, facecolors="none", edgecolors="#D55E00", label="true alignment")
-    right.set(xlabel="source position", ylabel="target position")
-    right.legend(loc="lower left", fontsize=8)
+    rows, columns = links[index, counted].nonzero(as_tuple=True)
+    right.scatter(columns, rows, s=60, facecolors="none", edgecolors="#D55E00", linewidths=2)
+    right.set(xlabel="source position", ylabel="target", title="attention weights; circles: true alignment")
+    right.locator_params(integer=True)
     figure.colorbar(image, ax=right, label="weight")
     figure.suptitle(title)
     return figure
@@ -1039,7 +1045,8 @@ def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, lo
 # The verbs
 
 
-SECONDS_PER_STEP = 0.14  # of the four models of the demo together, with the default sizes, on 2 cores
+SECONDS_PER_STEP = 0.14  # of the demo's four models together, with the default sizes, on 2 cores
+SECONDS_PER_READ = 0.02  # a training step of the attention-only model
 
 
 def demo(config: AlignmentConfig, run: RunConfig) -> None:
@@ -1055,14 +1062,15 @@ def demo(config: AlignmentConfig, run: RunConfig) -> None:
         _, src_lengths, _, _, links = held_out(task, config, run.seed)
         guess = (links.sum(dim=(1, 2)) / src_lengths).sum() / links.sum()  # one source token at random for each target
         lines.append(f"{task:7} {'chance':15} {'':10} {1 / N_KINDS:9.1%} {guess:10.2f} {guess:7.2f}")
-        figure = plot_alignment(results, links[0], f"{task} of {config.n_symbols} tokens, seed {run.seed}")
+        figure = plot_alignment(results, links, f"{task} of {config.n_symbols} tokens, seed {run.seed}")
         save_figure(figure, run.out / f"alignment_{task}.svg")
     print("\n".join(lines))
 
 
 def heads(config: RecallConfig, run: RunConfig) -> None:
     """Train an attention-only model on recall, draw what each head looks at, and silence the heads one at a time."""
-    announce(f"train {config.n_layers} layers of {config.n_heads} heads for {config.max_steps} steps", 20)
+    plan = f"train {config.n_layers} layers of {config.n_heads} heads for {config.max_steps} steps"
+    announce(plan, config.max_steps * SECONDS_PER_READ)
     model, batches = recall_model(config, run)
     fit(model, batches, config.max_steps, config.learning_rate, "train")
     inputs, targets = (part.to(device_of(model)) for part in next(batches))
@@ -1084,7 +1092,7 @@ def token_names(token_ids: Tensor) -> list[str]:
 
 def scale(config: RecallConfig, run: RunConfig) -> None:
     """With and without 1/sqrt(d): entropy of the weights through training (3 seeds), largest weight against width."""
-    announce(f"train 6 models for {config.max_steps} steps", 100)
+    announce(f"train 6 models for {config.max_steps} steps", 6 * config.max_steps * SECONDS_PER_READ)
     curves, d_head = {}, config.d_model // config.n_heads
     for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without")):
         trials = [entropy_through_training(config, scaled, replace(run, seed=run.seed + i)) for i in range(3)]

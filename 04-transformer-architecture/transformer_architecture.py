@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -53,6 +52,8 @@ from workbench import (
     run_verbs,
     save_figure,
     seed_everything,
+    speed_ratio,
+    time_in_turns,
 )
 
 NORM_ORDERS = ("pre", "post")
@@ -88,7 +89,7 @@ class TrainConfig:
 
     batch_size: int = 8  # rows in a batch, each packed with whole documents
     seq_len: int = 64  # tokens in a row
-    max_steps: int = 2000  # optimizer steps
+    max_steps: int = 1600  # optimizer steps
     warmup_steps: int = 50  # steps of rising learning rate
     learning_rate: float = 7e-3  # the peak
     min_lr_ratio: float = 0.05  # last learning rate, as a fraction of the peak
@@ -1211,7 +1212,6 @@ def plot_curves(
 
 def demo(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -> None:
     """Train a small language model on TinyWorld and measure how far above the entropy of the language it stays."""
-    torch.set_num_threads(1)  # a model this small gains nothing from a second thread, and would wait for a busy core
     sizes = (model_config.d_model, model_config.n_heads, model_config.d_ff, model_config.n_layers)
     size = TransformerSize(*sizes, vocab_size=len(tiny_world()[1]))
     flops = 3 * transformer_flops(size, config.batch_size, config.seq_len)["total"]
@@ -1247,26 +1247,20 @@ def bench(config: BenchConfig, model_config: ModelConfig, run: RunConfig) -> Non
     copy_to_torch(ours, theirs)
     x = torch.randn(config.batch_size, config.seq_len, shape.d_model, device=device, requires_grad=True)
     mask = causal_mask(config.seq_len, device=device)
-    runs = {
-        "ours": (ours, lambda: ours(x, mask)),
-        "PyTorch's": (theirs, lambda: theirs(x, mask=~mask)),  # True means "blocked" there
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(config.n_repeats + 1):
-        for name, (module, forward) in runs.items():  # in turns, so that a busy moment hits both
-            start = time.perf_counter()
-            module.zero_grad(set_to_none=True)
-            forward().square().mean().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+
+    def step(module: nn.Module, seen: Tensor) -> None:
+        module.zero_grad(set_to_none=True)
+        module(x, seen).square().mean().backward()
+
+    works = {"ours": lambda: step(ours, mask), "theirs": lambda: step(theirs, ~mask)}  # True means "blocked" there
+    seconds = time_in_turns(works, config.n_repeats)
     size = TransformerSize(shape.d_model, shape.n_heads, shape.d_ff, shape.n_layers)
     flops = 3 * transformer_flops(size, config.batch_size, config.seq_len)["total"]  # forward, and twice as much back
-    for name, median in medians.items():
-        print(f"{name:10} {1e3 * median:8.1f} ms per training step, {flops / median / 1e9:6.1f} GFLOP/s in products")
-    ratio = medians["ours"] / medians["PyTorch's"]
-    print(f"ours takes {ratio:.2f} of the time of nn.TransformerEncoder (1 is equal) on {describe_machine()}")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(f"{name:7} {1e3 * median:8.1f} ms per training step, {flops / median / 1e9:6.1f} GFLOP/s in products")
+    ratio = speed_ratio(seconds["ours"], seconds["theirs"])
+    print(f"training step beside nn.TransformerEncoder's: {ratio}; {describe_machine()}")
 
 
 def main(argv: list[str] | None = None) -> None:

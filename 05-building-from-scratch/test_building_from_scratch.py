@@ -548,9 +548,9 @@ def trained(tmp_path_factory) -> Path:
     write_number_words(out / "numbers.tsv")
     torch.set_num_threads(1)
     main(
-        f"train --data {out}/numbers.tsv --out {out}/run --max-steps 200 --warmup-steps 40 --cooldown-steps 60 --batch-size 24 "
+        f"train --data {out}/numbers.tsv --out {out}/run --max-steps 200 --warmup-steps 40 --cooldown-steps 60 "
         "--d-model 32 --d-ff 64 --n-encoder-layers 1 --n-decoder-layers 1 --max-seq-len 12 --max-new-tokens 6 "
-        "--device cpu".split()
+        "--batch-size 24 --device cpu".split()
     )
     return out
 
@@ -605,7 +605,7 @@ def test_translate_answers_and_refuses_what_it_cannot_know(trained, capsys) -> N
 
 
 def test_demo_of_an_embedded_task_beats_chance(tmp_path, capsys) -> None:
-    sizes = "--n-pairs 2000 --n-held-out 20 --max-steps 150 --warmup-steps 40 --cooldown-steps 40 --n-beams 2 --device cpu".split()
+    sizes = "--n-pairs 2000 --n-held-out 20 --max-steps 150 --warmup-steps 40 --cooldown-steps 40 --n-beams 2".split()
     main(["demo", "--out", str(tmp_path), "--d-model", "32", "--d-ff", "64", *sizes])
     printed = capsys.readouterr().out
     history = load_checkpoint(tmp_path)["history"]
