@@ -664,7 +664,7 @@ def parity() -> None:
         raise ValueError(f"{shown(path)} does not exist; run the tests first: pytest")
     rows = json.loads(path.read_text(encoding="utf-8"))["proofs"]
     table = render_ledger(rows)
-    widest = max(rows, key=lambda row: row["error"] / row["tolerance"])
+    widest = max((row for row in rows if row["tolerance"]), key=lambda row: row["error"] / row["tolerance"])
     summary = (
         f"{len(rows)} proofs of {len({(row['topic'], row['component']) for row in rows})} components; "
         f"the closest to its tolerance: {widest['component']}, {widest['level']}, {widest['error']:.1e} of "

@@ -43,6 +43,8 @@ from workbench import (
     save_figure,
     seed_everything,
     shown,
+    speed_ratio,
+    time_in_turns,
     write_atomically,
 )
 
@@ -930,33 +932,17 @@ def measure_gradients(d_hidden: int, seq_len: int, seed: int) -> dict[str, list[
     return found
 
 
-def typical_seconds(*works: Callable[[], Any], n_repeats: int) -> list[float]:
-    """Median seconds of each work after one unmeasured call; taking turns, so that a slow moment hits all alike."""
-    taken: list[list[float]] = [[] for _ in works]
-    for repeat, (index, work) in itertools.product(range(n_repeats + 1), enumerate(works)):
-        start = time.perf_counter()
-        work()
-        if repeat:
-            taken[index].append(time.perf_counter() - start)
-    return [float(np.median(seconds)) for seconds in taken]
-
-
-def measure_scan(
-    seq_lens: list[int], batch_size: int, d_model: int, n_repeats: int, device: torch.device
-) -> list[list[float]]:
-    """Seconds of `linear_recurrence` and of `linear_scan`, forward and backward, for every length."""
-    rows = []
-    for seq_len in seq_lens:
-        a = torch.rand(batch_size, seq_len, d_model, device=device).requires_grad_()
-        b = torch.randn(batch_size, seq_len, d_model, device=device)
-        works = (partial(forward_backward, form, a, b) for form in (linear_recurrence, linear_scan))
-        rows.append(typical_seconds(*works, n_repeats=n_repeats))
-    return rows
-
-
 def forward_backward(layer: Callable, *inputs: Tensor) -> None:
     outputs = layer(*inputs)
     (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+
+
+def measure_scan(seq_len: int, batch_size: int, d_model: int, n_repeats: int, device: torch.device) -> dict[str, list]:
+    """Seconds of the "loop" and of the "scan", forward and backward, in every round."""
+    a = torch.rand(batch_size, seq_len, d_model, device=device).requires_grad_()
+    b = torch.randn(batch_size, seq_len, d_model, device=device)
+    forms = {"loop": linear_recurrence, "scan": linear_scan}
+    return time_in_turns({name: partial(forward_backward, form, a, b) for name, form in forms.items()}, n_repeats)
 
 
 def compressed_bits(train_text: str, test_text: str) -> dict[str, float]:
@@ -1070,7 +1056,6 @@ def plot_lines(
 
 def demo(config: LadderConfig, run: RunConfig) -> None:
     """Train n-grams and recurrent networks on TinyWorld and show how far each stays above the entropy."""
-    torch.set_num_threads(1)  # steps this small gain nothing from a second core, and stall when it has other work
     per_token = 0.8e-3 + 0.9e-6 * config.batch_size * config.d_model  # of a row, in all four networks
     seconds = 10 + per_token * config.seq_len * config.max_steps
     announce(f"2 counting models and 4 networks of {config.max_steps} steps each", seconds)
@@ -1228,7 +1213,7 @@ class BenchConfig:
     batch_size: int = 32  # rows
     seq_len: int = 64  # steps
     d_hidden: int = 128  # width of inputs and states
-    n_repeats: int = 20  # measurements, of which the median counts
+    n_repeats: int = 20  # rounds of measurement
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "seq_len", "d_hidden", "n_repeats", least=1)
@@ -1236,19 +1221,20 @@ class BenchConfig:
 
 def bench(config: BenchConfig, run: RunConfig) -> None:
     """Time our layers against torch.nn's, and the scan against the loop, as ratios in one run."""
-    announce(f"{config.n_repeats} measurements of forward and backward", config.n_repeats * 0.6)
+    announce(f"{config.n_repeats} rounds of forward and backward of 8 layers", config.n_repeats * 0.5)
     device = pick_device(run.device)
     seed_everything(run.seed)
     print(describe_machine())
     x = torch.randn(config.batch_size, config.seq_len, config.d_hidden, device=device)
-    for name, layer_cls in (("RNN", RNN), ("GRU", GRU), ("LSTM", LSTM)):
+    for cell, layer_cls in CELLS.items():
         ours = layer_cls(config.d_hidden, config.d_hidden).to(device)
-        works = (partial(forward_backward, layer, x) for layer in (ours, ours.to_torch()))
-        mine, torchs = typical_seconds(*works, n_repeats=config.n_repeats)
-        print(f"{name:5} {mine * 1e3:7.2f} ms = {mine / torchs:.2f} x nn.{name}")
-    sizes = (config.batch_size, config.d_hidden, config.n_repeats, device)
-    ((loop, scan),) = measure_scan([config.seq_len], *sizes)
-    print(f"scan  {scan * 1e3:7.2f} ms = {scan / loop:.2f} x the loop over {config.seq_len} steps")
+        layers = {"ours": ours, "torch": ours.to_torch()}
+        seconds = time_in_turns(
+            {name: partial(forward_backward, layer, x) for name, layer in layers.items()}, config.n_repeats
+        )
+        print(f"{cell.upper()} beside nn.{cell.upper()}: {speed_ratio(seconds['ours'], seconds['torch'])}")
+    seconds = measure_scan(config.seq_len, config.batch_size, config.d_hidden, config.n_repeats, device)
+    print(f"scan beside loop, {config.seq_len} steps: {speed_ratio(seconds['scan'], seconds['loop'])}")
 
 
 def main(argv: list[str] | None = None) -> None:

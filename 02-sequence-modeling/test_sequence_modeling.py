@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from itertools import repeat
 from types import SimpleNamespace
@@ -273,6 +274,20 @@ def one_row(state, row: int):
     return parts if len(parts) > 1 else parts[0]
 
 
+def some_end_early(generated: torch.Tensor) -> bool:
+    """Whether at least one row goes on for two tokens after another row's <eos>."""
+    ends = [row.index(EOS_ID) if EOS_ID in row else len(row) for row in generated.tolist()]
+    return max(ends) >= min(ends) + 2
+
+
+def lively(model: nn.Module, seed: int) -> nn.Module:
+    """The model with large random weights, so that greedy answers differ from row to row."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
 def causal_models(vocab_size: int) -> list:
     rng = np.random.default_rng(3)
     documents = [[BOS_ID, *rng.integers(4, vocab_size, 9).tolist(), EOS_ID] for _ in range(50)]
@@ -334,10 +349,7 @@ def test_bag_of_words_counts_and_forgets_order() -> None:
 
 
 def test_seq2seq_is_not_changed_by_padding_or_by_its_neighbours(parity) -> None:
-    torch.manual_seed(0)
-    model = Seq2Seq(11, 9, 6).double()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)  # so that the greedy answers differ
+    model = lively(Seq2Seq(11, 9, 6), 30).double()
     lengths, tgt_ids = [5, 2, 3], torch.randint(4, 9, (3, 4))
     src_ids = torch.randint(4, 11, (3, 5))
     noise = src_ids.clone()
@@ -353,16 +365,15 @@ def test_seq2seq_is_not_changed_by_padding_or_by_its_neighbours(parity) -> None:
         parity("Seq2Seq", "the row alone", "invariant", model(src_ids, lengths, tgt_ids)[row], logits, 1e-12)
         expected, answer = model.generate(alone, [length], 7)[0].tolist(), generated[row].tolist()
         assert answer == expected + [0] * (len(answer) - len(expected))
-    assert len({tuple(row) for row in generated.tolist()}) > 1
+    assert some_end_early(generated)
 
 
 def test_generation_is_the_argmax_of_teacher_forcing() -> None:
-    torch.manual_seed(1)
-    model = Seq2Seq(11, 9, 6)
-    nn.init.normal_(model.lm_head.weight)
+    model = lively(Seq2Seq(11, 9, 6), 1)
     src_ids, lengths = torch.randint(4, 11, (6, 5)), [5, 2, 3, 4, 1, 5]
     generated = model.generate(src_ids, lengths, 8)
     tgt_ids = F.pad(generated[:, :-1], (1, 0), value=BOS_ID)
+    assert some_end_early(generated)
     alive = (generated == EOS_ID).cumsum(1) - (generated == EOS_ID).int() == 0
     assert torch.equal(model(src_ids, lengths, tgt_ids).argmax(-1)[alive], generated[alive])
     assert not generated[~alive].any()
@@ -741,8 +752,8 @@ def test_experiments_run_small() -> None:
     accuracies = topic.measure_memory(copy_batch, [1, 3], d_model=8, max_steps=2, seed=0)
     assert set(accuracies) == set(CELLS) and all(len(row) == 2 for row in accuracies.values())
     assert set(topic.measure_memory(echo_batch, [2], d_model=8, max_steps=2, seed=0)) == {"seq2seq"}
-    rows = topic.measure_scan([3, 9], batch_size=2, d_model=2, n_repeats=1, device=torch.device("cpu"))
-    assert len(rows) == 2 and all(seconds > 0 for row in rows for seconds in row)
+    seconds = topic.measure_scan(9, batch_size=2, d_model=2, n_repeats=3, device=torch.device("cpu"))
+    assert set(seconds) == {"loop", "scan"} and all(len(rounds) == 3 for rounds in seconds.values())
     text = "the cat sat on the mat. the dog sat on the log. " * 20
     config = topic.CharacterConfig(d_model=24, batch_size=4, seq_len=16, max_steps=60, learning_rate=0.02)
     bits = topic.measure_text(text, text[:300], config, RunConfig(device="cpu"))
@@ -800,7 +811,8 @@ def test_character_model_is_trained_saved_and_used(tmp_path, capsys) -> None:
 def test_bench_prints_ratios(capsys) -> None:
     topic.main("bench --batch-size 2 --seq-len 5 --d-hidden 4 --n-repeats 2 --device cpu".split())
     output = capsys.readouterr().out
-    assert all(f"x nn.{name}" in output for name in LAYERS) and "x the loop over 5 steps" in output
+    for pair in ("RNN beside nn.RNN", "GRU beside nn.GRU", "LSTM beside nn.LSTM", "scan beside loop, 5 steps"):
+        assert re.search(rf"{pair}: \d+\.\d+x the speed", output), pair
 
 
 # Distributions
@@ -819,11 +831,10 @@ def test_sampling_follows_the_tempered_softmax(temperature) -> None:
 
 
 def test_temperature_zero_is_greedy_and_rows_are_independent() -> None:
-    torch.manual_seed(0)
-    model = LanguageModel(9, 8)
-    nn.init.normal_(model.lm_head.weight)
+    model = lively(LanguageModel(9, 8), 42)
     prompts = torch.randint(4, 9, (3, 4))
     together = generate_ids(model, prompts, 6, temperature=0.0)
+    assert some_end_early(together)
     seen = prompts
     for column in together.T:
         choice = model(seen)[:, -1].argmax(-1)

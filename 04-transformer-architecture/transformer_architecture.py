@@ -213,7 +213,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, d_model: int, max_seq_len: int) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
-        angles = position_angles(torch.arange(max_seq_len), d_model)
+        angles = position_angles(torch.arange(max_seq_len, device="cpu"), d_model)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model]  # (seq, d_model)
         self.table = table  # no parameter and no buffer: it stays in float64 until it is added
 
@@ -312,7 +312,7 @@ class RotaryAttention(MultiHeadAttention):
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         q = self.split_heads(self.q_proj(x))  # (batch, heads, query, d_head)
-        angles = position_angles(torch.arange(k.shape[2]), self.d_head, self.rope_theta)  # (key, half)
+        angles = position_angles(torch.arange(k.shape[2], device="cpu"), self.d_head, self.rope_theta)  # (key, half)
         q, k = self.rotate(q, angles[k.shape[2] - q.shape[2] :]), self.rotate(k, angles)
         weights = self.dropout(attention_weights(q, k, mask, bias, self.scale))  # (batch, heads, query, key)
         mixed = weights @ v  # (batch, heads, query, d_head)
