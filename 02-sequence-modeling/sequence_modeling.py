@@ -8,6 +8,7 @@ Papers: Kneser and Ney 1995; Elman 1990; Hochreiter and Schmidhuber 1997; Cho et
 Sutskever et al. 2014 (arXiv 1409.3215).
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -37,6 +38,7 @@ from workbench import (
     announce,
     check_range,
     describe_machine,
+    locked,
     pick_device,
     progress,
     run_verbs,
@@ -427,20 +429,31 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Te
 
 
 def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
-    """The same states in log2(seq) parallel passes (Hillis and Steele 1986; Martin and Cundy 2018, arXiv 1709.04057).
+    """The same states in 2 log2(seq) parallel passes (Blelloch 1990; Martin and Cundy 2018, arXiv 1709.04057).
 
-    Two steps h -> a1 h + b1 and h -> a2 h + b2 make one step h -> a2 a1 h + (a2 b1 + b2), and combining is associative.
-    After the pass with offset k, entry t holds the last 2k steps as one. Shapes and errors as linear_recurrence.
+    Shapes and errors as linear_recurrence. No division: a may be 0.
     """
     check_recurrence(a, b)
     initial = torch.zeros_like(b[:, 0]) if initial is None else initial  # (batch, d_model)
     b = torch.cat([a[:, :1] * initial[:, None] + b[:, :1], b[:, 1:]], dim=1)  # (batch, seq, d_model)
-    offset = 1
-    while offset < b.shape[1]:
-        b = torch.cat([b[:, :offset], a[:, offset:] * b[:, :-offset] + b[:, offset:]], dim=1)  # (batch, seq, d_model)
-        a = torch.cat([a[:, :offset], a[:, offset:] * a[:, :-offset]], dim=1)  # (batch, seq, d_model)
-        offset *= 2
-    return b
+    return scan_from_zero(a, b)
+
+
+def scan_from_zero(a: Tensor, b: Tensor) -> Tensor:
+    """Join neighbours into half as many steps, solve those, and fill in the states between: 2 seq products in all.
+
+    h -> a1 h + b1 and then h -> a2 h + b2 is one step h -> a2 a1 h + (a2 b1 + b2).
+    """
+    seq = b.shape[1]
+    if seq == 1:
+        return b
+    a1, b1, a2, b2 = a[:, : seq - 1 : 2], b[:, : seq - 1 : 2], a[:, 1::2], b[:, 1::2]  # (batch, half, d_model)
+    after = scan_from_zero(a2 * a1, a2 * b1 + b2)  # (batch, half, d_model); states 1, 3, 5 ...
+    states = torch.empty_like(b)  # (batch, seq, d_model)
+    states[:, 1::2] = after
+    states[:, 0] = b[:, 0]
+    states[:, 2::2] = a[:, 2::2] * after[:, : (seq - 1) // 2] + b[:, 2::2]
+    return states
 
 
 def check_recurrence(a: Tensor, b: Tensor) -> None:
@@ -857,7 +870,7 @@ def gap_to_floor(losses: list[float], documents: Iterable) -> tuple[float, float
     """Nats per token above the documents' own surprisal, and the standard error of that gap.
 
     The difference is taken document by document, which removes the luck of the draw: an easy document is easy for
-    both. A ratio of sums, so its error is that of the ratio estimator (Cochran 1977, section 6.4).
+    both. A ratio of sums, so its error is that of the ratio estimator (Cochran 1977, chapter 6).
     """
     documents = list(documents)
     if len(losses) != len(documents) or len(documents) < 2:
@@ -907,7 +920,7 @@ def gradient_by_lag(layer: Recurrent, seq_len: int, seed: int) -> list[float]:
     """
     check_sizes(seq_len=seq_len)
     generator = torch.Generator().manual_seed(seed)
-    layer = layer.double()
+    layer = copy.deepcopy(layer).double()
     x = torch.randn(32, seq_len, layer.d_input, generator=generator, dtype=torch.float64).requires_grad_()
     direction = torch.randn(32, layer.d_hidden, generator=generator, dtype=torch.float64)
     outputs, _ = layer(x)
@@ -1181,10 +1194,12 @@ def train(data: TextConfig, config: CharacterConfig, run: RunConfig) -> None:
     """Train a character model on a text, compare it with compressors, and save it."""
     per_step = config.seq_len * config.n_layers * (0.3e-3 + 0.3e-6 * config.batch_size * config.d_model)
     announce(f"{config.max_steps} steps of a character {config.cell} on {data.data}", 10 + per_step * config.max_steps)
-    train_text, test_text = read_text(data.data, "train"), read_text(data.data, "validation")[: data.eval_chars]
-    vocabulary = Vocabulary(sorted(set(train_text + test_text)))  # the alphabet of both sides: no character is unknown
-    model, _ = train_character_lm(train_text, vocabulary, config, run)
-    save_character_lm(model, vocabulary, config, run.out / "character_lm")
+    with locked(run.out):
+        train_text, test_text = read_text(data.data, "train"), read_text(data.data, "validation")
+        vocabulary = Vocabulary(sorted(set(train_text + test_text)))  # of both sides: no character is unknown
+        model, _ = train_character_lm(train_text, vocabulary, config, run)
+        save_character_lm(model, vocabulary, config, run.out / "character_lm")
+    test_text = test_text[: data.eval_chars]
     print(f"held-out text: {text_bits(model, vocabulary, test_text):.3f} bits per byte")
     for name, bits in compressed_bits(train_text, test_text).items():
         print(f"{name}: {bits:.3f} bits per byte")
@@ -1221,7 +1236,7 @@ class BenchConfig:
 
 def bench(config: BenchConfig, run: RunConfig) -> None:
     """Time our layers against torch.nn's, and the scan against the loop, as ratios in one run."""
-    announce(f"{config.n_repeats} rounds of forward and backward of 8 layers", config.n_repeats * 0.5)
+    announce(f"{config.n_repeats} rounds of forward and backward of 10 layers", config.n_repeats * 0.6)
     device = pick_device(run.device)
     seed_everything(run.seed)
     print(describe_machine())
@@ -1233,8 +1248,9 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
             {name: partial(forward_backward, layer, x) for name, layer in layers.items()}, config.n_repeats
         )
         print(f"{cell.upper()} beside nn.{cell.upper()}: {speed_ratio(seconds['ours'], seconds['torch'])}")
-    seconds = measure_scan(config.seq_len, config.batch_size, config.d_hidden, config.n_repeats, device)
-    print(f"scan beside loop, {config.seq_len} steps: {speed_ratio(seconds['scan'], seconds['loop'])}")
+    for rows, steps in ((config.batch_size, config.seq_len), (1, 16 * config.seq_len)):
+        seconds = measure_scan(steps, rows, config.d_hidden, config.n_repeats, device)
+        print(f"scan beside loop, {rows} x {steps} steps: {speed_ratio(seconds['scan'], seconds['loop'])}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -737,6 +737,8 @@ def test_gradient_by_lag_is_the_gradient() -> None:
     torch.manual_seed(0)
     layer = RNN(2, 3)
     norms = gradient_by_lag(layer, 4, seed=5)
+    assert layer.cells[0].input_proj.weight.dtype == torch.float32, "measuring must leave the layer as it was"
+    layer = layer.double()
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(32, 4, 2, generator=generator, dtype=torch.float64)
     direction = torch.randn(32, 3, generator=generator, dtype=torch.float64)
@@ -811,7 +813,10 @@ def test_character_model_is_trained_saved_and_used(tmp_path, capsys) -> None:
 def test_bench_prints_ratios(capsys) -> None:
     topic.main("bench --batch-size 2 --seq-len 5 --d-hidden 4 --n-repeats 2 --device cpu".split())
     output = capsys.readouterr().out
-    for pair in ("RNN beside nn.RNN", "GRU beside nn.GRU", "LSTM beside nn.LSTM", "scan beside loop, 5 steps"):
+    pairs = [f"{name} beside nn.{name}" for name in LAYERS] + [
+        f"scan beside loop, {n} steps" for n in ("2 x 5", "1 x 80")
+    ]
+    for pair in pairs:
         assert re.search(rf"{pair}: \d+\.\d+x the speed", output), pair
 
 

@@ -1006,7 +1006,7 @@ def test_command_line_mistakes_are_one_line(arguments: list[str], message: str, 
 # Learning
 
 
-TINY = AlignmentConfig(n_symbols=6, d_model=24, batch_size=32, max_steps=120, learning_rate=1e-2)
+TINY = AlignmentConfig(n_symbols=5, d_model=24, batch_size=32, max_steps=90, learning_rate=1e-2)
 CPU = RunConfig(device="cpu")
 
 
@@ -1037,7 +1037,11 @@ def test_one_batch_can_be_learned_by_heart(model_cls: type) -> None:
     ("task", "model_cls", "config"),
     [
         ("copy", BahdanauSeq2Seq, TINY),
-        ("recall", LuongSeq2Seq, AlignmentConfig(n_symbols=6, d_model=32, max_steps=160, learning_rate=5e-3)),
+        (
+            "recall",
+            LuongSeq2Seq,
+            AlignmentConfig(n_symbols=6, d_model=32, batch_size=48, max_steps=140, learning_rate=6e-3),
+        ),
     ],
 )
 def test_attention_learns_what_the_fixed_vector_does_not(task: str, model_cls: type, config: AlignmentConfig) -> None:
@@ -1055,7 +1059,7 @@ def test_the_faults_are_seen_in_the_weights() -> None:
     real = torch.arange(TINY.n_symbols) < src_lengths[:, None]
     on_padding = {}
     for fault in topic.FAULTS:
-        config = AlignmentConfig(n_symbols=6, d_model=8, batch_size=4, max_steps=2, fault=fault)
+        config = AlignmentConfig(n_symbols=5, d_model=8, batch_size=4, max_steps=2, fault=fault)
         weights = compare_on_task("copy", BahdanauSeq2Seq, config, CPU)[1].weights
         on_padding[fault] = weights.masked_fill(real[:, None], 0).sum() / weights.sum()
     assert on_padding["none"] == 0 < on_padding["no-mask"] < 1 == on_padding["inverted-mask"]
@@ -1156,24 +1160,13 @@ def test_figures_show_the_data_they_are_given() -> None:
 
 
 def test_demo_shows_chance_beside_accuracy_and_alignment(tmp_path, capsys) -> None:
-    flags = [
-        "--n-symbols",
-        "6",
-        "--d-model",
-        "24",
-        "--batch-size",
-        "32",
-        "--max-steps",
-        "100",
-        "--learning-rate",
-        "1e-2",
-    ]
+    flags = "--n-symbols 4 --d-model 16 --batch-size 32 --max-steps 60 --learning-rate 1e-2".split()
     main([*flags, "--device", "cpu", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     cells = re.findall(r"^(copy|recall) +(\w+) +([\d,]+ +)?([\d.]+)%", output, re.MULTILINE)
     score = {(task, model): float(percent) for task, model, _, percent in cells}
     assert score["copy", "chance"] == score["recall", "chance"] == 6.2
-    assert score["copy", "BahdanauSeq2Seq"] > 30 and score["recall", "LuongSeq2Seq"] > 30
+    assert score["copy", "BahdanauSeq2Seq"] > 25 and score["recall", "LuongSeq2Seq"] > 25
     assert re.search(r"copy +BahdanauSeq2Seq.*% +[01]\.\d\d +[01]\.\d\d\n", output)
     for task in topic.TASKS:
         assert (tmp_path / f"alignment_{task}.svg").stat().st_size > 1000
@@ -1181,14 +1174,14 @@ def test_demo_shows_chance_beside_accuracy_and_alignment(tmp_path, capsys) -> No
 
 def test_the_other_verbs_run(tmp_path, capsys) -> None:
     out = ["--device", "cpu", "--out", str(tmp_path)]
-    small = ["--n-pairs", "2", "--d-model", "16", "--n-heads", "2", "--batch-size", "8", "--max-steps", "12"]
+    small = ["--n-pairs", "2", "--d-model", "16", "--n-heads", "2", "--batch-size", "8", "--max-steps", "4"]
     main(["heads", *small, *out])
     text = capsys.readouterr().out
     assert "chance 6.2%" in text and text.count("head 1") == 2
     main(["scale", *small, *out])
     text = capsys.readouterr().out
     assert text.count("d_head 8: entropy") == 2 and "uniform 0.016" in text and "guessing 2.773" in text
-    main(["bench", "--shortest", "16", "--longest", "64", "--tile-size", "8", "--n-repeats", "1", *out])
+    main(["bench", "--shortest", "16", "--longest", "64", "--tile-size", "16", "--n-repeats", "1", *out])
     text = capsys.readouterr().out
     assert text.count("x PyTorch") == 9 and "tiled length^" in text and "x nn.MultiheadAttention" in text
     names = {path.name for path in tmp_path.iterdir()}
