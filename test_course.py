@@ -5,6 +5,7 @@ import doctest
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -93,6 +94,24 @@ def test_no_module_loads_untrusted_code(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     unsafe = ("weights_only=False", "pickle.load", "allow_pickle=True", "trust_remote_code=True", "yaml.load(")
     assert not [word for word in unsafe if word in text]
+
+
+# Exercises
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[0-9][0-9]-*/exercises_[0-9][0-9].py")), ids=name_of)
+def test_exercises_accept_their_solutions_and_reject_every_planted_mistake(path: Path) -> None:
+    exercises = importlib.import_module(path.stem).EXERCISES
+    assert len(exercises) >= 4 and len({exercise.name for exercise in exercises}) == len(exercises)
+    for exercise in exercises:
+        assert len(exercise.mistakes) >= 3, exercise.name
+        wanted = inspect.signature(exercise.solution)
+        assert exercise.signature.startswith(f"{exercise.name}({', '.join(wanted.parameters)})"), exercise.signature
+        assert exercise.verdict(exercise.solution) == "correct", exercise.name
+        for idea, mistake in exercise.mistakes.items():
+            assert exercise.verdict(mistake).startswith("not yet: "), f"{exercise.name} accepts the mistake {idea!r}"
+        for useless in (None, lambda *_: None, lambda *_: "text"):
+            assert exercise.verdict(useless).startswith("not yet: "), exercise.name
 
 
 # Chapters

@@ -340,8 +340,10 @@ def fill_blocks(text: str, tables: dict[str, str]) -> str:
 
 
 def fill_chapter(folder: Path) -> None:
-    """Fill the result tables of the chapter in `folder` from its figures/results.json."""
+    """Fill the result tables of the chapter in `folder` from its figures/results.json; no chapter, nothing to do."""
     chapter, results = folder / "README.md", folder / "figures" / "results.json"
+    if not chapter.exists():
+        return
     tables = {name: render_table(result) for name, result in json.loads(results.read_text(encoding="utf-8")).items()}
     write_atomically(chapter, fill_blocks(chapter.read_text(encoding="utf-8"), tables).encode())
 
@@ -602,16 +604,21 @@ def tables() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NotebookConfig:
+    paths: tuple[str, ...] = ()  # the notebooks; none means all of the course
     check: bool = False  # only execute; leave the files as they are
 
 
 def notebooks(config: NotebookConfig) -> None:
-    """Execute every notebook from top to bottom, in its own folder, and keep the new outputs."""
+    """Execute notebooks from top to bottom, each in its own folder, and keep the new outputs."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    for path in progress(sorted(ROOT.glob("[0-9][0-9]-*/*.ipynb")), "notebooks"):
+    paths = [Path(path) for path in config.paths] or sorted(ROOT.glob("[0-9][0-9]-*/*.ipynb"))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"no such notebook: {', '.join(missing)}")
+    for path in progress(paths, "notebooks"):
         notebook = nbformat.read(path, as_version=4)
         try:
             NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()

@@ -975,6 +975,11 @@ def text_bits(model, vocabulary: Vocabulary, text: str, n_rows: int = 32) -> flo
     return bits_per_byte(stream_nats(model, torch.tensor(vocabulary.encode(text)), n_rows), len(text.encode()))
 
 
+def uniform_bits(vocabulary: Vocabulary, text: str) -> float:
+    """Bits per byte of a guess that finds every token equally likely."""
+    return bits_per_byte(len(text) * math.log(len(vocabulary)), len(text.encode()))
+
+
 # The ladder: every model of the topic on the same documents
 
 
@@ -1181,9 +1186,8 @@ def measure_text(train_text: str, test_text: str, config: CharacterConfig, run: 
     vocabulary = Vocabulary(sorted(set(train_text + test_text)))
     five_gram = NGramModel(5, len(vocabulary)).fit([[BOS_ID, *vocabulary.encode(train_text)]])
     model, _ = train_character_lm(train_text, vocabulary, config, run)
-    n_bytes = len(test_text.encode())
     return {
-        "uniform": bits_per_byte(len(test_text) * math.log(len(vocabulary)), n_bytes),
+        "uniform": uniform_bits(vocabulary, test_text),
         **compressed_bits(train_text, test_text),
         "5-gram Kneser-Ney": text_bits(five_gram, vocabulary, test_text),
         config.cell.upper(): text_bits(model, vocabulary, test_text),
@@ -1200,7 +1204,8 @@ def train(data: TextConfig, config: CharacterConfig, run: RunConfig) -> None:
         model, _ = train_character_lm(train_text, vocabulary, config, run)
         save_character_lm(model, vocabulary, config, run.out / "character_lm")
     test_text = test_text[: data.eval_chars]
-    print(f"held-out text: {text_bits(model, vocabulary, test_text):.3f} bits per byte")
+    chance = uniform_bits(vocabulary, test_text)
+    print(f"held-out text: {text_bits(model, vocabulary, test_text):.3f} bits per byte (uniform {chance:.3f})")
     for name, bits in compressed_bits(train_text, test_text).items():
         print(f"{name}: {bits:.3f} bits per byte")
 
@@ -1210,7 +1215,7 @@ def evaluate(data: TextConfig, run: RunConfig) -> None:
     model, vocabulary = load_character_lm(run.out / "character_lm")
     text = read_text(data.data, "validation")[: data.eval_chars]
     bits = text_bits(model.to(pick_device(run.device)), vocabulary, text)
-    chance = bits_per_byte(len(text) * math.log(len(vocabulary)), len(text.encode()))
+    chance = uniform_bits(vocabulary, text)
     print(f"{bits:.3f} bits per byte on {len(text)} held-out characters of {data.data} (uniform {chance:.3f})")
 
 

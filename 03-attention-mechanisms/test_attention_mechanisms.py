@@ -452,8 +452,8 @@ def test_tiled_causal_equals_naive(n_query: int, n_key: int, tile_size: int, par
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tile_size", [1, 2, 9])
 def test_tiled_passes_gradcheck(causal: bool, tile_size: int) -> None:
-    inputs = qkv(1, 2, n_query=4, n_key=5)
-    mask = some_mask(4, 5)
+    inputs = qkv(1, n_query=3, n_key=4)
+    mask = some_mask(3, 4)
     assert torch.autograd.gradcheck(lambda *args: tiled_attention(*args, mask, causal, tile_size), inputs)
 
 
@@ -498,13 +498,13 @@ def test_tiled_has_no_second_derivative() -> None:
 
 def test_tiled_memory_is_linear_and_naive_quadratic() -> None:
     """Exact: the peak counts bytes of tensors, so it is the same on every run."""
-    costs = measure_cost(CostConfig(32, 256, n_heads=2, d_head=8, tile_size=16, n_repeats=1), RunConfig(device="cpu"))
+    costs = measure_cost(CostConfig(32, 128, n_heads=2, d_head=8, tile_size=16, n_repeats=1), RunConfig(device="cpu"))
     assert growth(costs, "tiled") == pytest.approx(1.0, abs=0.02)
     assert growth(costs, "naive") == pytest.approx(2.0, abs=0.05)
     peak = {(cost.kind, cost.seq_len): cost.n_bytes for cost in costs}
-    scores = 2 * 256 * 256 * 4
-    assert peak["tiled", 256] < scores / 3 < scores < peak["naive", 256]
-    assert [cost.seq_len for cost in costs[::3]] == [32, 64, 128, 256] and all(cost.seconds > 0 for cost in costs)
+    scores = 2 * 128 * 128 * 4
+    assert peak["tiled", 128] < scores / 2 < scores < peak["naive", 128]
+    assert [cost.seq_len for cost in costs[::3]] == [32, 64, 128] and all(cost.seconds > 0 for cost in costs)
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -1129,7 +1129,8 @@ def test_attention_only_model_adds_to_a_residual_stream() -> None:
 
 
 def test_attention_only_model_is_causal_and_recalls() -> None:
-    config = RecallConfig(n_pairs=3, d_model=48, n_heads=2, max_steps=150, learning_rate=5e-3)
+    # Recall comes in one jump, at a step that depends on the seed: 150 steps are too few for most, 400 enough for five.
+    config = RecallConfig(n_pairs=3, d_model=48, n_heads=2, max_steps=400, learning_rate=5e-3)
     model, batches = recall_model(config, CPU)
     topic.fit(model, batches, config.max_steps, config.learning_rate)
     inputs, targets = recall_batch(256, 3, generator(5), N_KINDS)
@@ -1157,6 +1158,16 @@ def test_figures_show_the_data_they_are_given() -> None:
     assert [label.get_text() for label in labelled.axes[0].get_xticklabels()] == ["a", "b"]
     lines = plot_lines({"x": ([1, 2], [3, 4])}, "steps", "nats", log=True)
     assert lines.axes[0].get_lines()[0].get_ydata().tolist() == [3, 4] and lines.axes[0].get_xlabel() == "steps"
+
+
+def test_recall_tokens_are_named_keys_and_values_in_turn() -> None:
+    inputs, _ = recall_batch(20, 5, generator(), N_KINDS)
+    for row in inputs:
+        names = topic.token_names(row)
+        assert [name[0] for name in names] == list("kv" * 5 + "<" + "kv" * 4 + "k") and names[10] == "<eos>"
+        shown = dict(zip(names[:10:2], names[1:10:2], strict=True))
+        assert all(shown[key] == value for key, value in zip(names[11::2], names[12::2], strict=False))
+    assert VOCAB_SIZE == 4 + 2 * N_KINDS and topic.token_names(torch.arange(VOCAB_SIZE))[-1] == f"v{N_KINDS - 1}"
 
 
 def test_demo_shows_chance_beside_accuracy_and_alignment(tmp_path, capsys) -> None:
