@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import BLOCK, ROOT, relink, render_table
+from workbench import BLOCK, ROOT, course_map, glossary, relink, render_table
 
 TOPICS = sorted(path for path in ROOT.glob("[0-9][0-9]-*") if path.is_dir())
 MODULES = sorted(path for topic in TOPICS for path in topic.glob("*.py"))
@@ -158,6 +158,12 @@ def test_tables_equal_results(chapter: Path) -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     blocks = {match[2]: match[3].strip() for match in BLOCK.finditer(chapter.read_text(encoding="utf-8"))}
     assert blocks == {name: render_table(results[name]) for name in blocks}
+
+
+def test_course_map_and_glossary_say_what_the_chapters_say() -> None:
+    blocks = {match[2]: match[3].strip() for match in BLOCK.finditer(CHAPTERS[0].read_text(encoding="utf-8"))}
+    expected = {"course-map": course_map(TOPICS), "glossary": glossary(TOPICS)}
+    assert {name: blocks[name] for name in expected} == expected, "run: python 01-prerequisites/workbench.py contents"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)

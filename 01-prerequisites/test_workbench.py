@@ -28,10 +28,12 @@ from workbench import (
     RunConfig,
     check_folder,
     check_range,
+    course_map,
     describe_machine,
     fill_blocks,
     fill_chapter,
     first_difference,
+    glossary,
     grade,
     largest_difference,
     line_ranges,
@@ -334,6 +336,26 @@ def test_a_link_to_a_name_that_is_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("[`vanished`](code.py#L1-L2)")
     with pytest.raises(ValueError, match="README.md links to `vanished`, which code.py does not define"):
         relink(tmp_path / "README.md")
+
+
+# The root README
+
+
+def test_course_map_and_glossary_come_from_the_chapters(tmp_path: Path) -> None:
+    first, second = tmp_path / "01-alpha", tmp_path / "02-beta"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "README.md").write_text(
+        "# 1. Alpha\n\n> It is 7\n> of 9.\n\n## Glossary\n\n**zeta** ($z$): x.\n\n- **Eta**: y.\n\n## R\n\n**no**\n"
+    )
+    (second / "README.md").write_text(
+        "# 2. Beta\n\nIn this topic: the rest.\n\n## Glossary\n\n**zeta**: again.\n\n## R\n"
+    )
+    assert course_map([first, second]).splitlines()[2:] == [
+        "| 1 | [Alpha](01-alpha/README.md) | It is 7 of 9. | complete |",
+        "| 2 | [Beta](02-beta/README.md) | the rest | planned |",
+    ]
+    assert glossary([first, second]) == "[Eta](01-alpha/README.md#glossary) 1 ·\n[zeta](01-alpha/README.md#glossary) 1"
 
 
 # Comparisons

@@ -390,6 +390,42 @@ def relink(chapter: Path) -> str:
     return CODE_LINK.sub(renewed, chapter.read_text(encoding="utf-8"))
 
 
+# The root README: what the chapters say of themselves
+
+
+def chapter_folders() -> list[Path]:
+    return sorted(path.parent for path in ROOT.glob("[0-9][0-9]-*/README.md"))
+
+
+def course_map(folders: list[Path]) -> str:
+    """A table of the topics, each with its chapter's promise, or for a planned topic with what it will hold."""
+    lines = ["| | Topic | In one sentence | Status |", "|--:|:--|:--|:--|"]
+    for folder in folders:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        number, title = re.search(r"^# (\d+)\. (.+)$", text, re.MULTILINE).groups()
+        promise = re.search(r"^> (.+(?:\n> .+)*)", text, re.MULTILINE)
+        plan = re.search(r"^In this topic: (.+)\.$", text, re.MULTILINE)
+        sentence = promise[1].replace("\n> ", " ") if promise else plan[1]
+        status = "complete" if promise else "planned"
+        lines.append(f"| {number} | [{title}]({folder.name}/README.md) | {sentence} | {status} |")
+    return "\n".join(lines)
+
+
+def glossary(folders: list[Path]) -> str:
+    """Every term of the chapters' glossaries in alphabetical order, linked to the chapter that defines it first."""
+    home: dict[str, str] = {}
+    for folder in folders:
+        section = re.search(
+            r"^## Glossary\n(.+?)^## ", (folder / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+        )
+        for term in re.findall(r"^(?:- )?\*\*(.+?)\*\*", section[1] if section else "", re.MULTILINE):
+            home.setdefault(term.rstrip(".:"), folder.name)
+    return " ·\n".join(
+        f"[{term}]({folder}/README.md#glossary) {int(folder[:2])}"
+        for term, folder in sorted(home.items(), key=lambda item: item[0].lower())
+    )
+
+
 # Comparing: what a proof measures, and what a learner reads
 
 
@@ -588,11 +624,19 @@ def hardware() -> None:
 
 def links() -> None:
     """Rewrite the line ranges of the links into code in every chapter."""
-    for chapter in [ROOT / "README.md", *sorted(ROOT.glob("[0-9][0-9]-*/README.md"))]:
+    for chapter in [ROOT / "README.md", *(folder / "README.md" for folder in chapter_folders())]:
         renewed = relink(chapter)
         if renewed != chapter.read_text(encoding="utf-8"):
             write_atomically(chapter, renewed.encode())
             print(f"rewrote {shown(chapter)}")
+
+
+def contents() -> None:
+    """Fill the course map and the glossary of the root README from the chapters."""
+    readme, folders = ROOT / "README.md", chapter_folders()
+    blocks = {"course-map": course_map(folders), "glossary": glossary(folders)}
+    write_atomically(readme, fill_blocks(readme.read_text(encoding="utf-8"), blocks).encode())
+    print(f"filled {shown(readme)}")
 
 
 def tables() -> None:
@@ -688,6 +732,7 @@ def main(argv: list[str] | None = None) -> None:
         "demo": (demo,),
         "hardware": (hardware,),
         "links": (links,),
+        "contents": (contents,),
         "tables": (tables,),
         "notebooks": (notebooks, NotebookConfig),
         "every": (every, EveryConfig),
