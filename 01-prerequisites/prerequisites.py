@@ -3,6 +3,8 @@
 Learns XOR and two spirals with an automatic differentiation engine whose every gradient equals PyTorch's.
 
 python 01-prerequisites/prerequisites.py              # the demo: gradient check, XOR, two spirals, on CPU, no network
+python 01-prerequisites/prerequisites.py demo --break order      # plant a bug and print its symptom
+python 01-prerequisites/prerequisites.py figures      # the chapter's experiments, figures and tables
 python 01-prerequisites/prerequisites.py bench        # matrix product and training step beside NumPy and PyTorch
 python 01-prerequisites/prerequisites.py --help
 
@@ -17,7 +19,10 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,15 +31,18 @@ from matplotlib.figure import Figure
 
 from workbench import (
     HARDWARE,
+    Column,
     Hardware,
     RunConfig,
     announce,
     check_range,
     describe_machine,
+    fill_chapter,
     largest_difference,
     progress,
     run_verbs,
     save_figure,
+    save_results,
     seed_everything,
     speed_ratio,
     time_in_turns,
@@ -58,6 +66,37 @@ class TrainConfig:
         check_range(self, "d_hidden", "batch_size", "max_steps", "n_seeds", least=1)
         check_range(self, "noise", least=0)
         check_range(self, "learning_rate", above=0)
+
+
+@dataclass(frozen=True)
+class DemoConfig(TrainConfig):
+    """The demo, whole or with one planted bug."""
+
+    break_: Literal["none", "order", "recursion", "accumulate", "bias", "eps"] = "none"  # the bug to plant
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """Sizes of the chapter's experiments."""
+
+    only: tuple[str, ...] = ()  # graph xor spirals variance optimizers softmax roofline breaks; none means all
+    n_seeds: int = 3  # runs of each configuration, with seeds from 0
+    n_xor_seeds: int = 100  # runs of each network on XOR, with seeds from 100
+    max_steps: int = 1500  # training steps on the spirals; XOR takes at most 400
+    n_layers: int = 50  # layers of the random networks
+    d_hidden: int = 256  # width of the random networks
+    max_size: int = 1024  # largest square matrix of the roofline
+    n_rounds: int = 7  # measurements of each time, in turns
+    n_copied: int = 2**25  # float32 numbers in the arrays that measure the memory
+    folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_seeds", "n_xor_seeds", "max_steps", "n_layers", "d_hidden", "n_rounds", least=1)
+        check_range(self, "max_size", least=32, most=8192)
+        check_range(self, "n_copied", least=1000)
+        unknown = [name for name in self.only if name not in EXPERIMENTS]
+        if unknown:
+            raise ValueError(f"unknown experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
 
 
 @dataclass(frozen=True)
@@ -840,20 +879,24 @@ def accuracy(model: Module, points: np.ndarray, classes: np.ndarray) -> float:
         return float((model(points).data.argmax(axis=-1) == classes).mean())
 
 
-def solve_xor(config: TrainConfig, seed: int) -> float:
-    """Train a small network on the four points of XOR; return the fraction it gets right."""
+def solve_xor(config: TrainConfig, seed: int, d_hidden: int = 16) -> float:
+    """Train a network with one hidden layer, or none, on XOR for at most 400 steps; return the fraction right."""
     points, classes = xor_points()
-    model = MLP([2, 16, 2], np.random.default_rng(seed), tanh, xavier_normal)
-    fit(model, points, classes, replace(config, batch_size=8, max_steps=400), seed)
+    widths = [2, d_hidden, 2] if d_hidden else [2, 2]
+    model = MLP(widths, np.random.default_rng(seed), tanh, xavier_normal)
+    max_steps = config.max_steps if config.max_steps < 400 else 400
+    fit(model, points, classes, replace(config, batch_size=8, max_steps=max_steps), seed)
     return accuracy(model, points, classes)
 
 
-def solve_spirals(config: TrainConfig, seed: int) -> tuple[MLP, float, tuple[np.ndarray, np.ndarray]]:
+def solve_spirals(
+    config: TrainConfig, seed: int, n_hidden: int = 2
+) -> tuple[MLP, float, tuple[np.ndarray, np.ndarray]]:
     """Train on two spirals; return the model, its accuracy on as many held-out points, and those points."""
     generator = np.random.default_rng(seed)
     points, classes = two_spirals(config.n_samples, config.noise, generator)
     held_out = two_spirals(config.n_samples, config.noise, generator)
-    model = MLP([2, config.d_hidden, config.d_hidden, 2], generator)
+    model = MLP([2, *[config.d_hidden] * n_hidden, 2], generator)
     fit(model, points, classes, config, seed)
     return model, accuracy(model, *held_out), held_out
 
@@ -882,21 +925,34 @@ def activation_variances(
     return variances
 
 
+def bowl(place, curvatures: tuple[float, float] = (1.0, 100.0), angle: float = 0.0):
+    """sum(curvature x^2) / 2 along axes turned by `angle` in radians: places (..., 2) -> heights (...)."""
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])  # (2, 2)
+    return sum(0.5 * np.array(curvatures) * (place @ turn) ** 2, axis=-1)
+
+
 def optimizer_path(
     make_optimizer: Callable[[list[Tensor]], SGD],
     start: tuple[float, float] = (-1.0, 1.0),
     curvatures: tuple[float, float] = (1.0, 100.0),
     n_steps: int = 100,
+    angle: float = 0.0,
 ) -> np.ndarray:
-    """Minimise the bowl sum(curvature x^2) / 2; return every place on the way, (steps + 1, 2). The minimum is at 0."""
+    """Minimise `bowl`; return every place on the way, (steps + 1, 2). The minimum, 0, is at (0, 0)."""
     place = Tensor(np.array(start, dtype=np.float64), requires_grad=True)
     optimizer, path = make_optimizer([place]), [place.data]
     for _ in range(n_steps):
         optimizer.zero_grad()
-        sum(0.5 * np.array(curvatures) * place**2).backward()
+        bowl(place, curvatures, angle).backward()
         optimizer.step()
         path.append(place.data)
     return np.stack(path)
+
+
+def steps_to(losses: np.ndarray, share: float = 1e-6) -> float:
+    """The first step at which the loss is at most `share` of the first; infinite if there is none."""
+    reached = np.flatnonzero(losses <= share * losses[0])
+    return float(reached[0]) if len(reached) else math.inf
 
 
 def naive_softmax(logits: np.ndarray) -> np.ndarray:
@@ -905,14 +961,17 @@ def naive_softmax(logits: np.ndarray) -> np.ndarray:
         return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
 
 
-def softmax_error(function: Callable, offset: float, generator: np.random.Generator, n_classes: int = 100) -> float:
-    """Largest relative error of a softmax of float32 logits N(offset, 1); infinite if a result is not a number.
+def softmax_error(
+    function: Callable, offset: float, generator: np.random.Generator, n_classes: int = 100, dtype=np.float32
+) -> float:
+    """Largest relative error of a softmax of logits N(offset, 1); infinite if a result is not a number.
 
-    The reference is float64, for the same rounded logits, with a correctly rounded sum.
+    The reference has 28 decimal digits, for the same rounded logits.
     """
-    logits = (generator.normal(size=n_classes) + offset).astype(np.float32)  # (classes)
-    weights = np.exp(logits.astype(np.float64) - float(logits.max()))  # (classes)
-    exact = weights / math.fsum(weights)
+    logits = (generator.normal(size=n_classes) + offset).astype(dtype)  # (classes)
+    weights = [Decimal(float(logit)).exp() for logit in logits]
+    total = math.fsum(float(weight / weights[0]) for weight in weights)
+    exact = np.array([float(weight / weights[0]) / total for weight in weights])  # (classes)
     error = float((np.abs(function(logits) - exact) / exact).max())
     return error if math.isfinite(error) else math.inf
 
@@ -950,12 +1009,25 @@ def matmul_rates(config: BenchConfig, generator: np.random.Generator) -> dict[st
     return rates
 
 
-def measure_machine(n_rounds: int, rates: dict[str, dict[int, list[float]]]) -> Hardware:
+def streaming_rates(n_numbers: int, n_rounds: int) -> list[tuple[str, float, float]]:
+    """(work, FLOP/byte, best FLOP/s) in torch of two operations that touch each number once, in float32."""
+    a, b, total = torch.ones(n_numbers), torch.ones(n_numbers), torch.empty(n_numbers)
+    side = math.isqrt(n_numbers)
+    matrix, vector = torch.ones(side, side), torch.ones(side)
+    works = {"add": lambda: torch.add(a, b, out=total), "matrix times vector": lambda: matrix @ vector}
+    best = {name: float(np.min(seconds)) for name, seconds in time_in_turns(works, n_rounds).items()}
+    return [
+        ("add two arrays", 1 / 12, n_numbers / best["add"]),  # 1 FLOP for two numbers read and one written
+        ("matrix times vector", 2 / 4, 2 * side**2 / best["matrix times vector"]),  # 2 FLOPs for each weight read
+    ]
+
+
+def measure_machine(n_rounds: int, rates: dict[str, dict[int, list[float]]], n_copied: int = 2**25) -> Hardware:
     """This machine's best float32 FLOP/s, in a matrix product, and bytes/s, read and written by a copy of 128 MB.
 
     The peak is the best of a product of size 2048 and of all `rates`: nothing that ran is faster than the peak.
     """
-    square, source = torch.randn(2048, 2048), torch.zeros(2**25)
+    square, source = torch.randn(2048, 2048), torch.zeros(n_copied)
     array, target = square.numpy(), torch.empty_like(source)
     works = {"torch": lambda: square @ square, "NumPy": lambda: array @ array, "copy": lambda: target.copy_(source)}
     best = {name: np.min(seconds) for name, seconds in time_in_turns(works, n_rounds).items()}

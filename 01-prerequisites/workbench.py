@@ -87,7 +87,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "seed", least=0, below=2**63)
-        check_range(self, "threads", least=1)
+        check_range(self, "threads", least=1, most=4 * os.cpu_count())
         pick_device(self.device)
         check_folder(self.out)
 

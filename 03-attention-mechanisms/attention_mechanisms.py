@@ -1,7 +1,7 @@
 """Topic 03 - Attention mechanisms: instead of one fixed summary, look back at everything, and learn where to look.
 
 python 03-attention-mechanisms/attention_mechanisms.py              # the demo: CPU, a minute, no network
-python 03-attention-mechanisms/attention_mechanisms.py bench        # ours against PyTorch's: time and memory
+python 03-attention-mechanisms/attention_mechanisms.py figures      # every experiment of the chapter
 python 03-attention-mechanisms/attention_mechanisms.py --help
 
 Papers: Bahdanau et al. 2015 (arXiv 1409.0473), additive attention; Luong et al. 2015 (arXiv 1508.04025), dot, general,
@@ -65,7 +65,7 @@ class AlignmentConfig:
     batch_size: int = 64  # sequences per step
     max_steps: int = 240  # training steps of each model
     learning_rate: float = 4e-3  # Adam's highest step size
-    fault: Literal["none", "inverted-mask", "no-mask"] = "none"  # break the padding mask on purpose
+    break_: Literal["none", "inverted-mask", "bool-fill"] = "none"  # break the padding mask on purpose
 
     def __post_init__(self) -> None:
         check_range(self, "n_symbols", least=2, most=2 * N_KINDS)
@@ -77,13 +77,14 @@ class AlignmentConfig:
 class RecallConfig:
     """An attention-only model on associative recall."""
 
-    n_pairs: int = 6  # key-value pairs of a sequence
-    d_model: int = 64  # width of the residual stream
-    n_heads: int = 4  # attention heads of each layer; must divide d_model
+    n_pairs: int = 3  # key-value pairs of a sequence
+    d_model: int = 48  # width of the residual stream
+    n_heads: int = 2  # attention heads of each layer; must divide d_model
     n_layers: int = 2  # attention layers
     batch_size: int = 64  # sequences per step
-    max_steps: int = 300  # training steps
-    learning_rate: float = 3e-3  # Adam's highest step size
+    max_steps: int = 500  # training steps
+    learning_rate: float = 5e-3  # Adam's highest step size
+    break_: Literal["none", "inverted-mask", "bool-fill"] = "none"  # break the causal mask on purpose
 
     def __post_init__(self) -> None:
         check_range(self, "n_pairs", least=1, most=N_KINDS)
@@ -106,6 +107,22 @@ class CostConfig:
     def __post_init__(self) -> None:
         check_range(self, "shortest", "n_heads", "d_head", "tile_size", "n_repeats", least=1)
         check_range(self, "longest", least=self.shortest)
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """The experiments of the chapter."""
+
+    only: tuple[str, ...] = ()  # names of experiments; none means all
+    n_seeds: int = 3  # seeds of every comparison
+    shrink: int = 1  # divide training steps and lengths by this: a quick look, not the chapter's numbers
+    folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_seeds", "shrink", least=1)
+        unknown = [name for name in self.only if name not in EXPERIMENTS]
+        if unknown:
+            raise ValueError(f"unknown experiment {unknown[0]!r}; use one of {', '.join(EXPERIMENTS)}")
 
 
 def check_heads(d_model: int, n_heads: int) -> None:
@@ -674,13 +691,16 @@ class AttentionOnlyModel(nn.Module):
         self.layers = nn.ModuleList(MultiHeadAttention(d_model, n_heads) for _ in range(n_layers))
         self.lm_head = nn.Linear(d_model, vocab_size)
 
+    def attention_mask(self, seq: int, device: torch.device) -> Tensor:
+        return causal_mask(seq, device=device)  # (query, key)
+
     def look(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits and the weights of all layers, (layers, batch, heads, seq, seq)."""
         check_token_ids(token_ids, self.token_emb.num_embeddings)
         seq, limit = token_ids.shape[1], self.pos_emb.num_embeddings
         if seq > limit:
             raise ValueError(f"sequence length {seq} exceeds max_seq_len {limit}")
-        mask, looks = causal_mask(seq, device=token_ids.device), []
+        mask, looks = self.attention_mask(seq, token_ids.device), []
         x = self.token_emb(token_ids) + self.pos_emb.weight[:seq]  # (batch, seq, d_model)
         for layer in self.layers:
             mixed, weights = layer(x, mask=mask)
@@ -746,11 +766,16 @@ def score_alignment(weights: Tensor, links: Tensor, threshold: float = 0.5) -> t
 # Experiments
 
 
-FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+BREAKS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda mask: mask,
-    "inverted-mask": torch.logical_not,  # only padding may be attended
-    "no-mask": torch.ones_like,  # padding may be attended too
+    "inverted-mask": torch.logical_not,  # built for a function whose True means "blocked"
+    "bool-fill": lambda mask: mask.masked_fill(~mask, -math.inf),  # bool(-inf) is True: nothing is blocked
 }
+
+
+def broken(make_mask: Callable[..., Tensor], break_: str) -> Callable[..., Tensor]:
+    """`make_mask` with one of BREAKS applied to what it returns."""
+    return lambda *arguments: BREAKS[break_](make_mask(*arguments))
 
 
 @dataclass(frozen=True)
@@ -782,41 +807,59 @@ def held_out(task: str, config: AlignmentConfig, seed: int) -> tuple[Tensor, ...
     return alignment_batch(task, 512, config.n_symbols, torch.Generator().manual_seed(seed + 2**62))
 
 
+def train_on_task(
+    task: str, model_cls: type[Seq2Seq], d_model: int, config: AlignmentConfig, run: RunConfig
+) -> AlignmentResult:
+    """Train one model on the task's batches, the same for every model, and score it on held-out ones."""
+    device, generator = pick_device(run.device), seed_everything(run.seed)
+    src_ids, src_lengths, tgt_ids, targets, links = (part.to(device) for part in held_out(task, config, run.seed))
+    model = model_cls(VOCAB_SIZE, VOCAB_SIZE, d_model).to(device)
+    attentive = isinstance(model, AttentionSeq2Seq)
+    if attentive:
+        model.source_mask = broken(model.source_mask, config.break_)
+    batches = (alignment_batch(task, config.batch_size, config.n_symbols, generator)[:4] for _ in itertools.count())
+    losses = fit(model, batches, config.max_steps, config.learning_rate, f"{task}, {model_cls.__name__}")
+    with torch.no_grad():
+        right = accuracy(model(src_ids, src_lengths, tgt_ids), targets)
+        weights = model.align(src_ids, src_lengths, tgt_ids).cpu() if attentive else None
+    precision, recall = score_alignment(weights, links.cpu()) if attentive else (None, None)
+    return AlignmentResult(model_cls.__name__, count_parameters(model), losses, right, precision, recall, weights)
+
+
 def compare_on_task(
     task: str, attention_cls: type[AttentionSeq2Seq], config: AlignmentConfig, run: RunConfig
 ) -> list[AlignmentResult]:
-    """Train topic 02's model and one with attention on the same batches, and score both on the same fresh ones."""
-    device = pick_device(run.device)
-    src_ids, src_lengths, tgt_ids, targets, links = (part.to(device) for part in held_out(task, config, run.seed))
+    """Topic 02's model and one with attention, with at least as many parameters in the first."""
     with torch.device("meta"):
         n_parameters = count_parameters(attention_cls(VOCAB_SIZE, VOCAB_SIZE, config.d_model))
-    results = []
-    for model_cls, d_model in ((Seq2Seq, matched_width(Seq2Seq, n_parameters)), (attention_cls, config.d_model)):
-        generator = seed_everything(run.seed)
-        model = model_cls(VOCAB_SIZE, VOCAB_SIZE, d_model).to(device)
-        attentive = isinstance(model, AttentionSeq2Seq)
-        if attentive:
-            proper, fault = model.source_mask, FAULTS[config.fault]
-            model.source_mask = lambda *source, proper=proper, fault=fault: fault(proper(*source))
-        batches = (alignment_batch(task, config.batch_size, config.n_symbols, generator)[:4] for _ in itertools.count())
-        losses = fit(model, batches, config.max_steps, config.learning_rate, f"{task}, {model_cls.__name__}")
-        with torch.no_grad():
-            right = accuracy(model(src_ids, src_lengths, tgt_ids), targets)
-            weights = model.align(src_ids, src_lengths, tgt_ids).cpu() if attentive else None
-        precision, recall = score_alignment(weights, links.cpu()) if attentive else (None, None)
-        results.append(
-            AlignmentResult(model_cls.__name__, count_parameters(model), losses, right, precision, recall, weights)
-        )
-    return results
+    pair = ((Seq2Seq, matched_width(Seq2Seq, n_parameters)), (attention_cls, config.d_model))
+    return [train_on_task(task, model_cls, d_model, config, run) for model_cls, d_model in pair]
+
+
+def guessed_alignment(links: Tensor, src_lengths: Tensor) -> float:
+    """Precision, and recall, of one source token drawn at random for each counted target; links (batch, tgt, src)."""
+    return ((links.sum(dim=(1, 2)) / src_lengths).sum() / links.sum()).item()
+
+
+def padding_share(weights: Tensor, src_lengths: Tensor) -> float:
+    """The fraction of all weight (batch, tgt, src) that lies on padding, behind each source's own length."""
+    padding = torch.arange(weights.shape[-1]) >= src_lengths[:, None]  # (batch, src)
+    return ((weights * padding[:, None]).sum() / weights.sum()).item()
 
 
 def recall_model(config: RecallConfig, run: RunConfig) -> tuple[AttentionOnlyModel, Iterator[tuple[Tensor, Tensor]]]:
     """A fresh attention-only model on its device, and endless batches of (inputs, targets)."""
     generator = seed_everything(run.seed)
     model = AttentionOnlyModel(VOCAB_SIZE, 4 * config.n_pairs, config.d_model, config.n_heads, config.n_layers)
+    model.attention_mask = broken(model.attention_mask, config.break_)
     return model.to(pick_device(run.device)), (
         recall_batch(config.batch_size, config.n_pairs, generator, N_KINDS) for _ in itertools.count()
     )
+
+
+def fresh_recall(config: RecallConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """512 sequences (inputs, targets) that no training run with this seed draws."""
+    return recall_batch(512, config.n_pairs, torch.Generator().manual_seed(seed + 2**62), N_KINDS)
 
 
 def relative_entropy(weights: Tensor, mask: Tensor) -> float:
@@ -830,14 +873,33 @@ def relative_entropy(weights: Tensor, mask: Tensor) -> float:
     return (entropy[free] / n_keys[free].log()).mean().item()
 
 
+@torch.no_grad()
+def accuracy_without_future(model: AttentionOnlyModel, inputs: Tensor, targets: Tensor) -> float:
+    """Accuracy when each counted position is predicted from the tokens up to it alone, as in generation.
+
+    With a sound causal mask it equals `accuracy` of all positions at once. A model that has learned to look ahead scores
+    well there and fails here.
+    """
+    ends = (targets != IGNORE).any(dim=0).nonzero()[:, 0].tolist()
+    logits = torch.stack([model(inputs[:, : end + 1])[:, -1] for end in ends], dim=1)  # (batch, questions, vocab)
+    return accuracy(logits, targets[:, ends])
+
+
+SCALINGS = ("with 1/√d", "without", "without, small start")
+
+
 def entropy_through_training(
-    config: RecallConfig, scaled: bool, run: RunConfig, every: int = 10
+    config: RecallConfig, scaling: str, run: RunConfig, every: int = 10
 ) -> tuple[list[int], list[float], float]:
-    """Train with or without the 1/sqrt(d_head); return steps, relative entropies and the last batches' mean loss."""
+    """Train with one of SCALINGS; return steps, relative entropies and the accuracy on a fresh batch of 512.
+
+    "small start" divides the first query weights by sqrt(d_head), once: the same function at step 0 as with the scale.
+    """
     model, batches = recall_model(config, run)
-    if not scaled:
-        for layer in model.layers:
-            layer.scale = 1.0
+    for layer in model.layers if scaling != SCALINGS[0] else ():
+        if scaling == SCALINGS[2]:
+            layer.q_proj.weight.data *= layer.scale
+        layer.scale = 1.0
     steps, entropies = [], []
 
     def watched() -> Iterator[tuple[Tensor, Tensor]]:
@@ -849,9 +911,10 @@ def entropy_through_training(
                 entropies.append(relative_entropy(weights, causal_mask(weights.shape[-1], device=weights.device)))
             yield batch
 
-    name = "scaled" if scaled else "unscaled"
-    losses = fit(model, watched(), config.max_steps, config.learning_rate, f"{name}, seed {run.seed}")
-    return steps, entropies, float(np.mean(losses[-every:]))
+    fit(model, watched(), config.max_steps, config.learning_rate, f"{scaling}, seed {run.seed}")
+    inputs, targets = (part.to(device_of(model)) for part in fresh_recall(config, run.seed))
+    with torch.no_grad():
+        return steps, entropies, accuracy(model(inputs), targets)
 
 
 def largest_weight(d_head: int, n_keys: int, scaled: bool, generator: torch.Generator, n_queries: int = 500) -> float:
@@ -887,6 +950,22 @@ def ablate_heads(model: AttentionOnlyModel, inputs: Tensor, targets: Tensor) -> 
             with without_head(layer, head):
                 table[-1].append(accuracy(model(inputs), targets))
     return table
+
+
+def head_roles(weights: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean weight of every head of recall on two links that solve it: (layers, heads) each.
+
+    Shapes: weights (layers, batch, heads, seq, seq), inputs and targets (batch, seq). First what a shown value puts on
+    the key before it, then what a question puts on the value that answers it. Two layers need both: the value must
+    carry its key before a question can find it (Elhage et al. 2021).
+    """
+    n_shown = inputs.shape[1] // 2
+    values = torch.arange(1, n_shown, 2)
+    to_key = weights[..., values, values - 1].mean(dim=(1, 3))  # (layers, heads)
+    asked = (inputs[:, :, None] == inputs[:, None, : n_shown - 1]) & (targets != IGNORE)[:, :, None]
+    links = F.pad(asked, (1, inputs.shape[1] - n_shown))  # (batch, seq, seq); the value follows its key
+    to_answer = (weights * links[:, None]).sum(dim=(1, 3, 4)) / links.sum()  # (layers, heads)
+    return to_key, to_answer
 
 
 class PeakMemory(TorchDispatchMode):
