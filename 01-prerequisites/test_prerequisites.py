@@ -1,7 +1,9 @@
 """Topic 01: every operation, gradient and optimizer against PyTorch in float64, and the mistakes they must not make."""
 
 import gc
+import json
 import math
+import re
 import weakref
 from functools import partial
 from pathlib import Path
@@ -589,6 +591,8 @@ def test_shape_comments_are_true(checked_shapes) -> None:
         topic.xor_points()
         topic.activation_variances(topic.he_normal, relu, np.random.default_rng(0), 2, 8)
         topic.softmax_error(softmax, 0.0, np.random.default_rng(0))
+        path = {"SGD": topic.optimizer_path(partial(SGD, learning_rate=0.01), n_steps=2)}
+        plt.close(topic.plot_optimizer_paths(path, path, 0.0))
     n_comments = Path(topic.__file__).read_text(encoding="utf-8").count("  # (")
     assert len(checked) == n_comments >= 20
 
@@ -780,6 +784,7 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: TrainConfig(learning_rate=0.0), "learning_rate must be finite and > 0, got 0"),
         (lambda: TrainConfig(noise=math.nan), "noise must be finite and >= 0, got nan"),
         (lambda: BenchConfig(max_size=16), "max_size must be finite and >= 32"),
+        (lambda: topic.FiguresConfig(only=("xor", "spiral")), "unknown experiment 'spiral'; known: graph, xor"),
     ],
 )  # fmt: skip
 def test_mistake_is_named(mistake, message: str) -> None:
@@ -850,6 +855,51 @@ def test_bench_reports_ratios(tmp_path, capsys) -> None:
     assert (tmp_path / "roofline.svg").exists()
 
 
+def test_figures_writes_every_table_and_every_figure(tmp_path, capsys) -> None:
+    sizes = {"n-seeds": 2, "n-xor-seeds": 2, "max-steps": 20, "n-layers": 3, "d-hidden": 16, "max-size": 32}
+    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    flags += ["--n-rounds", "1", "--n-copied", "100000", "--folder", str(tmp_path / "figures")]
+    names = [name for name in topic.EXPERIMENTS if name != "breaks"]  # its sizes are fixed; tested below
+    topic.main(["figures", *names, *flags])
+    results = json.loads((tmp_path / "figures" / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {"xor", "spirals", "variance", "optimizers", "softmax", "roofline", "machine"}
+    assert all(len(row) == len(table["columns"]) for table in results.values() for row in table["rows"])
+    assert [row[1] for row in results["xor"]["rows"]] == [6, 12, 22, 42, 82]
+    assert results["xor"]["seeds"] == [100, 101] and results["variance"]["seeds"] == [0, 1]
+    assert results["machine"]["command"].endswith("figures roofline")
+    wanted = {"graph", "two_spirals", "activation_variance", "optimizer_paths", "softmax_error", "roofline"}
+    assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == wanted
+    assert "on 2 CPU cores" in capsys.readouterr().out
+
+
+def test_spirals_figure_is_small(tmp_path) -> None:
+    model, _, held_out = topic.solve_spirals(TrainConfig(max_steps=300), 0)
+    topic.save_figure(topic.plot_spirals(model, *held_out), tmp_path / "spirals.svg")
+    assert (tmp_path / "spirals.svg").stat().st_size < 120_000
+
+
+@pytest.mark.parametrize("bug", topic.SYMPTOMS)
+def test_planted_bugs_show_their_symptoms(bug: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(topic, "xor_share", lambda seeds, rate=0.01: float(topic.solve_xor(TrainConfig(), 0)))
+    topic.main(["demo", "--break", bug])
+    lines = capsys.readouterr().out.splitlines()
+    sound, broken = zip(
+        *([float(part) for part in re.findall(r"(?:sound|broken) ([\d.e-]+)", line)] for line in lines[1:]), strict=True
+    )
+    wanted = {
+        "order": (12, 6),
+        "recursion": (10_000, 900),
+        "accumulate": (2, 6),
+        "bias": (1, 3.1623),
+        "eps": (0.9901, 0.01),
+    }
+    assert sound[0] == pytest.approx(wanted[bug][0])
+    assert broken[0] == pytest.approx(wanted[bug][1], rel=0.2 if bug == "recursion" else 1e-4)
+    if bug == "order":
+        assert sound[1] > 0.999999 and broken[1] < 0.9 and sound[2] == broken[2] == 1
+    assert topic.topological_order.__name__ == "topological_order" and topic.Adam is Adam  # nothing stays planted
+
+
 def test_parameters_are_found_once_in_nested_parts() -> None:
     class Net(Module):
         def __init__(self) -> None:
@@ -892,6 +942,30 @@ def test_optimizer_path_of_gradient_descent_is_the_geometric_series() -> None:
     assert fast < slow / 100
 
 
+def test_steps_on_the_bowl_follow_the_derivation() -> None:
+    start = (0.6, 0.8)
+    steps = {}
+    for name, make in {
+        "SGD": partial(SGD, learning_rate=2 / 101),
+        "momentum": partial(Momentum, learning_rate=4 / 121, momentum=(9 / 11) ** 2),
+        "Adam": partial(Adam, learning_rate=0.03),
+    }.items():
+        for angle in (0.0, math.pi / 4):
+            path = topic.optimizer_path(make, start, n_steps=1500, angle=angle)
+            steps[name, angle] = topic.steps_to(topic.bowl(path, angle=angle))
+    assert steps["SGD", 0.0] == steps["SGD", math.pi / 4] == 346
+    assert 35 < steps["momentum", 0.0] < 70 and 35 < steps["momentum", math.pi / 4] < 70
+    assert steps["Adam", math.pi / 4] > 1.2 * steps["Adam", 0.0]
+    assert topic.steps_to(np.array([1.0, 0.5])) == math.inf
+
+
+def test_float64_softmax_fails_later_and_its_error_is_small() -> None:
+    error = partial(topic.softmax_error, dtype=np.float64)
+    assert error(topic.naive_softmax, 800.0, np.random.default_rng(0)) == math.inf
+    assert error(topic.naive_softmax, 600.0, np.random.default_rng(0)) < 1e-14
+    assert error(softmax, 800.0, np.random.default_rng(0)) < 1e-14
+
+
 def test_naive_softmax_fails_where_the_stable_one_does_not() -> None:
     errors = {
         function: [topic.softmax_error(function, offset, np.random.default_rng(0)) for offset in (-200, -95, 0, 95)]
@@ -921,6 +995,9 @@ def test_every_measurement_is_repeated() -> None:
     machine = topic.measure_machine(1, {"NumPy": {32: [1.0, 1e15]}})
     assert machine.flops == 1e15  # no rate exceeds the peak
     assert machine.bandwidth > 1e8 and machine.memory > 1e8
+    streams = topic.streaming_rates(10_000, 1)
+    assert [intensity for _, intensity, _ in streams] == [1 / 12, 0.5] and all(rate > 0 for *_, rate in streams)
+    assert topic.measure_machine(1, {}, 1000, [("add", 0.5, 1e15)]).bandwidth == 2e15  # nor any stream the slope
 
 
 def test_unsteady_measurements_are_called_so(capsys) -> None:
@@ -935,7 +1012,7 @@ def test_figures_have_labels_and_all_lines() -> None:
     path = topic.optimizer_path(partial(Adam, learning_rate=0.1))
     figures = [
         (topic.plot_activation_variances({"He": [[1.0, 2.0]] * 3, "Xavier": [[1.0, 0.5]]}), 4),
-        (topic.plot_optimizer_paths({"Adam": path, "again": path}), 2),
+        (topic.plot_optimizer_paths({"Adam": path, "again": path}, {"Adam": path, "again": path}, 0.5), 2),
         (topic.plot_softmax_errors([0.0, 90.0], {"naive": [1e-7, math.inf], "stable": [1e-7, 1e-7]}), 5),
         (topic.plot_roofline(machine, {"loop": {32: [1e7]}, "NumPy": {32: [2e9, 1e9]}, "torch": {32: [1e9]}}), 1),
     ]

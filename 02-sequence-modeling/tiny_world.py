@@ -1253,15 +1253,14 @@ def statistics(world: World, n: int, seed: int) -> list[KindStatistics]:
 
 def plot_surprisal(document: Document, rows: list[KindStatistics]) -> Figure:
     """Draw the surprisal of each token of a document, and the entropy of each kind with its standard error."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(3, 1))
-    left.bar(range(len(document.tokens)), document.surprisal)
-    left.set_xticks(range(len(document.tokens)), document.tokens, rotation=90, fontsize=8)
-    left.set(ylabel="surprisal (nats)", title=f"one document: {sum(document.surprisal):.2f} nats in all")
-    left.margins(x=0.01)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), height_ratios=(3, 2))
+    top.bar(range(len(document.tokens)), document.surprisal)
+    top.set_xticks(range(len(document.tokens)), document.tokens, rotation=90, fontsize=9)
+    top.set(ylabel="surprisal (nats)", title=f"one document: {sum(document.surprisal):.2f} nats in all")
+    top.margins(x=0.01)
     kinds, entropies = [row.kind for row in rows], [row.entropy for row in rows]
-    right.barh(kinds, entropies, xerr=[row.error for row in rows], color="C2")
-    right.invert_yaxis()
-    right.set(xlabel="entropy (nats per token)", title="kinds")
+    bottom.bar(kinds, entropies, yerr=[row.error for row in rows], color="C2")
+    bottom.set(ylabel="entropy (nats per token)", title="the kinds of document")
     return figure
 
 

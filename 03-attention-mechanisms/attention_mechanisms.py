@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,13 +44,16 @@ from sequence_modeling import (
     recall_batch,
 )
 from workbench import (
+    Column,
     RunConfig,
     announce,
     check_range,
     describe_machine,
+    fill_chapter,
     pick_device,
     run_verbs,
     save_figure,
+    save_results,
     seed_everything,
 )
 
@@ -877,7 +881,7 @@ def relative_entropy(weights: Tensor, mask: Tensor) -> float:
 def accuracy_without_future(model: AttentionOnlyModel, inputs: Tensor, targets: Tensor) -> float:
     """Accuracy when each counted position is predicted from the tokens up to it alone, as in generation.
 
-    With a sound causal mask it equals `accuracy` of all positions at once. A model that has learned to look ahead scores
+    With a sound causal mask it equals `accuracy` of all positions at once. A model that has learned to look ahead does
     well there and fails here.
     """
     ends = (targets != IGNORE).any(dim=0).nonzero()[:, 0].tolist()
@@ -1018,65 +1022,103 @@ def fastest(work: Callable[[], object], n_repeats: int, device: torch.device) ->
     return min(seconds[1:])
 
 
-class Cost(NamedTuple):
-    """Forward and backward of one kind of attention at one length."""
-
-    kind: str
-    seq_len: int
-    seconds: float
-    n_bytes: int  # peak, beyond the inputs
+KINDS = ("naive", "tiled", "PyTorch", "linear")
 
 
-def measure_cost(config: CostConfig, run: RunConfig) -> list[Cost]:
-    """Time and peak memory of naive, tiled and PyTorch's attention, unmasked, one sequence, at doubling lengths."""
-    kinds = {
-        "naive": lambda q, k, v: scaled_dot_product_attention(q, k, v)[0],
-        "tiled": lambda q, k, v: tiled_attention(q, k, v, tile_size=config.tile_size),
-        "PyTorch": F.scaled_dot_product_attention,
-    }
+def measure_cost(
+    config: CostConfig, run: RunConfig, measure: Callable[[Callable[[], object]], float]
+) -> dict[str, dict[int, float]]:
+    """`measure(work)` for forward and backward of each of KINDS, unmasked, one sequence, at doubling lengths.
+
+    Returns {kind: {length: result}}. `peak_memory` measures bytes beyond the inputs, `fastest` seconds.
+    """
+    functions = (
+        lambda q, k, v: scaled_dot_product_attention(q, k, v)[0],
+        lambda q, k, v: tiled_attention(q, k, v, tile_size=config.tile_size),
+        F.scaled_dot_product_attention,
+        linear_attention,
+    )
     seed_everything(run.seed)
-    device, costs, seq_len = pick_device(run.device), [], config.shortest
+    device, costs, seq_len = pick_device(run.device), {kind: {} for kind in KINDS}, config.shortest
     while seq_len <= config.longest:
         shape = (1, config.n_heads, seq_len, config.d_head)
         inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in "qkv"]
-        for kind, attend in kinds.items():
+        for kind, attend in zip(KINDS, functions, strict=True):
 
             def work(attend=attend, inputs=inputs) -> None:
                 torch.autograd.grad(attend(*inputs).sum(), inputs)
 
-            costs.append(Cost(kind, seq_len, fastest(work, config.n_repeats, device), peak_memory(work)))
+            costs[kind][seq_len] = measure(work)
         seq_len *= 2
     return costs
 
 
-def growth(costs: list[Cost], kind: str) -> float:
-    """The exponent p of peak memory = fixed + length^p: the slope, in the logarithms, of what each doubling adds.
+def growth(costs: dict[int, float]) -> float:
+    """The exponent p of cost = fixed + length^p: the slope, in the logarithms, of what each doubling adds.
 
     Raises ValueError for fewer than three lengths.
     """
-    points = [(cost.seq_len, cost.n_bytes) for cost in costs if cost.kind == kind]
-    if len(points) < 3:
-        raise ValueError(f"an exponent needs at least 3 lengths, got {len(points)}; raise longest")
-    lengths, n_bytes = np.array(points, dtype=float).T
-    return float(np.polyfit(np.log(lengths[:-1]), np.log(np.diff(n_bytes)), deg=1)[0])
+    if len(costs) < 3:
+        raise ValueError(f"an exponent needs at least 3 lengths, got {len(costs)}; raise longest")
+    lengths, values = np.array(list(costs.items()), dtype=float).T
+    return float(np.polyfit(np.log(lengths[:-1]), np.log(np.diff(values)), deg=1)[0])
+
+
+class Work(NamedTuple):
+    """What one forward pass of attention over all heads asks of a processor."""
+
+    flops: int  # of the two matrix products, a multiplication and an addition each
+    naive_bytes: int  # moved when scores and weights each travel to memory and back once
+    fused_bytes: int  # moved when they never leave the chip: queries, keys and values read, the output written
+
+    @property
+    def naive_intensity(self) -> float:
+        return self.flops / self.naive_bytes  # FLOPs per byte
+
+    @property
+    def fused_intensity(self) -> float:
+        return self.flops / self.fused_bytes  # FLOPs per byte
+
+
+def attention_work(n_query: int, n_key: int, n_heads: int, d_head: int, number_bytes: int = 2) -> Work:
+    """FLOPs and least bytes of one sequence, without a mask; numbers of 2 bytes unless told (Dao et al. 2022)."""
+    ends = number_bytes * n_heads * d_head * 2 * (n_query + n_key)
+    return Work(
+        flops=4 * n_heads * n_query * n_key * d_head,
+        naive_bytes=ends + number_bytes * n_heads * 4 * n_query * n_key,
+        fused_bytes=ends,
+    )
+
+
+def linear_error(spread: float, generator: torch.Generator, n_keys: int = 64, d_head: int = 32) -> tuple[float, float]:
+    """How far linear attention, and the plain mean of the values, lie from softmax attention: relative distances.
+
+    Queries, keys and values are independent normal, the queries scaled so that scores have standard deviation `spread`.
+    """
+    q, k, v = (torch.randn(200, n, d_head, generator=generator) for n in (1, n_keys, n_keys))
+    exact = scaled_dot_product_attention(q * spread, k, v)[0]
+    others = linear_attention(q * spread, k, v), v.mean(dim=1, keepdim=True)
+    return tuple(((other - exact).norm() / exact.norm()).item() for other in others)
 
 
 # Figures
 
 
-def plot_heads(weights: Tensor, tokens: list[str] | None = None, title: str = "") -> Figure:
-    """One panel for each head of weights (heads, query, key); `tokens` label both axes of self-attention."""
+def plot_heads(
+    weights: Tensor, tokens: list[str] | None = None, title: str = "", titles: list[str] | None = None
+) -> Figure:
+    """One panel, with its title, for each head of weights (heads, query, key); `tokens` label both axes."""
     if weights.dim() != 3:
         raise ValueError(f"weights must have shape (heads, query, key), got {tuple(weights.shape)}")
     n_heads, n_query, n_key = weights.shape
-    side = max(2.6, 0.13 * n_key)  # inches: room for a label at every token
-    figure, axes = plt.subplots(1, n_heads, figsize=(side * n_heads + 1, side + 0.5), squeeze=False, sharey=True)
+    side = max(2.3, 0.13 * n_key)  # inches: room for a label at every token
+    figure, axes = plt.subplots(1, n_heads, figsize=(side * n_heads + 0.6, side + 0.9), squeeze=False, sharey=True)
     for head, axis in enumerate(axes[0]):
         image = axis.imshow(weights[head].detach().cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
-        axis.set(title=f"head {head}", xlabel="key", ylabel="" if head else "query")
+        axis.set(title=titles[head] if titles else f"head {head}", xlabel="key", ylabel="" if head else "query")
         if tokens is not None:
-            axis.set_xticks(range(n_key), tokens, rotation=90, fontsize=6)
-            axis.set_yticks(range(n_query), tokens, fontsize=6)
+            axis.set_xticks(range(n_key), tokens, rotation=90, fontsize=8)
+            axis.set_yticks(range(n_query), tokens, fontsize=8)
     figure.colorbar(image, ax=axes[0], label="weight")
     figure.suptitle(title)
     return figure
@@ -1117,7 +1159,7 @@ def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, lo
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(lines), frameon=False)
     return figure
 
 
@@ -1125,21 +1167,26 @@ def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, lo
 
 
 SECONDS_PER_STEP = 0.18  # of the demo's four models together, with the default sizes, on 2 cores
-SECONDS_PER_READ = 0.02  # a training step of the attention-only model
+SECONDS_PER_READ = 0.007  # a training step of the attention-only model
 
 
 def demo(config: AlignmentConfig, run: RunConfig) -> None:
     """Two memory tasks, from a fixed vector and with attention: accuracy, and the alignment beside the true one."""
     plan = f"train 4 models for {config.max_steps} steps on copy and recall of {config.n_symbols} tokens"
     announce(plan, config.max_steps * SECONDS_PER_STEP)
-    lines = [f"{'task':7} {'model':15} {'parameters':>10} {'accuracy':>9} {'precision':>10} {'recall':>7}"]
-    for task, attention_cls in (("copy", BahdanauSeq2Seq), ("recall", LuongSeq2Seq)):
+    lines = [
+        f"{'task':7} {'model':15} {'parameters':>10} {'accuracy':>9} {'precision':>10} {'recall':>7} {'on padding':>11}"
+    ]
+    for task, attention_cls in ATTENTION_FOR.items():
         results = compare_on_task(task, attention_cls, config, run)
-        for result in results:
-            scores = "" if result.precision is None else f" {result.precision:10.2f} {result.recall:7.2f}"
-            lines.append(f"{task:7} {result.model:15} {result.n_parameters:10,} {result.accuracy:9.1%}{scores}")
         _, src_lengths, _, _, links = held_out(task, config, run.seed)
-        guess = (links.sum(dim=(1, 2)) / src_lengths).sum() / links.sum()  # one source token at random for each target
+        for result in results:
+            scores = ""
+            if result.weights is not None:
+                on_padding = padding_share(result.weights, src_lengths)
+                scores = f" {result.precision:10.2f} {result.recall:7.2f} {on_padding:11.1%}"
+            lines.append(f"{task:7} {result.model:15} {result.n_parameters:10,} {result.accuracy:9.1%}{scores}")
+        guess = guessed_alignment(links, src_lengths)
         lines.append(f"{task:7} {'chance':15} {'':10} {1 / N_KINDS:9.1%} {guess:10.2f} {guess:7.2f}")
         figure = plot_alignment(results, links, f"{task} of {config.n_symbols} tokens, seed {run.seed}")
         save_figure(figure, run.out / f"alignment_{task}.svg")
@@ -1150,17 +1197,26 @@ def heads(config: RecallConfig, run: RunConfig) -> None:
     """Train an attention-only model on recall, draw what each head looks at, and silence the heads one at a time."""
     plan = f"train {config.n_layers} layers of {config.n_heads} heads for {config.max_steps} steps"
     announce(plan, config.max_steps * SECONDS_PER_READ)
-    model, batches = recall_model(config, run)
-    fit(model, batches, config.max_steps, config.learning_rate, "train")
-    inputs, targets = (part.to(device_of(model)) for part in next(batches))
+    model, inputs, targets = trained_on_recall(config, run)
     with torch.no_grad():
         logits, weights = model.look(inputs)
-    print(f"accuracy {accuracy(logits, targets):.1%} with all heads (chance {1 / N_KINDS:.1%}); with one silenced:")
+    alone = accuracy_without_future(model, inputs, targets)
+    print(f"accuracy {accuracy(logits, targets):.1%} with all heads (chance {1 / N_KINDS:.1%})")
+    print(f"accuracy {alone:.1%} when the tokens after each question are not there yet")
     for layer, row in enumerate(ablate_heads(model, inputs, targets)):
-        print(f"layer {layer}: " + "  ".join(f"head {head} {value:6.1%}" for head, value in enumerate(row)))
+        print(
+            f"layer {layer}, one silenced: " + "  ".join(f"head {head} {value:6.1%}" for head, value in enumerate(row))
+        )
     for layer in range(config.n_layers):
         figure = plot_heads(weights[layer, 0], token_names(inputs[0]), f"layer {layer}")
         save_figure(figure, run.out / f"heads_layer_{layer}.svg")
+
+
+def trained_on_recall(config: RecallConfig, run: RunConfig) -> tuple[AttentionOnlyModel, Tensor, Tensor]:
+    """The trained model, and 512 fresh sequences with their targets."""
+    model, batches = recall_model(config, run)
+    fit(model, batches, config.max_steps, config.learning_rate, f"recall, seed {run.seed}, break {config.break_}")
+    return model, *(part.to(device_of(model)) for part in fresh_recall(config, run.seed))
 
 
 def token_names(token_ids: Tensor) -> list[str]:
@@ -1169,58 +1225,27 @@ def token_names(token_ids: Tensor) -> list[str]:
     return [names[token_id] for token_id in token_ids.tolist()]
 
 
-def scale(config: RecallConfig, run: RunConfig) -> None:
-    """With and without 1/sqrt(d): entropy of the weights through training (3 seeds), largest weight against width."""
-    announce(f"train 6 models for {config.max_steps} steps", 6 * config.max_steps * SECONDS_PER_READ)
-    curves, d_head = {}, config.d_model // config.n_heads
-    for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without")):
-        trials = [entropy_through_training(config, scaled, replace(run, seed=run.seed + i)) for i in range(3)]
-        entropies = np.array([entropies for _, entropies, _ in trials])
-        curves[name] = (trials[0][0], entropies.mean(axis=0).tolist())
-        first, last, losses = entropies[:, 0], entropies[:, -1], np.array([loss for _, _, loss in trials])
-        print(
-            f"{name:15} d_head {d_head}: entropy {first.mean():.2f} ± {first.std(ddof=1):.2f} of the largest at the "
-            f"start, {last.mean():.2f} ± {last.std(ddof=1):.2f} at the end; "
-            f"loss {losses.mean():.3f} ± {losses.std(ddof=1):.3f} nats (guessing {math.log(N_KINDS):.3f})"
-        )
-    save_figure(plot_lines(curves, "training step", "entropy / log(keys)"), run.out / "scale_entropy.svg")
-    generator, widths, n_keys = torch.Generator().manual_seed(run.seed), [4, 16, 64, 256, 1024], 64
-    lines = {
-        name: (widths, [largest_weight(width, n_keys, scaled, generator) for width in widths])
-        for scaled, name in ((True, "with 1/sqrt(d)"), (False, "without"))
-    }
-    for name, (_, largest) in lines.items():
-        values = ", ".join(f"{value:.3f} at {width}" for width, value in zip(widths, largest, strict=True))
-        print(f"{name:15} mean largest of {n_keys} weights: {values} (uniform {1 / n_keys:.3f})")
-    figure = plot_lines(lines, "width of queries and keys", f"mean largest of {n_keys} weights", log=True)
-    save_figure(figure, run.out / "scale_width.svg")
-
-
 def bench(config: CostConfig, run: RunConfig) -> None:
     """Ours beside PyTorch's in one run: time as a ratio, and peak memory against length; forward and backward."""
     announce(f"time attention at {config.shortest} to {config.longest} tokens", 15)
     print(f"{describe_machine()}; {config.n_heads} heads of {config.d_head}, tiles of {config.tile_size}, float32")
-    costs = measure_cost(config, run)
-    reference = {cost.seq_len: cost for cost in costs if cost.kind == "PyTorch"}
-    for cost in costs:
-        ratio = cost.seconds / reference[cost.seq_len].seconds
-        print(
-            f"{cost.seq_len:6} tokens {cost.kind:8} {cost.seconds * 1e3:9.2f} ms {ratio:6.2f} x PyTorch "
-            f"{cost.n_bytes / 2**20:8.2f} MiB"
-        )
+    device = pick_device(run.device)
+    seconds = measure_cost(config, run, lambda work: fastest(work, config.n_repeats, device))
+    n_bytes = measure_cost(config, run, peak_memory)
+    for kind, times in seconds.items():
+        for seq_len, duration in times.items():
+            ratio = duration / seconds["PyTorch"][seq_len]
+            print(
+                f"{seq_len:6} tokens {kind:8} {duration * 1e3:9.2f} ms {ratio:6.2f} x PyTorch "
+                f"{n_bytes[kind][seq_len] / 2**20:8.2f} MiB"
+            )
     if config.longest >= 4 * config.shortest:
-        exponents = [f"{kind} length^{growth(costs, kind):.2f}" for kind in ("naive", "tiled", "PyTorch")]
+        exponents = [f"{kind} length^{growth(n_bytes[kind]):.2f}" for kind in KINDS]
         print(f"peak memory grows as: {', '.join(exponents)} (beyond a fixed part)")
     ours, theirs = multi_head_seconds(config, run)
     print(
         f"MultiHeadAttention {ours * 1e3:.2f} ms, {ours / theirs:.2f} x nn.MultiheadAttention (with weights per head)"
     )
-    for column, ylabel in (("seconds", "time (s)"), ("n_bytes", "peak memory (bytes)")):
-        lines = {
-            kind: ([c.seq_len for c in costs if c.kind == kind], [getattr(c, column) for c in costs if c.kind == kind])
-            for kind in ("naive", "tiled", "PyTorch")
-        }
-        save_figure(plot_lines(lines, "length (tokens)", ylabel, log=True), run.out / f"cost_{column}.svg")
 
 
 def multi_head_seconds(config: CostConfig, run: RunConfig) -> tuple[float, float]:
@@ -1240,11 +1265,203 @@ def multi_head_seconds(config: CostConfig, run: RunConfig) -> tuple[float, float
     )
 
 
+# The chapter's experiments
+
+
+ATTENTION_FOR: dict[str, type[AttentionSeq2Seq]] = {"copy": BahdanauSeq2Seq, "recall": LuongSeq2Seq}
+ALIGNMENT = (Column("alignment precision", digits=".3f"), Column("alignment recall", digits=".3f"))
+
+
+class Study:
+    """What every experiment needs: its configurations, shrunk if asked, its runs, and where its results go."""
+
+    def __init__(self, config: FiguresConfig) -> None:
+        shrink = config.shrink
+        self.folder, self.seeds = config.folder, range(config.n_seeds)
+        self.runs = [RunConfig(seed=seed, device="cpu") for seed in self.seeds]
+        self.alignment = AlignmentConfig(max_steps=max(1, AlignmentConfig.max_steps // shrink))
+        self.recall = RecallConfig(max_steps=max(1, RecallConfig.max_steps // shrink))
+        shortest = max(1, CostConfig.shortest // shrink)
+        self.cost = CostConfig(shortest=shortest, longest=8 * shortest)
+
+    def save(self, name: str, columns: list[Column], rows: list[list], n_seeds: int | None = None) -> None:
+        command = f"python 03-attention-mechanisms/attention_mechanisms.py figures {name}"
+        save_results(self.folder / "results.json", name, columns, rows, self.seeds[:n_seeds], command)
+
+
+def run_tasks(study: Study) -> None:
+    """Copy and recall from a fixed vector and with attention: accuracy, and the alignment against the true one."""
+    rows = []
+    for task, attention_cls in ATTENTION_FOR.items():
+        trials = [compare_on_task(task, attention_cls, study.alignment, run) for run in study.runs]
+        fresh = [held_out(task, study.alignment, seed) for seed in study.seeds]
+        for results in zip(*trials, strict=True):
+            pairs = ["–", "–"]
+            if results[0].weights is not None:
+                pairs = [[result.precision for result in results], [result.recall for result in results]]
+            rows.append([task, results[0].model, results[0].n_parameters, [r.accuracy for r in results], *pairs])
+        guess = [guessed_alignment(links, src_lengths) for _, src_lengths, _, _, links in fresh]
+        rows.append([task, "guessing", "–", 1 / N_KINDS, guess, guess])
+        title = f"{task} of {study.alignment.n_symbols} tokens, seed {study.seeds[0]}"
+        save_figure(plot_alignment(trials[0], fresh[0][-1], title), study.folder / f"alignment_{task}.svg")
+    columns = [Column("task"), Column("model"), Column("parameters", digits=","), Column("accuracy", digits=".1%")]
+    study.save("tasks", [*columns, *ALIGNMENT], rows)
+
+
+def run_padding_breaks(study: Study) -> None:
+    """The padding mask broken in two ways, on copy: accuracy, alignment, and the weight that lies on padding."""
+    rows = []
+    for name in BREAKS:
+        config = replace(study.alignment, break_=name)
+        results = [train_on_task("copy", BahdanauSeq2Seq, config.d_model, config, run) for run in study.runs]
+        shares = [
+            padding_share(result.weights, held_out("copy", config, seed)[1])
+            for result, seed in zip(results, study.seeds, strict=True)
+        ]
+        scores = [[getattr(result, name) for result in results] for name in ("accuracy", "precision", "recall")]
+        rows.append([f"`{name}`", *scores, shares])
+    columns = [Column("`--break`"), Column("accuracy", digits=".1%"), *ALIGNMENT]
+    study.save("padding-breaks", [*columns, Column("weight on padding", digits=".1%")], rows)
+
+
+def run_causal_breaks(study: Study) -> None:
+    """The causal mask broken in the same two ways, on recall: how well, and how well without the future in sight."""
+    rows = []
+    for name in BREAKS:
+        trials = [trained_on_recall(replace(study.recall, break_=name), run) for run in study.runs]
+        with torch.no_grad():
+            at_once = [accuracy(model(inputs), targets) for model, inputs, targets in trials]
+        rows.append([f"`{name}`", at_once, [accuracy_without_future(*trial) for trial in trials]])
+    columns = [Column("accuracy, all positions at once"), Column("accuracy, one token at a time")]
+    study.save("causal-breaks", [Column("`--break`"), *(replace(column, digits=".1%") for column in columns)], rows)
+
+
+def run_scale(study: Study) -> None:
+    """With and without 1/sqrt(d), at two learning rates: entropy of the weights, and the accuracy it ends with."""
+    rows, curves = [], {}
+    for learning_rate in (study.recall.learning_rate, study.recall.learning_rate / 5):
+        config = replace(study.recall, learning_rate=learning_rate)
+        for scaling in SCALINGS:
+            trials = [entropy_through_training(config, scaling, run) for run in study.runs]
+            entropies = np.array([entropies for _, entropies, _ in trials])
+            if learning_rate == study.recall.learning_rate:
+                curves[scaling] = (trials[0][0], entropies.mean(axis=0).tolist())
+            cells = [entropies[:, 0].tolist(), entropies[:, -1].tolist(), [right for *_, right in trials]]
+            rows.append([scaling, f"{learning_rate:g}", *cells])
+    columns = [Column("scale"), Column("learning rate"), *(Column(f"entropy, {when}") for when in ("start", "end"))]
+    columns = [*columns[:2], *(replace(column, digits=".3f") for column in columns[2:])]
+    study.save("scale", [*columns, Column("accuracy", digits=".1%")], rows)
+    figure = plot_lines(curves, "training step", "entropy of the weights / log(keys)")
+    save_figure(figure, study.folder / "scale_entropy.svg")
+
+
+def run_width(study: Study) -> None:
+    """The mean largest of 64 weights against width, for standard normal queries and keys."""
+    widths, n_keys = [4, 16, 64, 256, 512, 1024], 64
+    rows = []
+    for width in widths:
+        cells = []
+        for scaled in (False, True):
+            generators = (torch.Generator().manual_seed(seed) for seed in study.seeds)
+            cells.append([largest_weight(width, n_keys, scaled, generator) for generator in generators])
+        rows.append([str(width), *cells])
+    columns = [Column("width d"), Column("without 1/√d", digits=".3f"), Column("with 1/√d", digits=".3f")]
+    study.save("width", columns, rows)
+    means = {column.name: (widths, [float(np.mean(row[i])) for row in rows]) for i, column in enumerate(columns) if i}
+    means[f"uniform, 1/{n_keys}"] = (widths, [1 / n_keys] * len(widths))
+    save_figure(
+        plot_lines(means, "width d of queries and keys", "mean largest weight", log=True), study.folder / "width.svg"
+    )
+
+
+def run_heads(study: Study) -> None:
+    """What each head of the attention-only model looks at, and the accuracy without it."""
+    rows = []
+    for run in study.runs:
+        model, inputs, targets = trained_on_recall(study.recall, run)
+        with torch.no_grad():
+            logits, weights = model.look(inputs)
+        to_key, to_answer = (part.tolist() for part in head_roles(weights, inputs, targets))
+        for layer, row in enumerate(ablate_heads(model, inputs, targets)):
+            for head, right in enumerate(row):
+                cells = [accuracy(logits, targets), right, to_key[layer][head], to_answer[layer][head]]
+                rows.append([f"seed {run.seed}, layer {layer}, head {head}", *cells])
+        if run.seed == study.seeds[0]:
+            looks = torch.stack([weights[layer, 0, head] for layer in range(len(weights)) for head in range(len(row))])
+            titles = [f"layer {layer}, head {head}" for layer in range(len(weights)) for head in range(len(row))]
+            save_figure(plot_heads(looks, token_names(inputs[0]), titles=titles), study.folder / "heads.svg")
+    shares = (Column("all heads"), Column("without it"))
+    looks = (Column("value → its key"), Column("question → answer"))
+    columns = [replace(c, digits=".1%") for c in shares] + [replace(c, digits=".2f") for c in looks]
+    study.save("heads", [Column("head"), *columns], rows)
+
+
+def cost_rows(costs: dict[str, dict[int, float]], unit: Column) -> tuple[list[Column], list[list]]:
+    """Columns and rows of a table of `measure_cost`: one length after the other."""
+    lengths = [replace(unit, name=f"{seq_len} tokens") for seq_len in costs["naive"]]
+    return [Column("attention"), *lengths], [[kind, *by_length.values()] for kind, by_length in costs.items()]
+
+
+def run_memory(study: Study) -> None:
+    """Peak memory of forward and backward against length: exact, the same in every run."""
+    costs = measure_cost(study.cost, study.runs[0], lambda work: peak_memory(work) / 2**20)
+    columns, rows = cost_rows(costs, Column("", "MiB", ".2f"))
+    rows = [[*row, growth(costs[row[0]])] for row in rows]
+    study.save("memory", [*columns, Column("grows as length to the power", digits=".2f")], rows, n_seeds=1)
+    lines = {kind: (list(by_length), list(by_length.values())) for kind, by_length in costs.items()}
+    save_figure(plot_lines(lines, "length (tokens)", "peak memory (MiB)", log=True), study.folder / "memory.svg")
+
+
+def run_time(study: Study) -> None:
+    """Time of forward and backward against length: the fastest of some runs."""
+    device = pick_device("cpu")
+    costs = measure_cost(
+        study.cost, study.runs[0], lambda work: 1e3 * fastest(work, study.cost.n_repeats, device)
+    )  # milliseconds
+    columns, rows = cost_rows(costs, Column("", "ms", ".1f"))
+    rows = [[*row, row[-1] / row[-2]] for row in rows]
+    study.save("time", [*columns, Column("last doubling", "×", ".1f")], rows, n_seeds=1)
+
+
+def run_linear(study: Study) -> None:
+    """How far linear attention lies from softmax attention, beside the plain mean of the values."""
+    rows = []
+    for spread in (0.25, 1.0, 4.0):
+        pairs = [linear_error(spread, torch.Generator().manual_seed(seed)) for seed in study.seeds]
+        rows.append([f"{spread:g}", *([pair[i] for pair in pairs] for i in range(2))])
+    columns = [Column("standard deviation of the scores"), Column("linear attention"), Column("mean of the values")]
+    study.save("linear", [columns[0], *(replace(column, digits=".2f") for column in columns[1:])], rows)
+
+
+EXPERIMENTS: dict[str, tuple[Callable[[Study], None], float]] = {  # with seconds on one core at full size
+    "width": (run_width, 1),
+    "linear": (run_linear, 1),
+    "memory": (run_memory, 5),
+    "time": (run_time, 20),
+    "scale": (run_scale, 65),
+    "heads": (run_heads, 15),
+    "causal-breaks": (run_causal_breaks, 35),
+    "padding-breaks": (run_padding_breaks, 90),
+    "tasks": (run_tasks, 130),
+}
+
+
+def figures(config: FiguresConfig) -> None:
+    """Run the chapter's experiments; write every figure, results.json and the tables of the chapter."""
+    torch.set_num_threads(1)
+    names = config.only or tuple(EXPERIMENTS)
+    announce(f"run {', '.join(names)}", sum(EXPERIMENTS[name][1] for name in names) / config.shrink)
+    study = Study(config)
+    for name in names:
+        EXPERIMENTS[name][0](study)
+    fill_chapter(config.folder.parent)
+
+
 def main(argv: list[str] | None = None) -> None:
     verbs = {
         "demo": (demo, AlignmentConfig, RunConfig),
         "heads": (heads, RecallConfig, RunConfig),
-        "scale": (scale, RecallConfig, RunConfig),
+        "figures": (figures, FiguresConfig),
         "bench": (bench, CostConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)

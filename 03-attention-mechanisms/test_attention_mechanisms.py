@@ -1,8 +1,10 @@
 """Topic 03: attention against PyTorch's and against the published formulas, and what any correct attention must do."""
 
 import itertools
+import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention_mechanisms as topic
 from attention_mechanisms import (
@@ -139,7 +142,7 @@ def test_any_leading_axes(lead: tuple[int, ...], parity) -> None:
     parity("scaled_dot_product_attention, leading axes", SDPA, "gradient", *pair, 1e-10)
 
 
-def test_rows_that_may_attend_nowhere_are_zero_and_pass_no_gradient() -> None:
+def test_rows_without_keys_are_zero() -> None:
     inputs = qkv(BATCH, HEADS)
     mask = some_mask(QUERY, KEY)
     blocked_by_bias = torch.where(mask, 0.0, -math.inf).double()
@@ -364,7 +367,7 @@ SCORES = {
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", SCORES)
-def test_published_scores_equal_their_formula(name: str, masked: bool, parity) -> None:
+def test_scores_equal_their_formula(name: str, masked: bool, parity) -> None:
     torch.manual_seed(0)
     layer = SCORES[name]().double()
     d_query = D_MEMORY if name == "DotAttention" else D_QUERY
@@ -498,13 +501,13 @@ def test_tiled_has_no_second_derivative() -> None:
 
 def test_tiled_memory_is_linear_and_naive_quadratic() -> None:
     """Exact: the peak counts bytes of tensors, so it is the same on every run."""
-    costs = measure_cost(CostConfig(32, 128, n_heads=2, d_head=8, tile_size=16, n_repeats=1), RunConfig(device="cpu"))
-    assert growth(costs, "tiled") == pytest.approx(1.0, abs=0.02)
-    assert growth(costs, "naive") == pytest.approx(2.0, abs=0.05)
-    peak = {(cost.kind, cost.seq_len): cost.n_bytes for cost in costs}
+    costs = measure_cost(CostConfig(32, 128, n_heads=2, d_head=8, tile_size=16, n_repeats=1), CPU, topic.peak_memory)
+    assert growth(costs["tiled"]) == pytest.approx(1.0, abs=0.02)
+    assert growth(costs["linear"]) == pytest.approx(1.0, abs=0.02)
+    assert growth(costs["naive"]) == pytest.approx(2.0, abs=0.05)
     scores = 2 * 128 * 128 * 4
-    assert peak["tiled", 128] < scores / 2 < scores < peak["naive", 128]
-    assert [cost.seq_len for cost in costs[::3]] == [32, 64, 128] and all(cost.seconds > 0 for cost in costs)
+    assert costs["tiled"][128] < scores / 2 < scores < costs["naive"][128]
+    assert all(list(by_length) == [32, 64, 128] for by_length in costs.values()) and tuple(costs) == topic.KINDS
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
@@ -578,7 +581,7 @@ LENGTHS = [(6, None), (4, 7), (7, 4), (1, 5), (5, 1), (0, 3), (3, 0)]
 
 
 @pytest.mark.parametrize(("n_query", "n_key"), LENGTHS)
-def test_masks_hold_exactly_the_pairs_they_promise(n_query: int, n_key: int | None) -> None:
+def test_masks_hold_their_pairs(n_query: int, n_key: int | None) -> None:
     keys = n_query if n_key is None else n_key
     pairs = list(itertools.product(range(n_query), range(keys)))
 
@@ -772,7 +775,7 @@ def model_of(model_cls: type, d_model: int = 5) -> nn.Module:
     return model_cls(11, 13, d_model).double()
 
 
-def test_bahdanau_decoder_equals_the_published_equations(parity) -> None:
+def test_bahdanau_equals_the_paper(parity) -> None:
     model = model_of(BahdanauSeq2Seq)
     src_ids, src_lengths, tgt_ids = source()
     attention, cell, expected, looks = model.attention, model.decoder, [], []
@@ -795,7 +798,7 @@ def test_bahdanau_decoder_equals_the_published_equations(parity) -> None:
     parity("BahdanauSeq2Seq", "the paper's equations, looped", "output", [logits, weights], both, 1e-12)
 
 
-def test_luong_decoder_equals_the_published_equations(parity) -> None:
+def test_luong_equals_the_paper(parity) -> None:
     model = model_of(LuongSeq2Seq)
     src_ids, src_lengths, tgt_ids = source()
     memory, state = model.encode(src_ids, src_lengths)
@@ -922,7 +925,7 @@ def test_score_alignment_counts_by_hand() -> None:
         (lambda: RecallConfig(n_pairs=17), r"n_pairs must be finite and >= 1 and <= 16, got 17"),
         (lambda: CostConfig(tile_size=0), r"tile_size must be finite and >= 1, got 0"),
         (lambda: CostConfig(shortest=64, longest=32), r"longest must be finite and >= 64, got 32"),
-        (lambda: growth([], "naive"), r"an exponent needs at least 3 lengths, got 0"),
+        (lambda: growth({}), r"an exponent needs at least 3 lengths, got 0"),
         (lambda: AttentionOnlyModel(20, 8, 12, 3, 1)(torch.ones(1, 9, dtype=torch.long)), r"length 9 exceeds .* 8"),
         (
             lambda: AttentionOnlyModel(20, 8, 12, 3, 1)(torch.full((1, 4), 20)),
@@ -989,7 +992,9 @@ def test_cross_attention_splits_the_memory_by_its_own_length() -> None:
     ("arguments", "message"),
     [
         (["demo", "--n-symbols", "1"], "n_symbols must be finite and >= 2"),
-        (["demo", "--fault", "typo"], "invalid choice: 'typo'"),
+        (["demo", "--break", "typo"], "invalid choice: 'typo'"),
+        (["figures", "typo"], "unknown experiment 'typo'; use one of width, linear, memory"),
+        (["figures", "--shrink", "0"], "shrink must be finite and >= 1, got 0"),
         (["demo", "--learning-rate", "nan"], "learning_rate must be finite and > 0, got nan"),
         (["heads", "--d-model", "10", "--n-heads", "3"], "d_model=10 is not divisible by n_heads=3"),
         (["bench", "--tile-size", "0"], "tile_size must be finite and >= 1, got 0"),
@@ -1053,16 +1058,39 @@ def test_attention_learns_what_the_fixed_vector_does_not(task: str, model_cls: t
     assert plain.weights is None and attentive.weights.shape[0] == 512 and len(plain.losses) == config.max_steps
 
 
-def test_the_faults_are_seen_in_the_weights() -> None:
-    """Inverted: all weight lies on padding. No mask: some of it does. Proper: none."""
+def test_a_broken_padding_mask_is_seen_in_the_weights() -> None:
+    """Inverted: all weight lies on padding. Filled as bool: some of it does. Sound: none."""
     _, src_lengths, *_ = topic.held_out("copy", TINY, 0)
-    real = torch.arange(TINY.n_symbols) < src_lengths[:, None]
     on_padding = {}
-    for fault in topic.FAULTS:
-        config = AlignmentConfig(n_symbols=5, d_model=8, batch_size=4, max_steps=2, fault=fault)
+    for name in topic.BREAKS:
+        config = AlignmentConfig(n_symbols=5, d_model=8, batch_size=4, max_steps=2, break_=name)
         weights = compare_on_task("copy", BahdanauSeq2Seq, config, CPU)[1].weights
-        on_padding[fault] = weights.masked_fill(real[:, None], 0).sum() / weights.sum()
-    assert on_padding["none"] == 0 < on_padding["no-mask"] < 1 == on_padding["inverted-mask"]
+        on_padding[name] = topic.padding_share(weights, src_lengths)
+    assert on_padding["none"] == 0 < on_padding["bool-fill"] < 1 == on_padding["inverted-mask"]
+
+
+def test_a_broken_causal_mask_scores_well_until_the_future_is_missing() -> None:
+    """Both breaks read the answer from the next token; the sound model reads the same with and without a future."""
+    config = RecallConfig(n_pairs=2, d_model=32, max_steps=250)
+    seen, alone = {}, {}
+    for name in topic.BREAKS:
+        model, inputs, targets = topic.trained_on_recall(replace(config, break_=name), CPU)
+        with torch.no_grad():
+            seen[name] = accuracy(model(inputs), targets)
+        alone[name] = topic.accuracy_without_future(model, inputs, targets)
+    assert alone["none"] == seen["none"]
+    # Inverted: the first of two questions is answered from what follows, the last has no future to look at.
+    assert 0.45 < seen["inverted-mask"] < 0.62 and alone["inverted-mask"] < 0.15
+    assert seen["bool-fill"] > alone["bool-fill"] + 0.2
+
+
+def test_bool_fill_blocks_nothing_and_adds_the_same_to_every_score() -> None:
+    """masked_fill(-inf) on bools writes bool(-inf), True; as a number it is 1 everywhere, and softmax ignores it."""
+    mask = causal_mask(4)
+    filled = topic.BREAKS["bool-fill"](mask)
+    assert filled.dtype == torch.bool and filled.all()
+    scores = normal(4, 4)
+    torch.testing.assert_close((scores + filled).softmax(-1), scores.softmax(-1), rtol=0, atol=1e-12)
 
 
 def test_same_seed_same_result_and_another_seed_another() -> None:
@@ -1070,6 +1098,17 @@ def test_same_seed_same_result_and_another_seed_another() -> None:
     first, again = (compare_on_task("recall", LuongSeq2Seq, config, CPU)[1] for _ in range(2))
     other = compare_on_task("recall", LuongSeq2Seq, config, RunConfig(seed=1, device="cpu"))[1]
     assert first.losses == again.losses and torch.equal(first.weights, again.weights) and first.losses != other.losses
+
+
+def test_held_out_sequences_are_not_the_training_stream() -> None:
+    """A test set drawn with the training seed would be the first training batches again."""
+    for task in topic.TASKS:
+        for seed in range(3):
+            drawn = alignment_batch(task, 512, TINY.n_symbols, generator(seed))
+            assert not torch.equal(topic.held_out(task, TINY, seed)[0], drawn[0])
+    config = RecallConfig(batch_size=512)
+    _, batches = recall_model(config, CPU)
+    assert not torch.equal(topic.fresh_recall(config, CPU.seed)[0], next(batches)[0])
 
 
 def test_matched_width_is_the_smallest_that_is_large_enough() -> None:
@@ -1109,9 +1148,91 @@ def test_ablation_finds_the_only_head_that_matters() -> None:
 
 def test_entropy_is_recorded_with_and_without_the_scale() -> None:
     config = RecallConfig(n_pairs=2, d_model=64, n_heads=1, n_layers=1, batch_size=8, max_steps=6)
-    (steps, scaled, _), (_, unscaled, loss) = (entropy_through_training(config, flag, CPU, every=3) for flag in (1, 0))
-    assert steps == [0, 3] and len(scaled) == len(unscaled) == 2 and math.isfinite(loss)
+    trials = [entropy_through_training(config, scaling, CPU, every=3) for scaling in topic.SCALINGS]
+    (steps, scaled, right), (_, unscaled, _), (_, small, _) = trials
+    assert steps == [0, 3] and len(scaled) == len(unscaled) == 2 and 0 <= right <= 1
     assert 1 > scaled[0] > unscaled[0] + 0.2, "at the start the scale alone keeps the weights spread"
+    assert small[0] == pytest.approx(scaled[0], abs=1e-5), "the same function at step 0"
+    assert small[1] < scaled[1], "but not after the first steps, whose size does not know of the scale"
+
+
+def test_the_division_is_a_smaller_start_and_a_smaller_step() -> None:
+    """With Adam: dividing scores by sqrt(d_head) = starting the queries, and stepping them, that much smaller."""
+    divided, undivided = both_layers(3)[0], both_layers(3)[0]
+    factor, undivided.scale = divided.scale, 1.0
+    with torch.no_grad():
+        for parameter in undivided.q_proj.parameters():
+            parameter *= factor
+    own = {id(parameter) for parameter in undivided.q_proj.parameters()}
+    others = [parameter for parameter in undivided.parameters() if id(parameter) not in own]
+    groups = [{"params": undivided.q_proj.parameters(), "lr": 1e-2 * factor}, {"params": others}]
+    x, target, mask = normal(BATCH, KEY, D_MODEL), normal(BATCH, KEY, D_MODEL, seed=1), causal_mask(KEY)
+    outputs = []
+    for layer, parameters in ((divided, divided.parameters()), (undivided, groups)):
+        optimizer = torch.optim.Adam(parameters, lr=1e-2, eps=1e-30)
+        start = layer(x, mask=mask)[0].detach()
+        for _ in range(20):
+            optimizer.zero_grad()
+            (layer(x, mask=mask)[0] - target).square().mean().backward()
+            optimizer.step()
+        outputs.append(layer(x, mask=mask)[0].detach())
+    assert (outputs[0] - start).abs().max() > 0.1, "it has moved"
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-9)
+
+
+def test_head_roles_by_hand() -> None:
+    """One pair shown, <eos>, one question: keys at 0 and 3, value at 1. Weights give each link a number of its own."""
+    inputs, targets = torch.tensor([[7, 25, 2, 7]]), torch.tensor([[IGNORE, IGNORE, IGNORE, 25]])
+    weights = torch.zeros(2, 1, 1, 4, 4)
+    weights[:, 0, 0, 1, 0] = torch.tensor([0.7, 0.2])  # value to its key
+    weights[:, 0, 0, 3, 1] = torch.tensor([0.1, 0.9])  # question to answer
+    to_key, to_answer = topic.head_roles(weights, inputs, targets)
+    torch.testing.assert_close(to_key, torch.tensor([[0.7], [0.2]]))
+    torch.testing.assert_close(to_answer, torch.tensor([[0.1], [0.9]]))
+
+
+def test_head_roles_finds_the_links_of_drawn_sequences() -> None:
+    """Weights that put everything on the true links score 1; the links come from the token names."""
+    inputs, targets = recall_batch(5, 3, generator(), N_KINDS)
+    weights = torch.zeros(1, 5, 1, 12, 12)
+    for b, row in enumerate(inputs):
+        names = topic.token_names(row)
+        for i in (7, 9, 11):
+            weights[0, b, 0, i, names[:6].index(names[i]) + 1] = 1
+        for i in (1, 3, 5):
+            weights[0, b, 0, i, i - 1] = 1
+    to_key, to_answer = topic.head_roles(weights, inputs, targets)
+    assert to_key.item() == to_answer.item() == 1
+
+
+def test_padding_share_and_guessed_alignment_by_hand() -> None:
+    weights = torch.tensor([[[0.5, 0.5], [0.2, 0.8]], [[0.5, 0.5], [1.0, 0.0]]])
+    assert topic.padding_share(weights, torch.tensor([1, 2])) == pytest.approx((0.5 + 0.8) / 4)
+    links = torch.tensor([[[1, 0], [0, 0]], [[1, 0], [0, 1]]], dtype=torch.bool)  # one link of 1 token, two of 2
+    assert topic.guessed_alignment(links, torch.tensor([1, 2])) == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
+def test_attention_work_counts_what_pytorch_counts(parity) -> None:
+    """FLOPs against PyTorch's own counter; bytes by adding up the tensors that are read and written."""
+    q, k, v = (torch.randn(1, 3, n, 8) for n in (5, 7, 7))
+    with FlopCounterMode(display=False) as counter:
+        _, weights = scaled_dot_product_attention(q, k, v)
+    work = topic.attention_work(5, 7, n_heads=3, d_head=8, number_bytes=4)
+    parity("attention_work", "torch.utils.flop_counter", "output", work.flops, counter.get_total_flops(), 0.0)
+    ends = q.nbytes + k.nbytes + v.nbytes + q.nbytes  # the output has the shape of the queries
+    assert work.fused_bytes == ends and work.naive_bytes == ends + 4 * weights.nbytes
+    assert work.naive_intensity == work.flops / work.naive_bytes < work.fused_intensity == work.flops / ends
+
+
+def test_linear_attention_is_near_the_mean_not_near_softmax() -> None:
+    """For nearly equal scores all three agree; for spread ones linear attention is as far away as the plain mean."""
+    near, far = (topic.linear_error(spread, generator()) for spread in (0.01, 4.0))
+    assert near[1] < 0.02 and far[0] > 0.9 and far[1] > 0.9
+
+
+def test_growth_finds_the_exponent_beyond_a_fixed_part() -> None:
+    assert growth({n: 1000 + 3 * n**2 for n in (8, 16, 32, 64)}) == pytest.approx(2)
+    assert growth({n: 5 * n for n in (8, 16, 32)}) == pytest.approx(1)
 
 
 def test_attention_only_model_adds_to_a_residual_stream() -> None:
@@ -1178,9 +1299,36 @@ def test_demo_shows_chance_beside_accuracy_and_alignment(tmp_path, capsys) -> No
     score = {(task, model): float(percent) for task, model, _, percent in cells}
     assert score["copy", "chance"] == score["recall", "chance"] == 6.2
     assert score["copy", "BahdanauSeq2Seq"] > 25 and score["recall", "LuongSeq2Seq"] > 25
-    assert re.search(r"copy +BahdanauSeq2Seq.*% +[01]\.\d\d +[01]\.\d\d\n", output)
+    assert re.search(r"copy +BahdanauSeq2Seq.*% +[01]\.\d\d +[01]\.\d\d +0\.0%\n", output)
     for task in topic.TASKS:
         assert (tmp_path / f"alignment_{task}.svg").stat().st_size > 1000
+
+
+def test_demo_shows_the_symptom_of_a_broken_mask(tmp_path, capsys) -> None:
+    flags = "--n-symbols 4 --d-model 8 --batch-size 4 --max-steps 2 --break inverted-mask".split()
+    main([*flags, "--device", "cpu", "--out", str(tmp_path)])
+    assert re.search(r"copy +BahdanauSeq2Seq.* 100\.0%\n", capsys.readouterr().out), "all weight on padding"
+
+
+def test_figures_run_every_experiment_and_write_every_table(tmp_path, capsys) -> None:
+    folder = tmp_path / "figures"
+    main(["figures", "--shrink", "120", "--n-seeds", "2", "--folder", str(folder)])
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == set(topic.EXPERIMENTS)
+    for name, result in results.items():
+        assert result["seeds"] == ([0] if name in ("memory", "time") else [0, 1]), name
+        assert all(len(cell) == 2 for row in result["rows"] for cell in row if isinstance(cell, list)), name
+    assert [row[0] for row in results["memory"]["rows"]] == list(topic.KINDS)
+    assert [row[-1] for row in results["padding-breaks"]["rows"]][:2] == [[0.0, 0.0], [1.0, 1.0]]
+    assert len(results["heads"]["rows"]) == 2 * 2 * 2 and len(results["scale"]["rows"]) == 6
+    wide = {row[0]: row[1:] for row in results["width"]["rows"]}["512"]
+    assert min(wide[0]) > 0.9 and max(wide[1]) < 0.12, "the number of the chapter's question"
+    pictures = {path.stem for path in folder.glob("*.svg")}
+    assert pictures == {"alignment_copy", "alignment_recall", "heads", "memory", "scale_entropy", "width"}
+    before = results["width"]
+    main(["figures", "linear", "--n-seeds", "1", "--folder", str(folder)])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["linear"]["seeds"] == [0] and results["width"] == before, "only the named experiment ran"
 
 
 def test_the_other_verbs_run(tmp_path, capsys) -> None:
@@ -1188,21 +1336,11 @@ def test_the_other_verbs_run(tmp_path, capsys) -> None:
     small = ["--n-pairs", "2", "--d-model", "16", "--n-heads", "2", "--batch-size", "8", "--max-steps", "4"]
     main(["heads", *small, *out])
     text = capsys.readouterr().out
-    assert "chance 6.2%" in text and text.count("head 1") == 2
-    main(["scale", *small, *out])
-    text = capsys.readouterr().out
-    assert text.count("d_head 8: entropy") == 2 and "uniform 0.016" in text and "guessing 2.773" in text
+    assert "chance 6.2%" in text and text.count("head 1") == 2 and "are not there yet" in text
     main(["bench", "--shortest", "16", "--longest", "64", "--tile-size", "16", "--n-repeats", "1", *out])
     text = capsys.readouterr().out
-    assert text.count("x PyTorch") == 9 and "tiled length^" in text and "x nn.MultiheadAttention" in text
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {
-        "heads_layer_0.svg",
-        "scale_entropy.svg",
-        "scale_width.svg",
-        "cost_seconds.svg",
-        "cost_n_bytes.svg",
-    }
+    assert text.count("x PyTorch") == 12 and "tiled length^" in text and "x nn.MultiheadAttention" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"heads_layer_0.svg", "heads_layer_1.svg"}
 
 
 def test_alignment_figure_marks_the_true_links() -> None:
@@ -1238,9 +1376,13 @@ def test_shape_comments_are_true(checked_shapes, tmp_path) -> None:
         for task, model_cls in (("copy", BahdanauSeq2Seq), ("recall", LuongSeq2Seq)):
             compare_on_task(task, model_cls, config, CPU)
         recall = RecallConfig(n_pairs=2, d_model=6, n_heads=3, batch_size=2, max_steps=1)
-        entropy_through_training(recall, True, CPU)
+        entropy_through_training(recall, topic.SCALINGS[0], CPU)
         model, batches = recall_model(recall, CPU)
-        ablate_heads(model, *next(batches))
+        inputs, targets = next(batches)
+        ablate_heads(model, inputs, targets)
+        topic.accuracy_without_future(model, inputs, targets)
+        topic.head_roles(model.look(inputs)[1], inputs, targets)
+        topic.padding_share(torch.ones(2, 3, 4), torch.tensor([1, 4]))
         largest_weight(4, 5, True, generator())
     source_lines = Path(topic.__file__).read_text(encoding="utf-8").splitlines()
     commented = {

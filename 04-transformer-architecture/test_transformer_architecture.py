@@ -1,10 +1,13 @@
 """Topic 04: layers and stacks against PyTorch, positions against Hugging Face, counters against real models."""
 
+import collections
 import copy
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -416,6 +419,16 @@ def test_alibi_attention_weights_against_bloom_bias(parity) -> None:
     parity("AlibiAttention", "transformers Bloom", "output", layer(x, mask=causal_mask(TGT)), expected, 1e-7)
 
 
+@pytest.mark.parametrize("cls", [AlibiAttention, RotaryAttention])
+def test_without_a_mask_the_future_is_as_far_as_the_past(parity, cls) -> None:
+    layer, token = shake(cls(D_MODEL, N_HEADS)).double(), random_input(1, 1, D_MODEL)
+    layer.q_proj.load_state_dict(layer.k_proj.state_dict())  # a score that does not change if query and key swap
+    weights = layer(token.expand(1, TGT, D_MODEL))[1]  # equal tokens: only positions can tell keys apart
+    parity(cls.__name__, "reversed sequence", "invariant", weights.flip(-1, -2), weights, 1e-10)
+    assert (weights - 1 / TGT).abs().max() > 1e-3
+    assert (weights[0, :, 0].argmax(dim=-1) == 0).all()  # nearest first
+
+
 def test_position_attention_adds_to_a_given_bias(parity) -> None:
     x, bias = random_input(BATCH, TGT, D_MODEL), torch.randn(N_HEADS, TGT, TGT).double()
     blocking = torch.zeros_like(bias).masked_fill(~causal_mask(TGT), -math.inf)
@@ -498,6 +511,17 @@ def test_counts_of_language_models(parity, positions: str) -> None:
     assert on_meta.get_total_flops() == theirs.get_total_flops()
     flops = transformer_flops(size, BATCH, TGT)["total"]
     parity("transformer_flops", "torch.utils.flop_counter", "output", flops, theirs.get_total_flops(), 0)
+
+
+def test_gpt2_small_has_the_parameters_of_the_released_model(parity) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config())
+    total = transformer_parameters(topic.GPT2_SMALL)["total"]
+    parity("transformer_parameters", "transformers GPT-2", "output", total, theirs.num_parameters(), 0)
+    built = count_parameters(topic.build_on_meta(topic.GPT2_SMALL))["total"]
+    parity("transformer_parameters", "our modules on meta", "output", total, built, 0)
 
 
 def test_a_shared_parameter_counts_once() -> None:
@@ -915,6 +939,117 @@ def test_residual_variance_grows_only_in_pre_norm() -> None:
             assert variances[1:] == pytest.approx([1.0] * 8, abs=0.05)
 
 
+def test_residual_variance_lies_between_its_bounds_and_starts_at_the_lower_one() -> None:
+    config = ModelConfig(max_seq_len=64, d_model=64, n_layers=6, n_heads=4, d_ff=256)
+    least, most = topic.predicted_variances(TransformerSize(64, 4, 256, 6), 64)
+    assert most[1] - most[0] == pytest.approx(1 + 8 / 25)  # d_ff = 4 d: attention at most 1, feed-forward 0.32
+    token_ids = torch.randint(4, 10_000, (8, 64))  # hardly a token twice, as the derivation assumes
+    runs = [topic.residual_variances(CausalTransformer(config, 10_000), token_ids) for _ in range(3)]
+    measured = np.mean(runs, axis=0)
+    assert measured[1] == pytest.approx(least[1], rel=0.1)
+    assert all(0.97 * low < value < high for low, value, high in zip(least[1:], measured[1:], most[1:], strict=True))
+
+
+def test_position_similarity_of_equal_opposite_and_crossed_vectors() -> None:
+    model, token_ids = CausalTransformer(TINY, VOCAB), torch.tensor([[4, 4, 5]])
+    model.token_emb.weight.data.zero_()
+    model.token_emb.weight.data[4, 0], model.token_emb.weight.data[5, 1] = 2.0, 3.0
+    assert topic.position_similarities(model, token_ids)[0] == pytest.approx(1 / 3)  # pairs: 1, 0, 0
+    model.token_emb.weight.data[5] = -model.token_emb.weight.data[4]
+    assert topic.position_similarities(model, token_ids)[0] == pytest.approx(-1 / 3)  # pairs: 1, -1, -1
+    assert len(topic.position_similarities(model, token_ids)) == TINY.n_layers + 1
+
+
+def test_feed_forward_variance_is_the_derived_one() -> None:
+    layer, x = FeedForward(128, 512), torch.randn(4000, 128)
+    assert layer(x).var().item() == pytest.approx(2 * 128 * 512 / 640**2, rel=0.1)  # 0.32
+
+
+# Failures, and the chapter's experiments
+
+
+def test_every_break_shows_its_symptom() -> None:
+    assert get_args(get_type_hints(topic.BreakConfig)["break_"]) == ("none", *topic.BREAKS)
+    config = config_for_world(d_model=32, d_ff=64, n_heads=2)
+    schedule = TrainConfig(max_steps=80, warmup_steps=10, learning_rate=2e-2, n_documents=60)
+    found = {name: topic.BREAKS[name](config, schedule, RUN) for name in topic.BREAKS if name != "mask"}
+    (_, sound, broken), (_, gap, swapped) = found["unbiased"]
+    assert (round(sound, 3), round(broken, 3)) == (1.0, 0.707) and 0 < abs(swapped - gap) < 0.05  # hardly to be seen
+    (_, sound, broken), (_, finite, spoiled) = found["epsilon"]
+    assert (round(sound, 3), round(broken, 3)) == (0.302, 0.990) and finite == 1 and spoiled < 0.5
+    (_, sound, broken), (_, differs, same) = found["norm-order"]
+    assert sound > 1.2 and broken == pytest.approx(1, abs=0.05) and differs > 0.01 and same == 0
+    (_, gap, mixed), (_, _, reordered) = found["rotary"]
+    assert mixed > gap + 0.01 and reordered == pytest.approx(gap, abs=1e-5)
+    deeper, longer = dataclasses.replace(config, n_layers=2, d_ff=32), dataclasses.replace(schedule, max_steps=300)
+    ((_, gap, leaking),) = topic.break_mask(deeper, longer, RUN)
+    assert gap > 0 > leaking  # below the floor: no honest model can be
+
+
+def test_break_on_the_command_line(capsys, tmp_path) -> None:
+    flags = "--break epsilon --max-steps 1 --d-model 8 --n-layers 1 --n-heads 2 --d-ff 8 --n-documents 5 --device cpu"
+    topic.main([*flags.split(), "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("0.3015 as it should be, 0.9901 with --break epsilon" in line for line in lines)
+    with pytest.raises(SystemExit):
+        topic.main(["--break", "nothing-of-the-kind"])
+
+
+def test_figures_writes_every_table_and_figure(tmp_path, capsys) -> None:
+    sizes = "--n-seeds 2 --d-model 16 --n-deep 2 --deep-steps 2 --max-steps 2 --n-documents 8 --n-rows 2 --longest 160"
+    folder = tmp_path / "figures"
+    topic.main(["figures", *sizes.split(), "--device", "cpu", "--folder", str(folder)])
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == set(
+        "breaks costs engines gradients lengths norms parameters parts similarities variances".split()
+    )
+    assert {path.name for path in folder.glob("*.svg")} == {
+        f"{name}.svg" for name in ("blocks", "gradients", "lengths", "norms", "variances")
+    }
+    assert all(path.stat().st_size < 120_000 for path in folder.glob("*.svg"))
+    assert [row[0] for row in results["lengths"]["rows"]] == list(POSITIONS)
+    counted, formula = (
+        {row[0]: row[1:] for row in results["parameters"]["rows"]}[name] for name in ("counted in our modules", "total")
+    )
+    assert counted == formula and formula[2] == 124_439_808
+    assert all(row[2] == pytest.approx(row[3]) for row in results["costs"]["rows"])
+    assert all(row[3] < 1e-10 for row in results["engines"]["rows"])
+    topic.main(["figures", "blocks", "--folder", str(tmp_path / "other")])
+    assert not (tmp_path / "other" / "results.json").exists()
+
+
+def test_lengths_are_averaged_over_the_stated_positions(tmp_path, monkeypatch) -> None:
+    ramp = [float(position) for position in range(160)]
+    monkeypatch.setattr(topic, "compare_lengths", lambda *_: {"ramp": [ramp, [math.nan] + ramp[1:]]})
+    topic.show_lengths(topic.FiguresConfig(longest=160, n_seeds=2, folder=tmp_path / "figures"), RUN)
+    row = json.loads((tmp_path / "figures" / "results.json").read_text())["lengths"]["rows"][0]
+    assert row == ["ramp", [31.5, 32.0], [95.5, 95.5], [143.5, 143.5]]
+
+
+def test_word_frequencies_alone_leave_a_gap_of_about_four_nats() -> None:
+    """What a model has learned that looks at nothing but how often a word occurs: the chapter's flat line."""
+    counts: collections.Counter[str] = collections.Counter()
+    for document in itertools.islice(topic.tiny_world()[0].stream(0, split="train"), 3000):
+        counts.update(document.tokens)
+    words = [word for document in topic.held_out_documents(500) for word in document.tokens]
+    smooth = 0.5 / (counts.total() + 0.5 * 368)
+    nats = [-math.log(counts[word] / (counts.total() + 0.5 * 368) + smooth) for word in words]
+    assert sum(nats) / len(nats) - topic.entropy_floor(500) == pytest.approx(3.97, abs=0.005)
+
+
+def test_entropy_floor_and_gap_are_those_of_training() -> None:
+    trained = topic.train_language_model(config_for_world(), SHORT, RUN)
+    assert topic.entropy_floor(SHORT.n_documents) == pytest.approx(trained.loss - trained.gap)
+    assert topic.held_out_gap(trained.model, SHORT.n_documents) == pytest.approx(trained.gap)
+
+
+def test_an_unknown_experiment_is_refused_in_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        topic.main(["figures", "lenghts"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "unknown experiment 'lenghts'; did you mean 'lengths'" in error
+
+
 def test_each_ablation_removes_its_part() -> None:
     token_ids = torch.randint(4, VOCAB, (BATCH, TGT))
     changed = token_ids.clone()
@@ -943,12 +1078,15 @@ def test_comparisons_run_every_condition_and_seed() -> None:
     config, seeds = config_for_world(max_seq_len=96), range(2)
     orders = topic.compare_norm_orders(config, SHORT, RUN, seeds)
     assert list(orders) == ["pre, warm-up 2", "pre, warm-up 0", "post, warm-up 2", "post, warm-up 0"]
-    assert orders["pre, warm-up 2"][0] == orders["pre, warm-up 0"][0]  # the gradient before the first step
+    with_warmup, without = orders["pre, warm-up 2"], orders["pre, warm-up 0"]
+    assert [run.gradients for run in with_warmup] == [run.gradients for run in without]  # before the first step
+    assert [run.before for run in with_warmup] == [run.before for run in without]
+    assert all(run.after != run.before and len(run.losses) == SHORT.max_steps for run in with_warmup)
     parts = topic.compare_parts(config, SHORT, RUN, range(1))
     lengths = topic.compare_lengths(config, dataclasses.replace(SHORT, max_steps=2), RUN, range(1), n_rows=4)
     assert list(parts) == list(topic.ABLATIONS) and list(lengths) == list(POSITIONS)
-    gaps = [gap for _, gaps in orders.values() for gap in gaps] + [gap for gaps in parts.values() for gap in gaps]
-    assert parts["nothing"] == orders["pre, warm-up 2"][1][:1]  # the same run
+    gaps = [run.gap for runs in orders.values() for run in runs] + [gap for gaps in parts.values() for gap in gaps]
+    assert parts["nothing"] == [with_warmup[0].gap]  # the same run
     assert len(gaps) == 8 + len(parts) and len(set(gaps)) == len(gaps) - 1 and min(gaps) > 0
     assert all(len(curve) == 96 for curves in lengths.values() for curve in curves)
     figure = topic.plot_curves(lengths, "position", "nats per token", width=8, marks=(32,))

@@ -3,6 +3,7 @@
 python 05-building-from-scratch/building_from_scratch.py                        # the demo: train, score, draw; a minute
 python 05-building-from-scratch/building_from_scratch.py translate "the old man does not see her"
 python 05-building-from-scratch/building_from_scratch.py train --data pairs.tsv # your own source<TAB>target lines
+python 05-building-from-scratch/debugging_tools.py checkup --break no-shift     # ten planted bugs, and their symptoms
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762), the architecture and the schedule; Szegedy et al. 2016 (arXiv
 1512.00567), label smoothing; Wu et al. 2016 (arXiv 1609.08144), beam search with a length penalty.
@@ -410,8 +411,10 @@ def beam_search(
 
 
 @torch.no_grad()
-def beam_translate(model: Transformer, src_ids: Tensor, config: DecodeConfig) -> list[list[Hypothesis]]:
-    """Beam search with cached keys and values for sources (batch, src), until the best of each is certain."""
+def beam_translate(
+    model: Transformer, src_ids: Tensor, config: DecodeConfig, n_best: int | None = 1
+) -> list[list[Hypothesis]]:
+    """Beam search with cached keys and values for sources (batch, src), until the n_best of each are certain."""
     check_new_tokens(model, config.max_new_tokens)
     memory, memory_mask = model.encode(src_ids)
     memory = memory.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, src, d_model)
@@ -424,7 +427,7 @@ def beam_translate(model: Transformer, src_ids: Tensor, config: DecodeConfig) ->
         logits = model.decode(tokens.to(src_ids.device)[:, None], memory, memory_mask, caches)[:, -1]
         return logits.log_softmax(dim=-1)
 
-    return beam_search(step, len(src_ids), config.n_beams, config.max_new_tokens, config.length_penalty, n_best=1)
+    return beam_search(step, len(src_ids), config.n_beams, config.max_new_tokens, config.length_penalty, n_best=n_best)
 
 
 # Checkpoints: whole or not at all, and verified when read
@@ -612,6 +615,30 @@ def exact_match(answers: list[tuple[str, ...]], pairs: list[Pair]) -> float:
     return sum(answer == pair.target for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
 
 
+@torch.no_grad()
+def answer_log_probs(
+    model: Transformer, codec: Codec, pairs: list[Pair], answers: list[tuple[str, ...]]
+) -> list[float]:
+    """Log-probability, in nats, that the model gives to each whole answer and its <eos>, by teacher forcing."""
+    device = next(model.parameters()).device
+    given = [Pair(pair.source, answer) for pair, answer in zip(pairs, answers, strict=True)]
+    src_ids, tgt_ids, targets = batch_tensors(codec, given, device)
+    log_probs = model.eval()(src_ids, tgt_ids).log_softmax(dim=-1)  # (batch, tgt, vocab)
+    chosen = log_probs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)  # (batch, tgt)
+    return chosen.masked_fill(targets == IGNORE, 0.0).sum(dim=1).tolist()
+
+
+def held_out_loss(model: Transformer, codec: Codec, pairs: list[Pair]) -> float:
+    """Cross-entropy of the true targets without smoothing, in nats per token, <eos> counted."""
+    total = sum(answer_log_probs(model, codec, pairs, [pair.target for pair in pairs]))
+    return -total / sum(len(pair.target) + 1 for pair in pairs)
+
+
+def length_ratio(answers: list[tuple[str, ...]], pairs: list[Pair]) -> float:
+    """Tokens of all answers divided by the tokens of all targets."""
+    return sum(map(len, answers)) / sum(len(pair.target) for pair in pairs)
+
+
 def nearest_neighbour_match(train: list[Pair], held_out: list[Pair]) -> float:
     """What remembering alone reaches: answer with the target of the most similar training source.
 
@@ -699,6 +726,23 @@ def attention_maps(model: Transformer, src_ids: Tensor, tgt_ids: Tensor) -> dict
     return maps
 
 
+def alignment_scores(model: Transformer, codec: Codec, pairs: list[Pair]) -> Tensor:
+    """Share of target words whose largest cross-attention weight lies on a true source position: (layers, heads).
+
+    Row i of the weights is the query that predicts target word i; <eos> has no source and is left out.
+    """
+    src_ids, tgt_ids, _ = batch_tensors(codec, pairs, next(model.parameters()).device)
+    maps = attention_maps(model, src_ids, tgt_ids)
+    layers = [maps[f"decoder.blocks.{layer}.cross_attn"] for layer in range(len(model.decoder.blocks))]
+    best = torch.stack(layers).argmax(dim=-1).cpu()  # (layers, batch, heads, tgt)
+    hits = [
+        torch.isin(best[:, row, :, spot], torch.tensor(sources)).float()
+        for row, pair in enumerate(pairs)
+        for spot, sources in enumerate(pair.alignment)
+    ]
+    return torch.stack(hits).mean(dim=0)  # (layers, heads)
+
+
 # Figures
 
 
@@ -716,14 +760,24 @@ def plot_training(history: list[dict], floor: float, chance: float) -> Figure:
     return figure
 
 
-def plot_alignment(weights: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Figure:
-    """Heads of one cross-attention layer: weights (heads, target, source)."""
+def plot_alignment(
+    weights: Tensor,
+    source: tuple[str, ...],
+    target: tuple[str, ...],
+    alignment: tuple[tuple[int, ...], ...] = (),
+    titles: tuple[str, ...] = (),
+) -> Figure:
+    """Heads of a cross-attention layer: weights (heads, target, source); a known alignment is outlined."""
     figure, axes = plt.subplots(1, len(weights), figsize=(2.9 * len(weights), 0.28 * len(target) + 1.6), squeeze=False)
     for head, axis in enumerate(axes[0]):
         axis.imshow(weights[head].cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_xticks(range(len(source)), source, rotation=60, ha="right")
         axis.set_yticks(range(len(target)), target if head == 0 else [""] * len(target))
-        axis.set(title=f"head {head}", xlabel="source", ylabel="predicted token" if head == 0 else "")
+        title = titles[head] if titles else f"head {head}"
+        axis.set(title=title, xlabel="source", ylabel="predicted token" if head == 0 else "")
+        for row, sources in enumerate(alignment):
+            for column in sources:
+                axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec="#E69F00", lw=1.8))
     return figure
 
 
@@ -890,9 +944,15 @@ def evaluate(data: DataConfig, decode: DecodeConfig, run: RunConfig) -> None:
 
 def bench(model_config: ModelConfig, run: RunConfig) -> None:
     """Time a training step against nn.Transformer, and cached against uncached decoding, in one run."""
+    announce("time training steps and decoding", 20)
+    print(describe_machine())
+    for name, ratio in measure_speed(model_config, run).items():
+        print(f"{name}: {ratio}")
+
+
+def measure_speed(model_config: ModelConfig, run: RunConfig) -> dict[str, str]:
     seed_everything(run.seed)
     device, vocab_size, batch_size, seq_len = pick_device(run.device), 200, 64, 16
-    announce("time training steps and decoding", 20)
     ours = Transformer(model_config, vocab_size, vocab_size).to(device)
     theirs = TorchTranslator(model_config, vocab_size).to(device)
     src_ids, tgt_ids = (torch.randint(4, vocab_size, (batch_size, seq_len), device=device) for _ in range(2))
@@ -902,23 +962,25 @@ def bench(model_config: ModelConfig, run: RunConfig) -> None:
         F.cross_entropy(model(src_ids, tgt_ids).flatten(0, 1), tgt_ids.flatten()).backward()
 
     @torch.no_grad()
-    def uncached() -> None:
+    def decode(n_tokens: int, caches: list[KeyValueCache] | None) -> None:
         memory, memory_mask = ours.encode(src_ids)
         ids = tgt_ids[:, :1]
-        for _ in range(seq_len):
-            logits = ours.decode(ids, memory, memory_mask)[:, -1:]
+        for _ in range(n_tokens):
+            new = ids if caches is None else ids[:, -1:]
+            logits = ours.decode(new, memory, memory_mask, caches)[:, -1:]
             ids = torch.cat([ids, logits.argmax(-1)], dim=1)
 
-    works = {
-        "ours": lambda: step(ours),
-        "nn.Transformer": lambda: step(theirs),
-        "cached": lambda: generate(ours, src_ids, seq_len),
-        "uncached": uncached,
-    }
+    works = {"ours": lambda: step(ours), "nn.Transformer": lambda: step(theirs)}
+    lengths = [length for length in (16, 48) if length <= model_config.max_seq_len]
+    for length in lengths:
+        works[f"cached {length}"] = lambda length=length: decode(length, ours.new_caches())
+        works[f"uncached {length}"] = lambda length=length: decode(length, None)
     seconds = time_in_turns(works)
-    print(describe_machine())
-    print(f"training step beside nn.Transformer: {speed_ratio(seconds['ours'], seconds['nn.Transformer'])}")
-    print(f"cached beside uncached decoding: {speed_ratio(seconds['cached'], seconds['uncached'])}")
+    ratios = {"training step beside nn.Transformer": speed_ratio(seconds["ours"], seconds["nn.Transformer"])}
+    for length in lengths:
+        name = f"cached beside uncached decoding, {length} tokens"
+        ratios[name] = speed_ratio(seconds[f"cached {length}"], seconds[f"uncached {length}"])
+    return ratios
 
 
 class TorchTranslator(nn.Module):
@@ -937,6 +999,8 @@ class TorchTranslator(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> None:
+    from translation_experiments import FiguresConfig, figures  # here, because they import this module
+
     training = (ModelConfig, DataConfig, TrainConfig, DecodeConfig, RunConfig)
     verbs = {
         "demo": (train, *training),
@@ -944,6 +1008,7 @@ def main(argv: list[str] | None = None) -> None:
         "translate": (translate, TranslateConfig, DecodeConfig, RunConfig),
         "evaluate": (evaluate, DataConfig, DecodeConfig, RunConfig),
         "bench": (bench, ModelConfig, RunConfig),
+        "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
 

@@ -346,7 +346,7 @@ def planted(name: str) -> Iterator[None]:
 
 
 def plot_ladder(findings: dict[str, dict[str, Finding]]) -> Figure:
-    """One row for each bug, one column for each check: dark where the check is violated."""
+    """One row for each bug, one column for each check: dark where the check is violated; ~0 is below 1e-4."""
     table = [[0.0 if finding.right else 1.0 for finding in row.values()] for row in findings.values()]
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(table) + 1.8))
     axis.imshow(table, cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
@@ -354,9 +354,8 @@ def plot_ladder(findings: dict[str, dict[str, Finding]]) -> Figure:
     axis.set_yticks(range(len(findings)), list(findings))
     for y, row in enumerate(findings.values()):
         for x, finding in enumerate(row.values()):
-            axis.text(
-                x, y, f"{finding.value:.2g}", ha="center", va="center", color="black" if finding.right else "white"
-            )
+            value = "~0" if 0 < abs(finding.value) < 1e-4 else f"{finding.value:.2g}"
+            axis.text(x, y, value, ha="center", va="center", color="black" if finding.right else "white")
     axis.set(xlabel="check (dark: violated)", ylabel="planted bug")
     return figure
 
@@ -385,15 +384,30 @@ def data_for_checks(n_checked: int, seed: int) -> tuple[Codec, list[Pair]]:
     return Codec.from_pairs(pairs["train"], unit), pairs["train"][:n_checked]
 
 
+def find_all(n_checked: int, run: RunConfig) -> dict[str, dict[str, Finding]]:
+    codec, pairs = data_for_checks(n_checked, run.seed)
+    findings = {}
+    for name in progress(("none", *BUGS), "bugs"):
+        seed_everything(run.seed)
+        with planted(name):
+            findings[name] = checkup_model(SMALL, codec, pairs, run.seed, pick_device(run.device))
+    return findings
+
+
+def symptoms(findings: dict[str, dict[str, Finding]]) -> list[list]:
+    """For each bug: every check that finds it, with the sound value beside the broken one."""
+    return [
+        [name, check, findings["none"][check].value, finding.value]
+        for name, row in findings.items()
+        for check, finding in row.items()
+        if not finding.right
+    ]
+
+
 def demo(config: LadderConfig, run: RunConfig) -> None:
     """Plant ten bugs, one at a time, and show which check finds which."""
     announce(f"{len(CHECKS)} checks on a sound model and on {len(BUGS)} broken ones", 35)
-    seed_everything(run.seed)
-    codec, pairs = data_for_checks(config.n_checked, run.seed)
-    findings = {}
-    for name in progress(("none", *BUGS), "bugs"):
-        with planted(name):
-            findings[name] = checkup_model(SMALL, codec, pairs, run.seed, pick_device(run.device))
+    findings = find_all(config.n_checked, run)
     for name, row in findings.items():
         found_by = [f"{check} ({finding.value:.2g})" for check, finding in row.items() if not finding.right]
         print(f"{name:20} {', '.join(found_by) or 'every check holds'}")
@@ -401,12 +415,19 @@ def demo(config: LadderConfig, run: RunConfig) -> None:
 
 
 def checkup(config: LadderConfig, bug: BreakConfig, run: RunConfig) -> None:
-    """Run every check on an untrained model, and say what each number should be."""
+    """Run every check on an untrained model, with a planted bug beside the sound one, and say what is right."""
     codec, pairs = data_for_checks(config.n_checked, run.seed)
-    with planted(bug.break_):
-        findings = checkup_model(SMALL, codec, pairs, run.seed, pick_device(run.device))
-    for name, finding in findings.items():
-        print(f"{'ok  ' if finding.right else 'FAIL'} {name:14} {finding.value:9.3g}   {CHECKS[name].__doc__}")
+    findings = {}
+    for name in dict.fromkeys(("none", bug.break_)):
+        with planted(name):
+            findings[name] = checkup_model(SMALL, codec, pairs, run.seed, pick_device(run.device))
+    if bug.break_ != "none":
+        print(f"planted: {BUGS[bug.break_][0]}")
+    print(f"     {'check':14} {'sound':>9}" + (f" {bug.break_:>18}" if bug.break_ != "none" else ""))
+    for name, finding in findings[bug.break_].items():
+        broken = f" {finding.value:18.3g}" if bug.break_ != "none" else ""
+        verdict = "ok  " if finding.right else "FAIL"
+        print(f"{verdict} {name:14} {findings['none'][name].value:9.3g}{broken}   {CHECKS[name].__doc__}")
 
 
 def main(argv: list[str] | None = None) -> None:

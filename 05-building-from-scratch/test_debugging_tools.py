@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from building_from_scratch import Codec, beam_translate, noam_factor, smoothed_cross_entropy
-from debugging_tools import BUGS, CHECKS, SMALL, Finding, checkup_model, data_for_checks, main, planted, plot_ladder
+from debugging_tools import (
+    BUGS,
+    CHECKS,
+    SMALL,
+    Finding,
+    checkup_model,
+    data_for_checks,
+    main,
+    planted,
+    plot_ladder,
+    symptoms,
+)
 from translation_pairs import Pair
 
 FOUND_BY = {
@@ -60,8 +71,12 @@ def test_command_line_names_the_failed_check(tmp_path, capsys, monkeypatch) -> N
     for name in SLOW:
         monkeypatch.delitem(CHECKS, name)
     main(["checkup", "--n-checked", "16", "--break", "no-positions", "--out", str(tmp_path), "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("FAIL")] == ["order"]
+    printed = capsys.readouterr().out
+    failed = [line.split() for line in printed.splitlines() if line.startswith("FAIL")]
+    assert "planted: words are embedded without their positions" in printed
+    assert [words[1] for words in failed] == ["order"]
+    sound, broken = map(float, failed[0][2:4])
+    assert sound > 0.01 > broken, "the sound value stands beside the broken one"
     main(["--n-checked", "16", "--out", str(tmp_path), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "every check holds" in printed and (tmp_path / "ladder.svg").exists()
@@ -74,3 +89,9 @@ def test_plot_has_a_row_for_each_bug() -> None:
     findings = {bug: dict.fromkeys(CHECKS, Finding(0.5, bug == "none")) for bug in ("none", "no-shift")}
     axis = plot_ladder(findings).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["none", "no-shift"]
+
+
+def test_symptoms_put_the_sound_value_beside_the_broken_one() -> None:
+    sound, broken = Finding(0.0, True), Finding(0.75, False)
+    findings = {"none": {"padding": sound, "order": sound}, "future-visible": {"padding": broken, "order": sound}}
+    assert symptoms(findings) == [["future-visible", "padding", 0.0, 0.75]]
