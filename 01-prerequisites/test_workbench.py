@@ -347,16 +347,18 @@ def test_course_map_and_glossary_come_from_the_chapters(tmp_path: Path) -> None:
     for folder in (first, second):
         folder.mkdir()
     (first / "README.md").write_text(
-        "# 1. Alpha\n\n> It is 7\n> of 9.\n\n## Glossary\n\n**zeta** ($z$): x.\n\n- **Eta**: y.\n\n## R\n\n**no**\n"
+        "# 1. A\n\n> It is 7\n> of 9.\n\n## Glossary\n\n**zeta** ($z$): x **y**.\n\n"
+        "- **Eta**, **beta**: y.\n\n## R\n\n**no**\n"
     )
     (second / "README.md").write_text(
         "# 2. Beta\n\nIn this topic: the rest.\n\n## Glossary\n\n**zeta**: again.\n\n## R\n"
     )
     assert course_map([first, second]).splitlines()[2:] == [
-        "| 1 | [Alpha](01-alpha/README.md) | It is 7 of 9. | complete |",
+        "| 1 | [A](01-alpha/README.md) | It is 7 of 9. | complete |",
         "| 2 | [Beta](02-beta/README.md) | the rest | planned |",
     ]
-    assert glossary([first, second]) == "[Eta](01-alpha/README.md#glossary) 1 ·\n[zeta](01-alpha/README.md#glossary) 1"
+    links = [f"[{term}](01-alpha/README.md#glossary) 1" for term in ("beta", "Eta", "zeta")]
+    assert glossary([first, second]) == " ·\n".join(links)
 
 
 # Comparisons

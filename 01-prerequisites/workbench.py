@@ -418,7 +418,8 @@ def glossary(folders: list[Path]) -> str:
         section = re.search(
             r"^## Glossary\n(.+?)^## ", (folder / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
         )
-        for term in re.findall(r"^(?:- )?\*\*(.+?)\*\*", section[1] if section else "", re.MULTILINE):
+        entries = re.findall(r"^(?:- )?(\*\*.+?)(?:: |$)", section[1] if section else "", re.MULTILINE)
+        for term in (term for entry in entries for term in re.findall(r"\*\*(.+?)\*\*", entry)):
             home.setdefault(term.rstrip(".:"), folder.name)
     return " ·\n".join(
         f"[{term}]({folder}/README.md#glossary) {int(folder[:2])}"
