@@ -10,45 +10,37 @@ Papers: Kneser and Ney 1995; Elman 1990; Hochreiter and Schmidhuber 1997; Cho et
 Sutskever et al. 2014 (arXiv 1409.3215).
 """
 
-import copy
 import hashlib
 import itertools
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from python_text import COMPRESSORS, load_texts
 from python_text import bits_per_byte as compressor_bits
-from tiny_world import SPECIAL_TOKENS, Document, World, plot_surprisal, ratio_of_means, statistics
+from tiny_world import SPECIAL_TOKENS, Document, ratio_of_means
 from workbench import (
-    Column,
     RunConfig,
     announce,
     check_range,
     describe_machine,
-    fill_chapter,
-    largest_difference,
     locked,
     pick_device,
     progress,
     run_verbs,
     save_figure,
-    save_results,
     seed_everything,
     shown,
     speed_ratio,
@@ -477,16 +469,6 @@ def document_so_far(token_ids: Tensor) -> Tensor:
     return (document[:, :, None] == document[:, None, :]).tril()  # (batch, seq, seq)
 
 
-def bag_of_words(token_ids: Tensor, vocab_size: int) -> Tensor:
-    """Count every word of each document so far: which words, not in which order.
-
-    Shapes: token_ids (batch, seq) -> counts (batch, seq, vocab). <bos> empties the bag and is the first to enter it.
-    """
-    check_token_ids(token_ids, vocab_size)
-    counts = document_so_far(token_ids).float() @ F.one_hot(token_ids, vocab_size).float()  # (batch, seq, vocab)
-    return counts
-
-
 class BagOfWords(nn.Module):
     """Predict the next token from the mean embedding of the document so far (the input of Mikolov et al. 2013's CBOW).
 
@@ -504,7 +486,7 @@ class BagOfWords(nn.Module):
         check_token_ids(token_ids, self.vocab_size)
         visible = document_so_far(token_ids).to(self.token_emb.weight.dtype)  # (batch, seq, seq)
         mean = visible / visible.sum(dim=-1, keepdim=True)  # (batch, seq, seq)
-        x = mean @ self.token_emb(token_ids)  # (batch, seq, d_model): bag_of_words @ embedding, without the zeros
+        x = mean @ self.token_emb(token_ids)  # (batch, seq, d_model)
         logits = self.lm_head(torch.tanh(self.hidden_proj(x)))  # (batch, seq, vocab)
         return logits
 
@@ -679,8 +661,8 @@ def echo_batch(
     batch_size: int, n_symbols: int, generator: torch.Generator, n_kinds: int = N_KINDS
 ) -> tuple[Tensor, ...]:
     """The copy task for Seq2Seq: src_ids, src_lengths, tgt_ids and targets; a sequence must pass through one vector."""
-    check_sizes(batch_size=batch_size, n_symbols=n_symbols, n_kinds=n_kinds)
-    symbols = torch.randint(n_kinds, (batch_size, n_symbols), generator=generator) + len(FIRST_TOKENS)
+    _, targets = copy_batch(batch_size, n_symbols, generator, n_kinds)
+    symbols = targets[:, n_symbols:]  # (batch, tgt)
     tgt_ids = F.pad(symbols[:, :-1], (1, 0), value=BOS_ID)  # (batch, tgt)
     return symbols, torch.full((batch_size,), n_symbols), tgt_ids, symbols
 
@@ -826,8 +808,11 @@ def generate_ids(
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp(loss): of how many equally likely tokens a uniform choice would be as hard."""
-    return math.exp(nats_per_token)
+    """exp(loss): of how many equally likely tokens a uniform choice would be as hard; inf beyond the largest float."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
@@ -886,6 +871,11 @@ def device_of(model) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def floor_of(documents: list[Document]) -> float:
+    """Mean surprisal of the documents, nats per token: the loss of a model that knows the language exactly."""
+    return sum(sum(document.surprisal) for document in documents) / sum(len(document.tokens) for document in documents)
+
+
 def gap_to_floor(losses: list[float], documents: Iterable) -> tuple[float, float]:
     """Nats per token above the documents' own surprisal, and the standard error of that gap.
 
@@ -897,118 +887,6 @@ def gap_to_floor(losses: list[float], documents: Iterable) -> tuple[float, float
         raise ValueError(f"{len(losses)} losses for {len(documents)} documents; give one for each of at least 2")
     pairs = zip(losses, documents, strict=True)
     return ratio_of_means([(loss - sum(document.surprisal), len(document.tokens)) for loss, document in pairs])
-
-
-# Experiments
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, *batch: Tensor) -> float:
-    """Fraction of the counted targets of one batch (*inputs, targets) that are the model's first choice."""
-    *inputs, targets = (part.to(device_of(model)) for part in batch)
-    counted = targets != IGNORE
-    return (model(*inputs).argmax(dim=-1) == targets)[counted].float().mean().item()
-
-
-def memory_accuracy(
-    model: nn.Module, make_batch: Callable, size: int, max_steps: int, learning_rate: float = 3e-3, seed: int = 0
-) -> float:
-    """Train on fresh sequences of one size of `copy_batch`, `recall_batch` or `echo_batch`; accuracy on 512 more."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = (make_batch(64, size, generator) for _ in itertools.count())
-    fit(model, batches, max_steps, learning_rate, f"{type(model).__name__}, size {size}")
-    return accuracy(model, *make_batch(512, size, generator))
-
-
-def measure_memory(make_batch: Callable, sizes: list[int], d_model: int, max_steps: int, seed: int) -> dict[str, list]:
-    """Accuracy of every cell, or of Seq2Seq for `echo_batch`, at every size; one fresh model for each."""
-    vocab_size = len(FIRST_TOKENS) + 2 * N_KINDS  # recall_batch has keys and values
-    makers = {cell.upper(): partial(LanguageModel, vocab_size, d_model, cell) for cell in CELLS}
-    if make_batch is echo_batch:
-        makers = {f"seq2seq, width {d_model}": partial(Seq2Seq, vocab_size, vocab_size, d_model)}
-    found: dict[str, list] = {}
-    for (name, maker), size in itertools.product(makers.items(), sizes):
-        seed_everything(seed)
-        found.setdefault(name, []).append(memory_accuracy(maker(), make_batch, size, max_steps, seed=seed))
-    return found
-
-
-def bag_accuracy(n_pairs: int, n_draws: int = 20_000) -> float:
-    """Best accuracy in `recall_batch` for a memory of the values alone: which were shown, but not with which key.
-
-    It answers with the most frequent of the values that were not yet asked for; the mean over random sequences.
-    """
-    values = torch.randint(N_KINDS, (n_draws, n_pairs), generator=torch.Generator().manual_seed(0))  # as they are asked
-    left = (
-        F.one_hot(values, N_KINDS).flip(1).cumsum(1)
-    )  # (draws, pairs, kinds); the counts of the last 1, 2, ... values
-    return (left.amax(dim=2) / left.sum(dim=2)).mean().item()
-
-
-def least_bits(n_symbols: int, accuracy: float) -> float:
-    """Bits that must have passed from a sequence of random symbols to whoever names them with this accuracy.
-
-    Fano's inequality for each of the N_KINDS equally likely symbols, summed: at chance it gives 0, at accuracy 1 all.
-    """
-    check_range(SimpleNamespace(accuracy=accuracy), "accuracy", least=1 / N_KINDS, most=1)
-    parts = [accuracy, *[(1 - accuracy) / (N_KINDS - 1)] * (N_KINDS - 1)]
-    doubt = -sum(part * math.log2(part) for part in parts if part)
-    return n_symbols * (math.log2(N_KINDS) - doubt)
-
-
-def gradient_by_lag(layer: Recurrent, seq_len: int, seed: int) -> list[float]:
-    """Mean norm of the gradient of the last output, along a random unit vector, with respect to each input.
-
-    Entry k belongs to the input k steps back. In float64: a vanished gradient is a small number here, not 0.
-    """
-    check_sizes(seq_len=seq_len)
-    generator = torch.Generator().manual_seed(seed)
-    layer = copy.deepcopy(layer).double()
-    x = torch.randn(32, seq_len, layer.d_input, generator=generator, dtype=torch.float64).requires_grad_()
-    direction = F.normalize(torch.randn(32, layer.d_hidden, generator=generator, dtype=torch.float64))
-    outputs, _ = layer(x)
-    (gradient,) = torch.autograd.grad((outputs[:, -1] * direction).sum(), x)  # (batch, seq, d_input)
-    return gradient.norm(dim=2).mean(dim=0).flip(0).tolist()
-
-
-def gradient_bound(layer: RNN, seq_len: int) -> list[float]:
-    """What `gradient_by_lag` cannot exceed: the largest singular value of W, times that of U for each step back."""
-    cell = layer.cells[0]
-    reach, gain = (
-        torch.linalg.matrix_norm(proj.weight.double(), 2).item() for proj in (cell.input_proj, cell.state_proj)
-    )
-    return [reach * gain**lag for lag in range(seq_len)]
-
-
-def measure_gradients(d_hidden: int, seq_len: int, seed: int) -> dict[str, list[float]]:
-    """`gradient_by_lag` of fresh layers: RNNs whose state matrix stretches by a gain, GRU, LSTM, LSTM without bias."""
-    found = {}
-    for gain in (0.8, 1.0, 1.2):
-        seed_everything(seed)
-        layer = RNN(d_hidden, d_hidden)
-        nn.init.orthogonal_(layer.cells[0].state_proj.weight, gain)
-        found[f"RNN, gain {gain}"] = gradient_by_lag(layer, seq_len, seed)
-        found[f"bound, gain {gain}"] = gradient_bound(layer, seq_len)
-    for name, layer_cls in (("GRU", GRU), ("LSTM", LSTM), ("LSTM, forget bias 0", LSTM)):
-        seed_everything(seed)
-        layer = layer_cls(d_hidden, d_hidden)
-        if name.endswith("0"):
-            nn.init.zeros_(layer.cells[0].input_proj.bias)
-        found[name] = gradient_by_lag(layer, seq_len, seed)
-    return found
-
-
-def forward_backward(layer: Callable, *inputs: Tensor) -> None:
-    outputs = layer(*inputs)
-    (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
-
-
-def measure_scan(seq_len: int, batch_size: int, d_model: int, n_repeats: int, device: torch.device) -> dict[str, list]:
-    """Seconds of the "loop" and of the "scan", forward and backward, in every round."""
-    a = torch.rand(batch_size, seq_len, d_model, device=device).requires_grad_()
-    b = torch.randn(batch_size, seq_len, d_model, device=device)
-    forms = {"loop": linear_recurrence, "scan": linear_scan}
-    return time_in_turns({name: partial(forward_backward, form, a, b) for name, form in forms.items()}, n_repeats)
 
 
 def compressed_bits(train_text: str, test_text: str) -> dict[str, float]:
@@ -1033,7 +911,7 @@ def uniform_bits(vocabulary: Vocabulary, text: str) -> float:
     return bits_per_byte(len(text) * math.log(len(vocabulary)), len(text.encode()))
 
 
-# The ladder: every model of the topic on the same documents
+# The verbs
 
 
 @dataclass(frozen=True)
@@ -1054,205 +932,21 @@ class LadderConfig:
         check_range(self, "learning_rate", above=0)
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One model of the ladder after training."""
-
-    name: str
-    model: Any
-    losses: list[float]  # nats of each fresh document
-    curve: list[float]  # training loss of each step, nats per token
-    seconds: float  # of training
-
-
-def climb(config: LadderConfig, run: RunConfig) -> tuple[list[Rung], list[Document], Vocabulary]:
-    """Train every model on the same TinyWorld documents and judge it on the same fresh ones of the validation side."""
-    world = World()
-    vocabulary, documents = Vocabulary(world.vocabulary()), world.documents(config.n_documents, run.seed, "train")
-    fresh, n_tokens = world.documents(config.n_eval, run.seed, "validation"), len(vocabulary)
-    makers = {
-        "unigram": partial(NGramModel, 1, n_tokens),
-        "bag of words": partial(BagOfWords, n_tokens, config.d_model),
-        f"{config.order}-gram Kneser-Ney": partial(NGramModel, config.order, n_tokens),
-        **{cell.upper(): partial(LanguageModel, n_tokens, config.d_model, cell) for cell in CELLS},
-    }
-    rungs = []
-    for name, maker in makers.items():
-        seed_everything(run.seed)
-        model, start = maker(), time.perf_counter()
-        if isinstance(model, NGramModel):
-            curve = []
-            model.fit([BOS_ID, *vocabulary.encode(document.tokens)] for document in documents)
-        else:
-            batches = document_batches(documents, vocabulary, config.batch_size, config.seq_len, run.seed)
-            curve = fit(model.to(pick_device(run.device)), batches, config.max_steps, config.learning_rate, name)
-        seconds = time.perf_counter() - start
-        rungs.append(Rung(name, model, document_losses(model, fresh, vocabulary), curve, seconds))
-    return rungs, fresh, vocabulary
-
-
-def floor_of(documents: list[Document]) -> float:
-    """Mean surprisal of the documents, nats per token: the loss of a model that knows the language exactly."""
-    return sum(sum(document.surprisal) for document in documents) / sum(len(document.tokens) for document in documents)
-
-
-def sample_documents(model, vocabulary: Vocabulary, n_samples: int, seed: int, temperature: float = 1.0) -> list:
-    """Draw TinyWorld documents from a model, at most 100 tokens each, without surprisal."""
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    prompt = torch.full((n_samples, 1), BOS_ID, device=device_of(model))
-    rows = generate_ids(model, prompt, 100, temperature, generator).tolist()
-    rows = [row[: row.index(EOS_ID) + 1] if EOS_ID in row else row for row in rows]
-    return [Document("sample", vocabulary.decode(row), []) for row in rows]
-
-
-def is_grammatical(document: Document, world: World) -> bool:
-    """Whether TinyWorld could have written the document, as a whole."""
-    try:
-        world.surprisal(document.tokens)
-    except ValueError:
-        return False
-    return document.tokens[-1] == FIRST_TOKENS[EOS_ID]
-
-
-def grammatical_share(documents: list[Document]) -> float:
-    """Fraction of the documents that TinyWorld could have written."""
-    world = World()
-    return sum(is_grammatical(document, world) for document in documents) / len(documents)
-
-
-def plot_lines(
-    series: dict[str, tuple], levels: dict[str, float], labels: tuple[str, str], scales: tuple[str, str]
-) -> Figure:
-    """Draw (x, y) series as lines and `levels` as dashed horizontals; labels and scales are those of x and y."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, (x, y) in series.items():
-        axis.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=4)
-    for index, (name, level) in enumerate(levels.items()):
-        axis.axhline(level, color="black", linestyle=("--", ":", "-.")[index % 3], linewidth=1, label=name)
-    axis.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def plot_ladder(rungs: list[Rung], fresh: list[Document]) -> Figure:
-    """Draw the smoothed training losses of the networks above the levels of the counting models and the floor."""
-    n_tokens, series = sum(len(document.tokens) for document in fresh), {}
-    for rung in (rung for rung in rungs if rung.curve):
-        window = math.ceil(len(rung.curve) / 50)
-        smooth = np.convolve(rung.curve, np.full(window, 1 / window), "valid")
-        series[rung.name] = (np.arange(len(smooth)) + window, smooth)
-    levels = {rung.name: sum(rung.losses) / n_tokens for rung in rungs if not rung.curve}
-    labels = ("optimizer step", "loss (nats per token)")
-    figure = plot_lines(series, {**levels, "entropy floor": floor_of(fresh)}, labels, ("linear", "log"))
-    figure.axes[0].minorticks_off()
-    figure.axes[0].set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
-    return figure
-
-
-# Failures on purpose, each beside the sound run: `--break NAME`
-
-
-def padded_batches(documents: Iterable[Document], vocabulary: Vocabulary, batch_size: int, break_: str) -> Iterator:
-    """Yield (inputs, targets): a document in each row, padded to the longest of its batch, the loss blind to padding.
-
-    Two classic mistakes can be made: "pad-in-loss" counts the padding as tokens to predict, "no-shift" asks for the
-    token that the model reads instead of the next one.
-    """
-    documents = iter(documents)
-    while chosen := list(itertools.islice(documents, batch_size)):
-        rows = [torch.tensor([BOS_ID, *vocabulary.encode(document.tokens)]) for document in chosen]
-        token_ids = nn.utils.rnn.pad_sequence(rows, True, PAD_ID)  # (batch, seq_and_one)
-        inputs, targets = token_ids[:, :-1], token_ids[:, 1:]  # (batch, seq)
-        is_padding = targets == PAD_ID  # (batch, seq)
-        if break_ == "no-shift":
-            targets = inputs
-        if break_ != "pad-in-loss":
-            targets = targets.masked_fill(is_padding, IGNORE)
-        yield inputs, targets
-
-
-@torch.no_grad()
-def reported_loss(model: nn.Module, batches: Iterable) -> float:
-    """What a training log would show: nats over counted targets, whatever the batches count."""
-    nats, counted = 0.0, 0
-    for inputs, targets in batches:
-        nats += F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum").item()
-        counted += (targets != IGNORE).sum().item()
-    return nats / counted
-
-
-def break_batches(config: LadderConfig, seed: int, break_: str) -> list[tuple[str, float, float]]:
-    """Train a GRU on sound and on spoiled batches: the gap that each reports, and the gap when scored soundly."""
-    world, found = World(), []
-    vocabulary, documents = Vocabulary(world.vocabulary()), world.documents(config.n_documents, seed, "train")
-    fresh = world.documents(config.n_eval, seed, "validation")
-    for kind in ("none", break_):
-        seed_everything(seed)
-        model = LanguageModel(len(vocabulary), config.d_model, "gru")
-        stream = reshuffled(list(documents), random.Random(seed))
-        batches = padded_batches(stream, vocabulary, config.batch_size, kind)
-        fit(model, batches, config.max_steps, config.learning_rate, f"break: {kind}")
-        gaps = [reported_loss(model, padded_batches(fresh, vocabulary, 64, how)) for how in (kind, "none")]
-        found.append([gap - floor_of(fresh) for gap in gaps])
-    measures = ("reported loss above the floor (nats per token)", "the same model, scored soundly")
-    return [(measure, *values) for measure, values in zip(measures, zip(*found, strict=True), strict=True)]
-
-
-def break_clipping(config: LadderConfig, seed: int) -> list[tuple[str, float, float]]:
-    """Train an RNN whose state matrix stretches 2.5 times by plain gradient descent, with clipping and without."""
-    world, found = World(), []
-    vocabulary, documents = Vocabulary(world.vocabulary()), world.documents(config.n_documents, seed, "train")
-    for max_norm in (1.0, math.inf):
-        seed_everything(seed)
-        model = LanguageModel(len(vocabulary), config.d_model, "rnn")
-        nn.init.orthogonal_(model.layers.cells[0].state_proj.weight, 2.5)
-        optimizer = torch.optim.SGD(model.parameters())
-        batches = document_batches(documents, vocabulary, config.batch_size, config.seq_len, seed)
-        losses, largest = [], 0.0
-        for step, (inputs, targets) in enumerate(itertools.islice(batches, config.max_steps)):
-            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-            before = [parameter.detach().clone() for parameter in model.parameters()]
-            losses.append(update(loss, optimizer, step, config.max_steps, 1.0, max_norm))
-            moved = sum((new - old).square().sum() for new, old in zip(model.parameters(), before, strict=True))
-            largest = max(largest, moved.sqrt().item())
-        found.append((largest, float(np.mean(losses[-math.ceil(config.max_steps / 10) :]))))
-    measures = ("largest step of the parameters (length)", "training loss at the end (nats per token)")
-    return [(measure, *values) for measure, values in zip(measures, zip(*found, strict=True), strict=True)]
-
-
-def break_forget_bias(config: LadderConfig, seed: int) -> list[tuple[str, float, float]]:
-    """A fresh LSTM with and without its forget bias of 1: the gradient that comes back over 50 steps."""
-    found = measure_gradients(config.d_model, 51, seed)
-    return [("gradient norm 50 steps back", found["LSTM"][50], found["LSTM, forget bias 0"][50])]
-
-
-BREAKS: dict[str, Callable[[LadderConfig, int], list[tuple[str, float, float]]]] = {
-    "no-shift": partial(break_batches, break_="no-shift"),
-    "pad-in-loss": partial(break_batches, break_="pad-in-loss"),
-    "no-clip": break_clipping,
-    "forget-bias": break_forget_bias,
-}
-
-
-# The verbs
-
-
 def demo(config: LadderConfig, run: RunConfig) -> None:
     """Train n-grams and recurrent networks on TinyWorld and show how far each stays above the entropy."""
+    import sequence_experiments as experiments  # here, because it imports this module
+
     if config.break_ != "none":
         announce(f"the failure {config.break_} beside the sound run", 0.15 * config.max_steps)
-        for measure, sound, broken in BREAKS[config.break_](config, run.seed):
+        for measure, sound, broken in experiments.BREAKS[config.break_](config, run.seed):
             print(f"{measure}: sound {sound:.3g}, with --break {config.break_} {broken:.3g}")
         return
     per_token = 0.8e-3 + 0.9e-6 * config.batch_size * config.d_model  # of a row, in all four networks
     seconds = 10 + per_token * config.seq_len * config.max_steps
     announce(f"2 counting models and 4 networks of {config.max_steps} steps each", seconds)
-    rungs, fresh, vocabulary = climb(config, run)
-    n_tokens, floor, uniform = (
-        sum(len(document.tokens) for document in fresh),
-        floor_of(fresh),
-        math.log(len(vocabulary)),
-    )
+    rungs, fresh, vocabulary = experiments.climb(config, run)
+    n_tokens, floor = sum(len(document.tokens) for document in fresh), floor_of(fresh)
+    uniform = math.log(len(vocabulary))
     print(f"{n_tokens} tokens of {len(fresh)} fresh documents, vocabulary {len(vocabulary)}, seed {run.seed}")
     print(f"{'model':22}{'nats/token':>11}{'gap to the floor':>22}{'perplexity':>12}{'seconds':>9}")
     print(f"{'uniform (chance)':22}{uniform:11.3f}{uniform - floor:13.3f}{perplexity(uniform):21.2f}")
@@ -1261,11 +955,11 @@ def demo(config: LadderConfig, run: RunConfig) -> None:
         nats = sum(rung.losses) / n_tokens
         print(f"{rung.name:22}{nats:11.3f}{gap:13.3f} +- {error:.3f}{perplexity(nats):12.2f}{rung.seconds:9.1f}")
     print(f"{'floor (optimum)':22}{floor:11.3f}{0:13.3f}{perplexity(floor):21.2f}")
-    save_figure(plot_ladder(rungs, fresh), run.out / "ladder.svg")
+    save_figure(experiments.plot_ladder(rungs, fresh), run.out / "ladder.svg")
     for rung in rungs:
         if hasattr(rung.model, "advance"):
-            samples = sample_documents(rung.model, vocabulary, 100, run.seed)
-            share = grammatical_share(samples)
+            samples = experiments.sample_documents(rung.model, vocabulary, 100, run.seed)
+            share = experiments.grammatical_share(samples)
             print(f"{rung.name}: {share:.0%} of its documents are grammatical, e.g. {samples[0].text}")
 
 
@@ -1346,21 +1040,6 @@ def train_character_lm(
     return model, fit_stream(model, token_ids, *sizes, config.learning_rate)
 
 
-def measure_text(
-    train_text: str, test_text: str, config: CharacterConfig, runs: list[RunConfig]
-) -> dict[str, float | list[float]]:
-    """Bits per byte of the test text: uniform, compressors, a 5-gram, and a network (a list, one number a run)."""
-    vocabulary = Vocabulary(sorted(set(train_text + test_text)))
-    five_gram = NGramModel(5, len(vocabulary)).fit([[BOS_ID, *vocabulary.encode(train_text)]])
-    models = (train_character_lm(train_text, vocabulary, config, run)[0] for run in runs)
-    return {
-        "uniform": uniform_bits(vocabulary, test_text),
-        **compressed_bits(train_text, test_text),
-        "5-gram Kneser-Ney": text_bits(five_gram, vocabulary, test_text),
-        config.cell.upper(): [text_bits(model, vocabulary, test_text) for model in models],
-    }
-
-
 def train(data: TextConfig, config: CharacterConfig, run: RunConfig) -> None:
     """Train a character model on a text, compare it with compressors, and save it."""
     per_step = config.seq_len * config.n_layers * (0.3e-3 + 0.3e-6 * config.batch_size * config.d_model)
@@ -1406,6 +1085,19 @@ class BenchConfig:
         check_range(self, "batch_size", "seq_len", "d_hidden", "n_repeats", least=1)
 
 
+def forward_backward(layer: Callable, *inputs: Tensor) -> None:
+    outputs = layer(*inputs)
+    (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+
+
+def measure_scan(seq_len: int, batch_size: int, d_model: int, n_repeats: int, device: torch.device) -> dict[str, list]:
+    """Seconds of the "loop" and of the "scan", forward and backward, in every round."""
+    a = torch.rand(batch_size, seq_len, d_model, device=device).requires_grad_()
+    b = torch.randn(batch_size, seq_len, d_model, device=device)
+    forms = {"loop": linear_recurrence, "scan": linear_scan}
+    return time_in_turns({name: partial(forward_backward, form, a, b) for name, form in forms.items()}, n_repeats)
+
+
 def bench(config: BenchConfig, run: RunConfig) -> None:
     """Time our layers against torch.nn's, and the scan against the loop, as ratios in one run."""
     announce(f"{config.n_repeats} rounds of forward and backward of 10 layers", config.n_repeats * 0.6)
@@ -1425,231 +1117,9 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
         print(f"scan beside loop, {rows} x {steps} steps: {speed_ratio(seconds['scan'], seconds['loop'])}")
 
 
-# The chapter's figures and tables
-
-
-@dataclass(frozen=True)
-class FiguresConfig:
-    only: tuple[str, ...] = ()  # experiments to run: data, ladder, gradients, memory, text, scan, breaks; none: all
-    folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
-    n_seeds: int = 3  # runs of every experiment that compares
-    n_documents: int = 20_000  # TinyWorld documents to train on
-    n_eval: int = 1_000  # fresh documents on which every model is judged
-    max_steps: int = 300  # optimizer steps of each network of the ladder
-    memory_steps: int = 400  # optimizer steps of each network that must remember
-    max_symbols: int = 16  # longest sequence to remember
-    text_steps: int = 800  # optimizer steps of the character model
-    eval_chars: int = 100_000  # held-out characters of Python text
-    max_lag: int = 100  # steps back over which gradients are measured
-    scan_steps: int = 4096  # longest recurrence that is timed
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.only) - set(EXPERIMENTS))
-        if unknown:
-            raise ValueError(f"unknown experiment {', '.join(unknown)}; known are {', '.join(EXPERIMENTS)}")
-        check_range(self, "n_seeds", "n_documents", "max_steps", "memory_steps", "text_steps", "eval_chars", least=1)
-        check_range(self, "n_eval", "max_symbols", "max_lag", "scan_steps", least=2)
-
-    def save(self, name: str, columns: list[Column], rows: list[list], n_seeds: int, experiment: str) -> None:
-        command = f"python 02-sequence-modeling/sequence_modeling.py figures {experiment}"
-        save_results(self.folder / "results.json", name, columns, rows, range(n_seeds), command)
-
-
-def measure_data(config: FiguresConfig, run: RunConfig) -> None:
-    """What each kind of document is worth, and one document with the surprisal of every token."""
-    rows = statistics(World(), 2 * config.n_eval, seed=0)
-    columns = [Column("kind"), Column("share", digits=".1%"), Column("tokens", "mean of a document", ".1f")]
-    columns += [Column("entropy", "nats per token", ".3f"), Column("standard error", digits=".3f")]
-    columns += [Column("repeats in 2,000 documents", digits=".1%")]
-    cells = [[row.kind, row.share, row.tokens, row.entropy, row.error, row.repeats] for row in rows]
-    config.save("kinds", columns, cells, 1, "data")
-    save_figure(plot_surprisal(World().document(random.Random(0), "story"), rows), config.folder / "surprisal.svg")
-
-
-def measure_ladder(config: FiguresConfig, run: RunConfig) -> None:
-    """The gap of every model to the floor, over all documents and by kind."""
-    sizes = {"n_documents": config.n_documents, "n_eval": config.n_eval, "max_steps": config.max_steps}
-    table, by_kind = {}, {}
-    for seed in range(config.n_seeds):
-        rungs, fresh, vocabulary = climb(LadderConfig(**sizes), RunConfig(seed, run.device, run.out, run.threads))
-        floor, n_tokens = floor_of(fresh), sum(len(document.tokens) for document in fresh)
-        rows = [("uniform (chance)", math.log(len(vocabulary)), None)]
-        for rung in rungs:
-            share = None
-            if hasattr(rung.model, "advance"):
-                share = grammatical_share(sample_documents(rung.model, vocabulary, 100, seed))
-            rows.append((rung.name, sum(rung.losses) / n_tokens, share))
-            for kind in World().kinds:
-                pairs = [pair for pair in zip(rung.losses, fresh, strict=True) if pair[1].kind == kind]
-                if len(pairs) > 1:
-                    gap, _ = gap_to_floor(*zip(*pairs, strict=True))
-                    by_kind.setdefault(kind, {}).setdefault(rung.name, []).append(gap)
-        rows.append(("floor (optimum)", floor, 1.0))
-        for name, nats, share in rows:
-            for index, value in enumerate((nats, nats - floor, perplexity(nats), share)):
-                table.setdefault(name, ([], [], [], []))[index].append(value)
-        if seed == 0:
-            save_figure(plot_ladder(rungs, fresh), config.folder / "ladder.svg")
-    columns = [Column("model"), Column("loss", "nats per token", ".3f"), Column("gap to the floor", digits=".3f")]
-    columns += [Column("perplexity", digits=".2f"), Column("grammatical samples", digits=".0%")]
-    cells = [[name, *("-" if None in cell else cell for cell in lists)] for name, lists in table.items()]
-    config.save("ladder", columns, cells, config.n_seeds, "ladder")
-    models = [name for name in table if name not in ("uniform (chance)", "floor (optimum)", "bag of words")]
-    columns = [Column("gap by kind (nats per token)"), *(Column(name, digits=".2f") for name in models)]
-    cells = [[kind, *(gaps[name] for name in models)] for kind, gaps in by_kind.items()]
-    config.save("ladder-kinds", columns, cells, config.n_seeds, "ladder")
-
-
-def measure_lags(config: FiguresConfig, run: RunConfig) -> None:
-    """The gradient that reaches the input k steps back, and the bound of the RNN."""
-    runs = [measure_gradients(64, config.max_lag + 1, seed) for seed in range(config.n_seeds)]
-    lags = sorted({min(lag, config.max_lag) for lag in (0, 10, 25, 50, 100)})
-    columns = [Column("layer"), *(Column(f"{lag} steps back", digits=".1e") for lag in lags)]
-    cells = [[name, *([found[name][lag] for found in runs] for lag in lags)] for name in runs[0]]
-    config.save("gradients", columns, cells, config.n_seeds, "gradients")
-    save_figure(plot_gradients(runs[0]), config.folder / "gradients.svg")
-
-
-def plot_gradients(found: dict[str, list[float]]) -> Figure:
-    """Draw gradient norms by lag on a log scale, each RNN with its bound as a dotted line of the same colour."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    colours = {}
-    for name, norms in found.items():
-        kind, _, gain = name.partition(", gain ")
-        style = ":" if kind == "bound" else "-"
-        (line,) = axis.plot(norms, style, color=colours.get(gain) if gain else None, linewidth=1.2 if gain else 2)
-        colours.setdefault(gain or name, line.get_color())
-        if kind != "bound":
-            line.set_label(name)
-    axis.plot([], [], ":", color="black", label="bound of the RNN")
-    axis.set(xlabel="steps back (lag)", ylabel="norm of the gradient", yscale="log", ylim=(1e-16, 1e10))
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def measure_remembering(config: FiguresConfig, run: RunConfig) -> None:
-    """Accuracy against length: copying, recalling by key, and passing a sequence through one vector."""
-    sizes = [2**power for power in range(1, config.max_symbols.bit_length()) if 2**power <= config.max_symbols]
-    plans = {
-        "copy": (copy_batch, (64,), sizes, "symbols"),
-        "recall": (recall_batch, (64,), [size // 2 for size in sizes], "pairs"),
-        "bottleneck": (echo_batch, (16, 64), sizes, "symbols"),
-    }
-    panels = {}
-    for task, (make_batch, widths, lengths, unit) in plans.items():
-        found: dict[str, list[list[float]]] = {}  # model -> length -> seed
-        for width, seed in itertools.product(widths, range(config.n_seeds)):
-            for name, scores in measure_memory(make_batch, lengths, width, config.memory_steps, seed).items():
-                for place, score in enumerate(scores):
-                    found.setdefault(name, [[] for _ in lengths])[place].append(score)
-        levels = {"chance": [1 / N_KINDS] * len(lengths)}
-        if make_batch is recall_batch:
-            levels["values without their keys"] = [bag_accuracy(length) for length in lengths]
-        columns = [
-            Column("model"),
-            *(Column(f"{length} {unit if length > 1 else 'pair'}", digits=".2f") for length in lengths),
-        ]
-        cells = [[name, *values] for name, values in (found | levels).items()]
-        for name, values in found.items() if make_batch is echo_batch else ():
-            pairs = zip(lengths, values, strict=True)
-            passed = ([least_bits(length, max(score, 1 / N_KINDS)) for score in scores] for length, scores in pairs)
-            cells.append([f"bits that passed, at least: {name}", *passed])
-        config.save(task, columns, cells, config.n_seeds, "memory")
-        panels[task] = (lengths, unit, {name: np.mean(values, axis=1) for name, values in found.items()}, levels)
-    save_figure(plot_memory(panels), config.folder / "memory.svg")
-
-
-def plot_memory(panels: dict[str, tuple]) -> Figure:
-    """Draw accuracy against length, a panel for each task, with the levels that need no memory as dashed lines."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), sharey=True)
-    for axis, (task, (lengths, unit, found, levels)) in zip(axes, panels.items(), strict=True):
-        for name, values in found.items():
-            axis.plot(lengths, values, marker="o", markersize=4, label=name)
-        for (name, values), style in zip(levels.items(), ("--", ":"), strict=False):
-            axis.plot(lengths, values, style, color="black", linewidth=1.3, label=name)
-        axis.set(xlabel=f"{unit} to remember", title=task, xscale="log", ylim=(0, 1.03))
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8, loc="upper right")
-    axes[0].set_ylabel("accuracy (fraction)")
-    return figure
-
-
-def measure_compression(config: FiguresConfig, run: RunConfig) -> None:
-    """Bits per byte of held-out Python text: general compressors, counting, and a short run of an LSTM."""
-    train_text, test_text = (read_text("python-text", split) for split in ("train", "validation"))
-    model = CharacterConfig(d_model=128, max_steps=config.text_steps)
-    runs = [RunConfig(seed, run.device, run.out, run.threads) for seed in range(config.n_seeds)]
-    bits = measure_text(train_text, test_text[: config.eval_chars], model, runs)
-    columns = [Column("model"), Column("held-out text", "bits per byte", ".3f")]
-    config.save("text", columns, [[name, value] for name, value in bits.items()], config.n_seeds, "text")
-    save_figure(plot_bits(bits), config.folder / "text.svg")
-
-
-def plot_bits(bits: dict[str, float | list[float]]) -> Figure:
-    """Draw bits per byte as bars, best last."""
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    means = {name: float(np.mean(value)) for name, value in bits.items()}
-    names = sorted(means, key=means.get, reverse=True)
-    colours = ["C0" if isinstance(bits[name], list) or "gram" in name else "#999999" for name in names]
-    bars = axis.barh(names, [means[name] for name in names], color=colours)
-    axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(xlabel="bits per byte of held-out Python text (less is better)")
-    axis.invert_yaxis()
-    return figure
-
-
-def measure_speed(config: FiguresConfig, run: RunConfig) -> None:
-    """Time the loop and the scan of one recurrence, forward and backward, and compare their states."""
-    lengths = [length for length in (64, 256, 1024, 4096, 16384) if length < config.scan_steps] + [config.scan_steps]
-    cells = []
-    for seq_len in lengths:
-        seconds = measure_scan(seq_len, 1, 64, 7, pick_device(run.device))
-        loop, scan = (1e3 * float(np.median(seconds[form])) for form in ("loop", "scan"))
-        seed_everything(run.seed)
-        a, b = torch.rand(1, seq_len, 64, dtype=torch.float64), torch.randn(1, seq_len, 64, dtype=torch.float64)
-        error = largest_difference(linear_scan(a, b), linear_recurrence(a, b))
-        passes = 2 * math.ceil(math.log2(seq_len))
-        cells.append([str(seq_len), str(seq_len), str(passes), loop, scan, loop / scan, error])
-    columns = [Column("steps"), Column("sequential passes, loop"), Column("sequential passes, scan")]
-    columns += [Column("loop", "ms", ".1f"), Column("scan", "ms", ".1f"), Column("loop / scan", digits=".1f")]
-    config.save("scan", [*columns, Column("largest difference", digits=".0e")], cells, 1, "scan")
-
-
-def measure_breaks(config: FiguresConfig, run: RunConfig) -> None:
-    """Every failure beside the sound run."""
-    sizes = {"n_documents": config.n_documents, "n_eval": config.n_eval, "max_steps": math.ceil(config.max_steps / 2)}
-    cells = []
-    for name, show in BREAKS.items():
-        runs = [show(LadderConfig(**sizes), seed) for seed in range(config.n_seeds)]
-        for rows in zip(*runs, strict=True):
-            sound, broken = ([row[place] for row in rows] for place in (1, 2))
-            cells.append([f"`{name}`", rows[0][0], sound, broken])
-    columns = [Column("`--break`"), Column("what is measured"), Column("sound"), Column("broken")]
-    config.save("breaks", columns, cells, config.n_seeds, "breaks")
-
-
-EXPERIMENTS: dict[str, Callable[[FiguresConfig, RunConfig], None]] = {
-    "data": measure_data,
-    "ladder": measure_ladder,
-    "gradients": measure_lags,
-    "memory": measure_remembering,
-    "text": measure_compression,
-    "scan": measure_speed,
-    "breaks": measure_breaks,
-}
-
-
-def figures(config: FiguresConfig, run: RunConfig) -> None:
-    """Run the chapter's experiments, write figures and results.json, and fill the chapter's tables."""
-    names = config.only or tuple(EXPERIMENTS)
-    announce(f"the experiments {', '.join(names)}, {config.n_seeds} seeds", 420 * len(names) / len(EXPERIMENTS))
-    for name in names:
-        EXPERIMENTS[name](config, run)
-    fill_chapter(config.folder.parent)
-
-
 def main(argv: list[str] | None = None) -> None:
+    from sequence_experiments import FiguresConfig, figures  # here, because they import this module
+
     verbs = {
         "demo": (demo, LadderConfig, RunConfig),
         "figures": (figures, FiguresConfig, RunConfig),

@@ -58,6 +58,7 @@ from workbench import (
 )
 
 N_KINDS = 16  # different symbols of the memory tasks; guessing is right once in so many
+HELD_OUT = 2**31  # added to the seed of held-out data; PyTorch's CPU generator reads the lowest 32 bits alone
 
 
 @dataclass(frozen=True)
@@ -808,7 +809,7 @@ def matched_width(model_cls: type[Seq2Seq], n_parameters: int) -> int:
 
 def held_out(task: str, config: AlignmentConfig, seed: int) -> tuple[Tensor, ...]:
     """512 sequences that no training run with this seed draws."""
-    return alignment_batch(task, 512, config.n_symbols, torch.Generator().manual_seed(seed + 2**62))
+    return alignment_batch(task, 512, config.n_symbols, torch.Generator().manual_seed(seed + HELD_OUT))
 
 
 def train_on_task(
@@ -863,7 +864,7 @@ def recall_model(config: RecallConfig, run: RunConfig) -> tuple[AttentionOnlyMod
 
 def fresh_recall(config: RecallConfig, seed: int) -> tuple[Tensor, Tensor]:
     """512 sequences (inputs, targets) that no training run with this seed draws."""
-    return recall_batch(512, config.n_pairs, torch.Generator().manual_seed(seed + 2**62), N_KINDS)
+    return recall_batch(512, config.n_pairs, torch.Generator().manual_seed(seed + HELD_OUT), N_KINDS)
 
 
 def relative_entropy(weights: Tensor, mask: Tensor) -> float:

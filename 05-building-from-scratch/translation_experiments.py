@@ -495,12 +495,12 @@ def speed(config: FiguresConfig, run: RunConfig) -> None:
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
-    "main": (main_job, 190),
-    "ablations": (ablations, 150),
+    "main": (main_job, 120),
+    "ablations": (ablations, 90),
     "beams": (beams, 90),
-    "alignments": (alignments, 10),
+    "alignments": (alignments, 5),
     "ladder": (ladder, 110),
-    "speed": (speed, 15),
+    "speed": (speed, 10),
 }
 
 
