@@ -137,6 +137,7 @@ def test_flags_come_from_the_fields(capsys) -> None:
         (["--kind", "odd"], "invalid choice: 'odd'"),
         (["--wid", "3"], "unrecognized arguments: --wid"),
         (["--seed", "-1"], "seed must be finite and >= 0"),
+        (["--seed", str(2**31)], "seed must be finite and >= 0 and < 2.14748e+09, got 2147483648"),
         (["--threads", "0"], "threads must be finite and >= 1 and <= "),
         (["--threads", "999999"], f"<= {4 * os.cpu_count()}, got 999999"),
         (["nonsense"], "invalid choice: 'nonsense'"),

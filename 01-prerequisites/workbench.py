@@ -86,7 +86,7 @@ class RunConfig:
     threads: int = 1  # CPU threads; one gives the same numbers everywhere and suffices for small models
 
     def __post_init__(self) -> None:
-        check_range(self, "seed", least=0, below=2**63)
+        check_range(self, "seed", least=0, below=2**31)  # PyTorch's CPU generator reads 32 bits of a seed
         check_range(self, "threads", least=1, most=4 * os.cpu_count())
         pick_device(self.device)
         check_folder(self.out)
