@@ -602,7 +602,7 @@ def bert_words(text: str) -> list[tuple[str, list[int]]]:
     Control characters go, letters lose accents and case, and each punctuation mark and each Chinese character is a
     word of its own.
     """
-    words: list[tuple[str, list[int]]] = []
+    words: list[tuple[list[str], list[int]]] = []
     open_word = False
     for at, char in enumerate(text):
         if char.isspace():
@@ -616,11 +616,11 @@ def bert_words(text: str) -> list[tuple[str, list[int]]]:
                 alone = is_punctuation(part) or is_chinese(char)
                 for lower in part.lower():
                     if alone or not open_word:
-                        words.append(("", []))
-                    word, origins = words[-1]
-                    words[-1] = (word + lower, [*origins, at])
+                        words.append(([], []))
+                    words[-1][0].append(lower)
+                    words[-1][1].append(at)
                     open_word = not alone
-    return words
+    return [("".join(letters), origins) for letters, origins in words]
 
 
 def is_punctuation(char: str) -> bool:
