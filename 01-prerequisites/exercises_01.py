@@ -143,6 +143,12 @@ def check_unbroadcast(answer) -> str | None:
         ),
         ("a column (3, 1)", (grad[0], (3, 1)), grad[0].sum(1, keepdims=True), "an axis of size 1 stays, with size 1"),
         ("a single number", (grad, ()), grad.sum(), "every axis was copied"),
+        (
+            "a bias (3) added to (3, 3)",
+            (grad[0, :, :3], (3,)),
+            grad[0, :, :3].sum(0),
+            "line the shapes up at the last axis; equal sizes alone do not say which axis was copied",
+        ),
         ("(3, 1) in (2, 3, 4)", (grad, (3, 1)), grad.sum((0, 2))[:, None], "both kinds of copying at once"),
         ("(1, 3, 4) in (2, 3, 4)", (grad, (1, 3, 4)), grad.sum(0, keepdims=True), "an axis of size 1 stays"),
     ]
@@ -167,6 +173,7 @@ def check_logsumexp(answer) -> str | None:
         ("two logits of 1000", np.array([1000.0, 1000.0]), 1000 + math.log(2), "exp(1000) overflows; shift first"),
         ("two logits of -1000", np.array([-1000.0, -1000.0]), -1000 + math.log(2), "exp(-1000) is 0; shift first"),
         ("1000 and three of -1000", np.array([1e3, -1e3, -1e3, -1e3]), 1000.0, "the mean is no safe shift"),
+        ("-1000, then 1000", np.array([-1e3, 1e3]), 1000.0, "the first entry is no safe shift"),
         ("one impossible class", np.array([0.0, -np.inf]), 0.0, "exp(-inf) is 0 and adds nothing"),
         ("all classes impossible", np.array([-np.inf, -np.inf]), -np.inf, "inf - inf is not a number; shift by 0 here"),
     ]
@@ -191,6 +198,18 @@ def check_softmax_gradient(answer) -> str | None:
         ("the hand example, class 1", (hand, np.array([1])), first[None], "prediction minus truth"),
         ("two rows, classes 1 and 2", (two, np.array([1, 2])), np.stack([first, second]) / 2, "the mean divides by n"),
         ("logits near 1000", (hand + 1000, np.array([1])), first[None], "exp(1000) overflows; shift first"),
+        (
+            "two rows, one of them 2000 higher",
+            (two + [[0.0], [2000.0]], np.array([1, 2])),
+            np.stack([first, second]) / 2,
+            "each row needs its own shift",
+        ),
+        (
+            "logits -1000 and 1000",
+            (np.array([[-1e3, 1e3]]), np.array([0])),
+            np.array([[-1.0, 1.0]]),
+            "the first logit of a row is no safe shift",
+        ),
     ]
     generator = np.random.default_rng(0)
     logits, targets, step = generator.normal(size=(3, 4)), np.array([3, 0, 3]), 1e-5
@@ -343,6 +362,9 @@ EXERCISES = [
             "the mean": lambda grad, shape: solve_unbroadcast(grad, shape) * np.prod(shape) / grad.size,
             "only the missing axes": lambda grad, shape: grad.sum(axis=tuple(range(grad.ndim - len(shape)))),
             "take the first copy": lambda grad, shape: np.resize(grad, shape),
+            "over every size that the shape lacks": lambda grad, shape: grad.sum(
+                axis=tuple(axis for axis, size in enumerate(grad.shape) if size not in shape)
+            ).reshape(shape),
         },
     ),
     Exercise(
@@ -355,6 +377,7 @@ EXERCISES = [
         mistakes={
             "as written": lambda x: np.log(np.exp(x).sum()),
             "shift by the mean": lambda x: x.mean() + np.log(np.exp(x - x.mean()).sum()),
+            "shift by the first": lambda x: x[0] + np.log(np.exp(x - x[0]).sum()),
             "clip at 700": lambda x: np.log(np.exp(np.clip(x, -700, 700)).sum()),
             "-inf forgotten": lambda x: x.max() + np.log(np.exp(x - x.max()).sum()),
         },
@@ -370,6 +393,10 @@ EXERCISES = [
             "sum, not mean": lambda logits, targets: solve_softmax_gradient(logits, targets) * len(targets),
             "truth minus prediction": lambda logits, targets: -solve_softmax_gradient(logits, targets),
             "not shifted": unshifted_gradient,
+            "one shift for all rows": lambda logits, targets: unshifted_gradient(logits - logits.max(), targets),
+            "shift by the first of the row": lambda logits, targets: unshifted_gradient(
+                logits - logits[:, :1], targets
+            ),
             "all rows normalised together": lambda logits, targets: (
                 (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() - np.eye(logits.shape[1])[targets])
                 / len(targets)

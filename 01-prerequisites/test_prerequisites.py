@@ -1,9 +1,7 @@
 """Topic 01: every operation, gradient and optimizer against PyTorch in float64, and the mistakes they must not make."""
 
 import gc
-import json
 import math
-import re
 import weakref
 from functools import partial
 from pathlib import Path
@@ -589,12 +587,8 @@ def test_shape_comments_are_true(checked_shapes) -> None:
         model, _, held_out = topic.solve_spirals(TrainConfig(n_samples=20, max_steps=1), 0)
         plt.close(topic.plot_spirals(model, *held_out))
         topic.xor_points()
-        topic.activation_variances(topic.he_normal, relu, np.random.default_rng(0), 2, 8)
-        topic.softmax_error(softmax, 0.0, np.random.default_rng(0))
-        path = {"SGD": topic.optimizer_path(partial(SGD, learning_rate=0.01), n_steps=2)}
-        plt.close(topic.plot_optimizer_paths(path, path, 0.0))
     n_comments = Path(topic.__file__).read_text(encoding="utf-8").count("  # (")
-    assert len(checked) == n_comments >= 20
+    assert len(checked) == n_comments >= 15
 
 
 # Stable numerics
@@ -784,7 +778,7 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: TrainConfig(learning_rate=0.0), "learning_rate must be finite and > 0, got 0"),
         (lambda: TrainConfig(noise=math.nan), "noise must be finite and >= 0, got nan"),
         (lambda: BenchConfig(max_size=16), "max_size must be finite and >= 32"),
-        (lambda: topic.FiguresConfig(only=("xor", "spiral")), "unknown experiment 'spiral'; known: graph, xor"),
+        (lambda: TrainConfig(d_hidden=1), "d_hidden must be finite and >= 2, got 1"),
     ],
 )  # fmt: skip
 def test_mistake_is_named(mistake, message: str) -> None:
@@ -798,6 +792,16 @@ def test_command_line_turns_a_mistake_into_one_line(capsys) -> None:
     captured = capsys.readouterr()
     assert stop.value.code == 2 and captured.err.count("\n") == 1
     assert "learning_rate must be finite and > 0, got 0.0" in captured.err
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 300])
+def test_a_run_that_diverges_stops_and_says_so_in_one_line(max_steps: int, tmp_path, capfd, recwarn) -> None:
+    flags = ["--learning-rate", "1e300", "--max-steps", str(max_steps), "--n-seeds", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        topic.main(["demo", *flags])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and not recwarn.list
+    assert "the loss is nan at step 2 with learning rate 1e+300; lower --learning-rate" in error
 
 
 # Learning
@@ -844,60 +848,14 @@ def test_demo_learns_and_writes_its_figure(tmp_path, capsys) -> None:
     assert float(lines[1].split("cosine ")[1].split()[0]) > 0.999999
     assert lines[2].startswith("XOR: 100.0%, 100.0%") and "chance 50%" in lines[2]
     assert float(lines[3].split("mean ")[1].split("%")[0]) > 80 and "chance 50%" in lines[3]
+    assert lines[4].endswith("at x = 1: 12; in the wrong order 6") and lines[5].endswith("in the wrong order 0.87456")
     assert (tmp_path / "two_spirals.svg").read_bytes().startswith(b"<?xml")
-
-
-def test_bench_reports_ratios(tmp_path, capsys) -> None:
-    topic.main(["bench", "--max-size", "64", "--n-rounds", "1", "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "GFLOP/s" in out and "ridge" in out and "times as fast as the loop" in out
-    assert out.count("x the speed") == 2
-    assert (tmp_path / "roofline.svg").exists()
-
-
-def test_figures_writes_every_table_and_every_figure(tmp_path, capsys) -> None:
-    sizes = {"n-seeds": 2, "n-xor-seeds": 2, "max-steps": 20, "n-layers": 3, "d-hidden": 16, "max-size": 32}
-    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
-    flags += ["--n-rounds", "1", "--n-copied", "100000", "--folder", str(tmp_path / "figures")]
-    names = [name for name in topic.EXPERIMENTS if name != "breaks"]  # its sizes are fixed; tested below
-    topic.main(["figures", *names, *flags])
-    results = json.loads((tmp_path / "figures" / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"xor", "spirals", "variance", "optimizers", "softmax", "roofline", "machine"}
-    assert all(len(row) == len(table["columns"]) for table in results.values() for row in table["rows"])
-    assert [row[1] for row in results["xor"]["rows"]] == [6, 12, 22, 42, 82]
-    assert results["xor"]["seeds"] == [100, 101] and results["variance"]["seeds"] == [0, 1]
-    assert results["machine"]["command"].endswith("figures roofline")
-    wanted = {"graph", "two_spirals", "activation_variance", "optimizer_paths", "softmax_error", "roofline"}
-    assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == wanted
-    assert "on 2 CPU cores" in capsys.readouterr().out
 
 
 def test_spirals_figure_is_small(tmp_path) -> None:
     model, _, held_out = topic.solve_spirals(TrainConfig(max_steps=300), 0)
     topic.save_figure(topic.plot_spirals(model, *held_out), tmp_path / "spirals.svg")
     assert (tmp_path / "spirals.svg").stat().st_size < 120_000
-
-
-@pytest.mark.parametrize("bug", topic.SYMPTOMS)
-def test_planted_bugs_show_their_symptoms(bug: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(topic, "xor_share", lambda seeds, rate=0.01: float(topic.solve_xor(TrainConfig(), 0)))
-    topic.main(["demo", "--break", bug])
-    lines = capsys.readouterr().out.splitlines()
-    sound, broken = zip(
-        *([float(part) for part in re.findall(r"(?:sound|broken) ([\d.e-]+)", line)] for line in lines[1:]), strict=True
-    )
-    wanted = {
-        "order": (12, 6),
-        "recursion": (10_000, 900),
-        "accumulate": (2, 6),
-        "bias": (1, 3.1623),
-        "eps": (0.9901, 0.01),
-    }
-    assert sound[0] == pytest.approx(wanted[bug][0])
-    assert broken[0] == pytest.approx(wanted[bug][1], rel=0.2 if bug == "recursion" else 1e-4)
-    if bug == "order":
-        assert sound[1] > 0.999999 and broken[1] < 0.9 and sound[2] == broken[2] == 1
-    assert topic.topological_order.__name__ == "topological_order" and topic.Adam is Adam  # nothing stays planted
 
 
 def test_parameters_are_found_once_in_nested_parts() -> None:
@@ -915,113 +873,10 @@ def test_parameters_are_found_once_in_nested_parts() -> None:
     assert x.item() == pytest.approx(0.9)
 
 
-# Experiments
-
-
-def test_variance_through_the_layers_follows_the_derivation() -> None:
-    def slopes(init, activation) -> list[float]:
-        runs = [topic.activation_variances(init, activation, np.random.default_rng(s), 30, 200) for s in range(4)]
-        return [np.log2(run[-1] / run[0]) / 29 for run in runs]
-
-    assert np.mean(slopes(topic.he_normal, relu)) == pytest.approx(0, abs=0.06)
-    assert np.mean(slopes(topic.xavier_normal, relu)) == pytest.approx(-1, abs=0.06)
-    factor = 200 * 0.01**2 / 2  # fan-in times the variance of a weight, and half the squares survive ReLU
-    assert np.mean(slopes(topic.normal_init, relu)) == pytest.approx(math.log2(factor), abs=0.06)
-    assert np.mean(slopes(topic.xavier_normal, lambda x: x)) == pytest.approx(0, abs=0.06)
-
-
-def test_optimizer_path_of_gradient_descent_is_the_geometric_series() -> None:
-    path = topic.optimizer_path(partial(SGD, learning_rate=0.015), (-1.0, 0.5), (2.0, 100.0), 30)
-    steps = np.arange(31)[:, None]
-    assert largest_difference(path, [-1.0, 0.5] * (1 - 0.015 * np.array([2.0, 100.0])) ** steps) < 1e-12
-    diverging = topic.optimizer_path(partial(SGD, learning_rate=0.021))
-    assert np.abs(diverging[-1, 1]) > 1000 > 1 > np.abs(diverging[-1, 0])  # stable only below 2 / curvature
-    final = {make: np.abs(topic.optimizer_path(make)[-1]).max() for make in (
-        partial(SGD, learning_rate=0.018), partial(Momentum, learning_rate=0.03, momentum=0.67))}  # fmt: skip
-    slow, fast = final.values()
-    assert fast < slow / 100
-
-
-def test_steps_on_the_bowl_follow_the_derivation() -> None:
-    start = (0.6, 0.8)
-    steps = {}
-    for name, make in {
-        "SGD": partial(SGD, learning_rate=2 / 101),
-        "momentum": partial(Momentum, learning_rate=4 / 121, momentum=(9 / 11) ** 2),
-        "Adam": partial(Adam, learning_rate=0.03),
-    }.items():
-        for angle in (0.0, math.pi / 4):
-            path = topic.optimizer_path(make, start, n_steps=1500, angle=angle)
-            steps[name, angle] = topic.steps_to(topic.bowl(path, angle=angle))
-    assert steps["SGD", 0.0] == steps["SGD", math.pi / 4] == 346
-    assert 35 < steps["momentum", 0.0] < 70 and 35 < steps["momentum", math.pi / 4] < 70
-    assert steps["Adam", math.pi / 4] > 1.2 * steps["Adam", 0.0]
-    assert topic.steps_to(np.array([1.0, 0.5])) == math.inf
-
-
-def test_float64_softmax_fails_later_and_its_error_is_small() -> None:
-    error = partial(topic.softmax_error, dtype=np.float64)
-    assert error(topic.naive_softmax, 800.0, np.random.default_rng(0)) == math.inf
-    assert error(topic.naive_softmax, 600.0, np.random.default_rng(0)) < 1e-14
-    assert error(softmax, 800.0, np.random.default_rng(0)) < 1e-14
-
-
-def test_naive_softmax_fails_where_the_stable_one_does_not() -> None:
-    errors = {
-        function: [topic.softmax_error(function, offset, np.random.default_rng(0)) for offset in (-200, -95, 0, 95)]
-        for function in (topic.naive_softmax, softmax)
-    }
-    assert errors[topic.naive_softmax][0] == errors[topic.naive_softmax][3] == math.inf
-    assert 1e-4 < errors[topic.naive_softmax][1] < math.inf
-    assert errors[topic.naive_softmax][2] < 1e-6 and np.max(errors[softmax]) < 1e-6
-
-
-def test_matmul_loop_multiplies() -> None:
-    a, b = draw((3, 4)), draw((4, 5))
-    assert largest_difference(np.array(topic.matmul_loop(a.tolist(), b.tolist())), a @ b) < 1e-14
-
-
 def test_roofline_has_its_ridge() -> None:
     machine = Hardware("paper", 1e9, 10e9, 200e9, "made up")
     assert topic.roofline(np.array([1.0, 20.0, 400.0]), machine).tolist() == [10e9, 200e9, 200e9]
     assert topic.matmul_intensity(600) == pytest.approx(100)
-
-
-def test_every_measurement_is_repeated() -> None:
-    rates = topic.matmul_rates(BenchConfig(max_size=64, n_rounds=2), np.random.default_rng(0))
-    assert {name: list(sizes) for name, sizes in rates.items()} == dict.fromkeys(("loop", "NumPy", "torch"), [32, 64])
-    assert all(rate > 0 for sizes in rates.values() for runs in sizes.values() for rate in runs)
-    assert {name: len(times) for name, times in topic.step_times(4, 8, 2, 0).items()} == {"ours": 2, "torch": 2}
-    machine = topic.measure_machine(1, {"NumPy": {32: [1.0, 1e15]}})
-    assert machine.flops == 1e15  # no rate exceeds the peak
-    assert machine.bandwidth > 1e8 and machine.memory > 1e8
-    streams = topic.streaming_rates(10_000, 1)
-    assert [intensity for _, intensity, _ in streams] == [1 / 12, 0.5] and all(rate > 0 for *_, rate in streams)
-    assert topic.measure_machine(1, {}, 1000, [("add", 0.5, 1e15)]).bandwidth == 2e15  # nor any stream the slope
-
-
-def test_unsteady_measurements_are_called_so(capsys) -> None:
-    topic.warn_if_unsteady([[1.0, 1.2], [5.0, 9.0]])
-    assert capsys.readouterr().out == ""
-    topic.warn_if_unsteady([[1.0, 1.2], [0.2, 60.0]])
-    assert "rounds of one measurement differ 300-fold" in capsys.readouterr().out
-
-
-def test_figures_have_labels_and_all_lines() -> None:
-    machine = Hardware("paper", 1e9, 10e9, 200e9, "made up")
-    path = topic.optimizer_path(partial(Adam, learning_rate=0.1))
-    figures = [
-        (topic.plot_activation_variances({"He": [[1.0, 2.0]] * 3, "Xavier": [[1.0, 0.5]]}), 4),
-        (topic.plot_optimizer_paths({"Adam": path, "again": path}, {"Adam": path, "again": path}, 0.5), 2),
-        (topic.plot_softmax_errors([0.0, 90.0], {"naive": [1e-7, math.inf], "stable": [1e-7, 1e-7]}), 5),
-        (topic.plot_roofline(machine, {"loop": {32: [1e7]}, "NumPy": {32: [2e9, 1e9]}, "torch": {32: [1e9]}}), 1),
-    ]
-    for figure, n_lines in figures:
-        for axis in figure.axes:
-            assert axis.get_xlabel() and axis.get_ylabel()
-            assert len(axis.get_lines()) >= n_lines
-        assert figure.axes[-1].get_legend() is not None
-        plt.close(figure)
 
 
 def test_gradient_check_sees_a_wrong_gradient(monkeypatch) -> None:
