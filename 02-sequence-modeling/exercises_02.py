@@ -118,6 +118,10 @@ def the_cell_detached(x, h, c, w_x, w_h, bias):
     return solve_lstm_step(x, h, c.detach(), w_x, w_h, bias)
 
 
+def the_state_detached(x, h, c, w_x, w_h, bias):
+    return solve_lstm_step(x, h.detach(), c, w_x, w_h, bias)
+
+
 def states_in_the_other_order(x, h, c, w_x, w_h, bias):
     return solve_lstm_step(x, h, c, w_x, w_h, bias)[::-1]
 
@@ -128,8 +132,10 @@ def check_lstm_step(answer):
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     x, h, c = (torch.randn(2, width, generator=generator, dtype=torch.float64) for width in (3, 5, 5))
-    c.requires_grad_()
-    weights = (layer.weight_ih.detach(), layer.weight_hh.detach(), (layer.bias_ih + layer.bias_hh).detach())
+    weights = (layer.weight_ih, layer.weight_hh, (layer.bias_ih + layer.bias_hh).detach().requires_grad_())
+    leaves = {"x": x, "h": h, "c": c, "w_x": weights[0], "w_h": weights[1]}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     wanted = layer(x, (h, c))
     found = answer(x, h, c, *weights)
     if not (isinstance(found, tuple | list) and len(found) == 2):
@@ -138,12 +144,17 @@ def check_lstm_step(answer):
         advice = first_difference(got, want, 1e-9)
         if advice:
             return f"new {name} for batch 2, input 3, width 5: {advice}; gates: input, forget, candidate, output"
-    (slope,) = torch.autograd.grad(wanted[0].sum() + wanted[1].sum(), c)
-    if not found[1].requires_grad:
-        return "no gradient reaches the old c; do not detach it"
-    (ours,) = torch.autograd.grad(found[0].sum() + found[1].sum(), c)
-    advice = first_difference(ours, slope, 1e-9)
-    return f"the gradient with respect to the old c: {advice}" if advice else None
+    if not (found[0].requires_grad and found[1].requires_grad):
+        return "no gradient reaches what went in; do not detach"
+    slopes, ours = (
+        torch.autograd.grad(new_h.sum() + new_c.sum(), leaves.values(), allow_unused=True)
+        for new_h, new_c in (wanted, found)
+    )
+    for name, slope, got in zip(leaves, slopes, ours, strict=True):
+        advice = "there is none; do not detach it" if got is None else first_difference(got, slope, 1e-9)
+        if advice:
+            return f"the gradient with respect to {name}: {advice}"
+    return None
 
 
 # masked_loss: padding neither summed nor counted
@@ -179,6 +190,17 @@ def logits_masked_instead(logits, targets, pad_id):
     return F.cross_entropy(kept.flatten(0, 1), targets.flatten())
 
 
+def softmax_spelled_out(logits, targets, pad_id):
+    chances = (logits.exp() / logits.exp().sum(dim=-1, keepdim=True)).gather(-1, targets[..., None])[..., 0]
+    real = targets != pad_id
+    return -(chances.log() * real).sum() / real.sum().clamp(min=1)
+
+
+def only_what_costs_is_counted(logits, targets, pad_id):
+    nats = -F.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0] * (targets != pad_id)
+    return nats.sum() / (nats > 0).sum().clamp(min=1)
+
+
 def check_masked_loss(answer):
     logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     targets = torch.tensor([[3, 5, 1, 0], [4, 0, 0, 0]])
@@ -190,6 +212,12 @@ def check_masked_loss(answer):
     (slope,) = torch.autograd.grad(found, logits)
     if slope[targets == 0].abs().max() > 0:
         return "the gradient at padded positions is not 0"
+    sure = 1000 * F.one_hot(torch.tensor([[3, 5, 2, 0], [4, 0, 0, 0]]), 6).double()  # one of 4 real tokens is wrong
+    advice = first_difference(answer(sure, targets, 0), 250.0, 1e-9)
+    if advice:
+        return (
+            f"logits of 1,000, three tokens sure and right, one sure and wrong: {advice}; what overflows, what counts?"
+        )
     alone = answer(logits[:1, :3], targets[:1, :3], 0)
     padded = answer(logits[:1], targets[:1], 0)
     if first_difference(padded, alone.item(), 1e-9):
@@ -237,12 +265,23 @@ def inputs_changed(gradients, max_norm):
     return gradients, norm
 
 
+def stacked_as_if_of_one_shape(gradients, max_norm):
+    norm = torch.stack(gradients).norm().item()
+    return [gradient * min(1.0, max_norm / (norm or 1.0)) for gradient in gradients], norm
+
+
+def returned_as_vectors(gradients, max_norm):
+    clipped, norm = solve_clip_gradients(gradients, max_norm)
+    return [gradient.flatten() for gradient in clipped], norm
+
+
 def check_clip_gradients(answer):
     for numbers, max_norm, what in (
         ([[3.0, 0.0], [0.0, 4.0]], 1.0, "joint length 5, limit 1"),
         ([[0.3, 0.0], [0.0, 0.4]], 1.0, "joint length 0.5, limit 1: nothing to do"),
         ([[6.0, 8.0], [0.0, 0.0]], 5.0, "joint length 10, limit 5"),
         ([[0.0, 0.0], [0.0, 0.0]], 1.0, "no gradient at all"),
+        ([[[2.0, 0.0, 4.0], [0.0, 4.0, 0.0]], [0.0, 8.0, 0.0, 0.0]], 5.0, "shapes (2, 3) and (4,), joint length 10"),
     ):
         gradients = [torch.tensor(part, dtype=torch.float64) for part in numbers]
         wanted, found = solve_clip_gradients(gradients, max_norm), answer(gradients, max_norm)
@@ -334,6 +373,12 @@ def increment_scaled_twice(first, second):
     return first[0] * second[0], second[0] * (first[1] + second[1])
 
 
+def first_overwritten(first, second):
+    if not isinstance(first[0], Tensor):
+        return solve_combine(first, second)
+    return first[0].mul_(second[0]), first[1].mul_(second[0]).add_(second[1])
+
+
 def check_combine(answer):
     two = answer((2.0, 1.0), (3.0, 5.0))
     advice = first_difference(list(two) if isinstance(two, tuple | list) else two, [6.0, 8.0], 1e-9)
@@ -357,7 +402,10 @@ def check_combine(answer):
     found = answer(*tensors)
     if not all(isinstance(part, Tensor) for part in found):
         return "factors and increments may be tensors; multiply place by place"
-    return first_difference(list(found), [torch.tensor([1.0, -3.0]), torch.tensor([4.5, 1.0])], 1e-6)
+    advice = first_difference(list(found), [torch.tensor([1.0, -3.0]), torch.tensor([4.5, 1.0])], 1e-6)
+    if not advice and tensors[0][0].tolist() + tensors[0][1].tolist() != [2.0, 3.0, 1.0, 0.0]:
+        return "the given tensors were changed; return new ones"
+    return advice
 
 
 EXERCISES = [
@@ -388,6 +436,7 @@ EXERCISES = [
             "gates in another order": gates_in_the_order_of_the_formulas,
             "no tanh around the cell": output_without_the_second_tanh,
             "cell detached": the_cell_detached,
+            "state detached": the_state_detached,
             "states swapped": states_in_the_other_order,
         },
     ),
@@ -405,12 +454,14 @@ EXERCISES = [
             "a mean of row means": mean_of_row_means,
             "NaN for an empty batch": nothing_real_gives_nan,
             "logits masked": logits_masked_instead,
+            "softmax without log_softmax": softmax_spelled_out,
+            "only losses above 0 counted": only_what_costs_is_counted,
         },
     ),
     Exercise(
         "clip_gradients",
-        "Rescale a list of tensors so that their joint length is at most max_norm, without changing the given ones; "
-        "return the new list and the joint length before.",
+        "Rescale a list of tensors of any shapes so that their joint length is at most max_norm, exactly (no small "
+        "constant added) and without changing the given ones; return the new list and the joint length before.",
         "clip_gradients(gradients, max_norm) -> (list of tensors, float)",
         "The joint length is the root of the sum of all squares; one factor, at most 1.",
         check_clip_gradients,
@@ -421,12 +472,15 @@ EXERCISES = [
             "short gradients lengthened": always_rescaled,
             "the norm after clipping": norm_after_clipping,
             "inputs changed": inputs_changed,
+            "stacked": stacked_as_if_of_one_shape,
+            "flattened": returned_as_vectors,
         },
     ),
     Exercise(
         "stream_rows",
         "Cut one long tensor of ids into (inputs, targets) windows, each (batch_size, seq_len): row k of a window "
-        "continues row k of the one before, targets are one step ahead, tokens left over at the end are dropped.",
+        "continues row k of the one before, targets are one step ahead. A row takes len(token_ids) // batch_size "
+        "tokens of the text, targets included; what does not fill a window is dropped.",
         "stream_rows(token_ids, batch_size, seq_len) -> list of (inputs, targets)",
         "Fold into batch_size long rows, then cut columns; the last window needs one more token for its targets.",
         check_stream_rows,
@@ -450,6 +504,7 @@ EXERCISES = [
             "increments added": increments_added,
             "factors added": factors_added,
             "increment scaled twice": increment_scaled_twice,
+            "first overwritten": first_overwritten,
         },
     ),
 ]

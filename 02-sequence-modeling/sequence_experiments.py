@@ -69,7 +69,7 @@ from sequence_modeling import (
     uniform_bits,
     update,
 )
-from tiny_world import Document, World, plot_surprisal, statistics
+from tiny_world import MIXTURE, Document, World, plot_surprisal, statistics
 from workbench import (
     Column,
     RunConfig,
@@ -114,10 +114,10 @@ class FiguresConfig:
 def measure_data(config: FiguresConfig, run: RunConfig) -> None:
     """What each kind of document is worth, and one document with the surprisal of every token."""
     rows = statistics(World(), 2 * config.n_eval, seed=0)
-    columns = [Column("kind"), Column("share", digits=".1%"), Column("tokens", "mean of a document", ".1f")]
+    columns = [Column("kind"), Column("weight", digits=".1f"), Column("tokens", "mean of a document", ".1f")]
     columns += [Column("entropy", "nats per token", ".3f"), Column("standard error", digits=".3f")]
     columns += [Column("repeats in 2,000 documents", digits=".1%")]
-    cells = [[row.kind, row.share, row.tokens, row.entropy, row.error, row.repeats] for row in rows]
+    cells = [[row.kind, MIXTURE[row.kind], row.tokens, row.entropy, row.error, row.repeats] for row in rows]
     config.save("kinds", columns, cells, 1, "data")
     save_figure(plot_surprisal(World().document(random.Random(0), "story"), rows), config.folder / "surprisal.svg")
 
@@ -295,6 +295,42 @@ def measure_lags(config: FiguresConfig, run: RunConfig) -> None:
     cells = [[name, *([found[name][lag] for found in runs] for lag in lags)] for name in runs[0]]
     config.save("gradients", columns, cells, config.n_seeds, "gradients")
     save_figure(plot_gradients(runs[0]), config.folder / "gradients.svg")
+    save_figure(plot_cells(), config.folder / "cells.svg")
+
+
+def plot_cells() -> Figure:
+    """Draw an RNN and an LSTM over three steps: what lies on the gradient's way back, from h to h and from c to c."""
+    figure, axes = plt.subplots(2, 1, figsize=(7, 5.2), height_ratios=(3, 4))
+    box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "black"}
+    arrow = {"arrowstyle": "->", "linewidth": 1.2}
+    for axis, name, label in zip(axes, ("RNN", "LSTM"), (r"$\tanh(Wx+Uh+b)$", "gates and candidate"), strict=True):
+        axis.set(title=name, xlim=(-0.6, 9.6), ylim=(-1.3, 1.4 if name == "RNN" else 2.7))
+        axis.axis("off")
+        for step in range(3):
+            centre = 1.5 + 3 * step
+            axis.text(centre, 0, label, ha="center", va="center", bbox=box, fontsize=9)
+            axis.annotate("", (centre, -0.35), (centre, -0.95), arrowprops=arrow)
+            axis.text(centre, -1.2, f"$x_{step + 1}$: embedding of token {step + 1}", ha="center", fontsize=8)
+            axis.annotate("", (centre + 2.0, 0), (centre + 1.05, 0), arrowprops=arrow)
+            axis.text(centre + 1.5, 0.12, f"$h_{step + 1}$", ha="center")
+            if name == "RNN":
+                axis.annotate("", (centre, 0.95), (centre, 0.35), arrowprops=arrow)
+                axis.text(centre, 1.05, rf"$\hat p$ for token {step + 2}", ha="center", fontsize=8)
+                continue
+            for place, sign, gate in ((centre - 0.7, r"$\times$", f"f_{step + 1}"), (centre + 0.5, "$+$", None)):
+                axis.text(place, 1.8, sign, ha="center", va="center", bbox={**box, "edgecolor": "C1"})
+                axis.annotate("", (place, 1.5), (place, 0.35), arrowprops=arrow)
+                text = f"${gate}$" if gate else rf"$i_{step + 1}\tilde c_{step + 1}$"
+                axis.text(place + 0.08, 0.85, text, fontsize=9)
+            axis.annotate("", (centre + 2.05, 1.8), (centre + 0.75, 1.8), arrowprops={**arrow, "color": "C1"})
+            axis.annotate("", (centre + 0.25, 1.8), (centre - 0.45, 1.8), arrowprops={**arrow, "color": "C1"})
+            axis.text(centre + 1.2, 1.95, f"$c_{step + 1}$", color="C1")
+            axis.annotate("", (centre + 1.5, 0.4), (centre + 1.3, 1.75), arrowprops={**arrow, "linestyle": ":"})
+        axis.annotate("", (0.45, 0), (-0.5, 0), arrowprops=arrow)
+        axis.text(0, 0.12, "$h_0$", ha="center")
+    axis.annotate("", (0.55, 1.8), (-0.5, 1.8), arrowprops={**arrow, "color": "C1"})
+    axis.text(0, 1.95, "$c_0$", color="C1", ha="center")
+    return figure
 
 
 def plot_gradients(found: dict[str, list[float]]) -> Figure:
@@ -444,20 +480,6 @@ def measure_compression(config: FiguresConfig, run: RunConfig) -> None:
     bits = measure_text(train_text, test_text[: config.eval_chars], model, runs)
     columns = [Column("model"), Column("held-out text", "bits per byte", ".3f")]
     config.save("text", columns, [[name, value] for name, value in bits.items()], config.n_seeds, "text")
-    save_figure(plot_bits(bits), config.folder / "text.svg")
-
-
-def plot_bits(bits: dict[str, float | list[float]]) -> Figure:
-    """Draw bits per byte as bars, best last."""
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    means = {name: float(np.mean(value)) for name, value in bits.items()}
-    names = sorted(means, key=means.get, reverse=True)
-    colours = ["C0" if isinstance(bits[name], list) or "gram" in name else "#999999" for name in names]
-    bars = axis.barh(names, [means[name] for name in names], color=colours)
-    axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(xlabel="bits per byte of held-out Python text (less is better)")
-    axis.invert_yaxis()
-    return figure
 
 
 # Loop and scan

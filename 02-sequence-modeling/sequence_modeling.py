@@ -439,7 +439,7 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
 
 
 def scan_from_zero(a: Tensor, b: Tensor) -> Tensor:
-    """Join neighbours into half as many steps, solve those, and fill in the states between: 2 seq products in all.
+    """Join neighbours into half as many steps, solve those, and fill in the states between: 3 products a step in all.
 
     h -> a1 h + b1 and then h -> a2 h + b2 is one step h -> a2 a1 h + (a2 b1 + b2).
     """
@@ -585,8 +585,8 @@ def document_batches(
     """Yield (inputs, targets), each (batch, seq): rows packed with whole documents, each after its <bos>.
 
     Every row starts with a document; the last one of a row is cut at seq_len. Targets are -100 where the next token is
-    <bos>: no model can know what comes after a document. A list is reshuffled every epoch, without end; an iterator is
-    read lazily, in its order, until it is exhausted. Deterministic given `seed`.
+    <bos>: after <eos> it always is, which costs nothing and belongs to no document. A list is reshuffled every epoch,
+    without end; an iterator is read lazily, in its order, until it is exhausted. Deterministic given `seed`.
     """
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     if not isinstance(documents, Iterator):
@@ -941,8 +941,8 @@ def demo(config: LadderConfig, run: RunConfig) -> None:
         for measure, sound, broken in experiments.BREAKS[config.break_](config, run.seed):
             print(f"{measure}: sound {sound:.3g}, with --break {config.break_} {broken:.3g}")
         return
-    per_token = 0.8e-3 + 0.9e-6 * config.batch_size * config.d_model  # of a row, in all four networks
-    seconds = 10 + per_token * config.seq_len * config.max_steps
+    per_token = 0.4e-3 + 0.5e-6 * config.batch_size * config.d_model  # of a row, in all four networks
+    seconds = 8 + per_token * config.seq_len * config.max_steps
     announce(f"2 counting models and 4 networks of {config.max_steps} steps each", seconds)
     rungs, fresh, vocabulary = experiments.climb(config, run)
     n_tokens, floor = sum(len(document.tokens) for document in fresh), floor_of(fresh)
@@ -953,7 +953,7 @@ def demo(config: LadderConfig, run: RunConfig) -> None:
     for rung in rungs:
         gap, error = gap_to_floor(rung.losses, fresh)
         nats = sum(rung.losses) / n_tokens
-        print(f"{rung.name:22}{nats:11.3f}{gap:13.3f} +- {error:.3f}{perplexity(nats):12.2f}{rung.seconds:9.1f}")
+        print(f"{rung.name:22} {nats:10.3f} {gap:12.3f} +- {error:.3f} {perplexity(nats):11.2f} {rung.seconds:8.1f}")
     print(f"{'floor (optimum)':22}{floor:11.3f}{0:13.3f}{perplexity(floor):21.2f}")
     save_figure(experiments.plot_ladder(rungs, fresh), run.out / "ladder.svg")
     for rung in rungs:

@@ -1256,7 +1256,7 @@ def plot_surprisal(document: Document, rows: list[KindStatistics]) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), height_ratios=(3, 2))
     top.bar(range(len(document.tokens)), document.surprisal)
     top.set_xticks(range(len(document.tokens)), document.tokens, rotation=90, fontsize=9)
-    top.set(ylabel="surprisal (nats)", title=f"one document: {sum(document.surprisal):.2f} nats in all")
+    top.set(ylabel="surprisal (nats)", title=f"one document, its kind given: {sum(document.surprisal):.2f} nats")
     top.margins(x=0.01)
     kinds, entropies = [row.kind for row in rows], [row.entropy for row in rows]
     bottom.bar(kinds, entropies, yerr=[row.error for row in rows], color="C2")
