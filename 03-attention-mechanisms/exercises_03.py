@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from workbench import Exercise, first_difference, grade
 
@@ -30,10 +31,30 @@ def unchanged(given: object, kept: object) -> bool:
     return torch.equal(given, kept) if isinstance(kept, Tensor) else given == kept
 
 
+class Shortcut(Exception):
+    """What an answer does that the exercise rules out."""
+
+
+class Watch(TorchFunctionMode):
+    """Within the block, raise Shortcut for PyTorch's own attention and for a tensor of more than a million numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            raise Shortcut("it calls PyTorch's attention; write it in plain tensor operations")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > 1_000_000:
+            raise Shortcut(f"it builds a tensor of shape {tuple(result.shape)}; build no matrix of all pairs")
+        return result
+
+
 def compare(answer: Callable, args: tuple, expected: Tensor | tuple, case: str, look: str) -> str | None:
     """Call the answer on copies; return in words what differs, with what to look at, or None."""
     copies = copied(args)
-    actual = answer(*copies)
+    try:
+        with Watch():
+            actual = answer(*copies)
+    except Shortcut as stop:
+        return f"{case}: {stop}"
     wanted = tuple if isinstance(expected, tuple) else Tensor
     if not isinstance(actual, wanted):
         return f"{case}: expected a {wanted.__name__}, got {type(actual).__name__}"
@@ -45,6 +66,20 @@ def compare(answer: Callable, args: tuple, expected: Tensor | tuple, case: str, 
     if not unchanged(copies, args):
         return f"{case}: the result is right, but an input was changed; work on new tensors"
     return None
+
+
+def compare_gradients(
+    answer: Callable, wanted: Callable, inputs: tuple[Tensor, ...], case: str, look: str
+) -> str | None:
+    """Compare the gradients of the sum of squares of what answer and wanted return, for all inputs."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    result = answer(*leaves)
+    if not result.requires_grad:
+        return f"{case}: no gradient reaches the inputs; use tensor operations throughout, outside torch.no_grad"
+    grads = torch.autograd.grad(result.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(wanted(*leaves).square().sum(), leaves)
+    difference = first_difference(list(grads), list(expected), 1e-9)
+    return difference and f"{case}: {difference}; {look}"
 
 
 def first_complaint(*complaints: Callable[[], str | None]) -> str | None:
@@ -68,6 +103,11 @@ def attention_from(q, k, v, mask, width=None, after=torch.nan_to_num, fill=-math
     return after((scores + blocked).softmax(dim=dim)) @ v
 
 
+def renormalised(q, k, v, mask):
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) * mask
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30) @ v
+
+
 def check_masked_attention(answer: Callable) -> str | None:
     q, k, v = numbers(2, 3, 5, 4), numbers(2, 3, 7, 4, seed=1), numbers(2, 3, 7, 6, seed=2)
     causal = torch.arange(7) <= torch.arange(2, 7)[:, None]
@@ -79,15 +119,8 @@ def check_masked_attention(answer: Callable) -> str | None:
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return lambda: compare(answer, (q, k, v, mask), expected, case, look)
 
-    def gradient() -> str | None:
-        inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-        grads = torch.autograd.grad(answer(*inputs, empty).square().sum(), inputs, allow_unused=True)
-        if any(grad is None for grad in grads):
-            return "no gradient reaches q, k or v; use tensor operations throughout"
-        wanted = F.scaled_dot_product_attention(*inputs, attn_mask=empty).square().sum()
-        difference = first_difference(list(grads), list(torch.autograd.grad(wanted, inputs)), 1e-9)
-        look = "a NaN erased after the softmax comes back in the backward pass: do not let it arise"
-        return difference and f"gradients for q, k, v with a query that may attend nowhere: {difference}; {look}"
+    far_q, far_k = torch.full((2, 1), 40.0, dtype=q.dtype), torch.tensor([[20.0], [-20.0], [-19.99]], dtype=q.dtype)
+    far_v, not_first = numbers(3, 2), torch.tensor([[False, True, True]] * 2)
 
     everywhere = torch.ones(5, 7, dtype=torch.bool)
     return first_complaint(
@@ -99,7 +132,20 @@ def check_masked_attention(answer: Callable) -> str | None:
         value(causal, "a causal mask", "True means: may attend"),
         value(padding, "a padding mask (2, 1, 1, 7)", "let the mask broadcast over heads and queries"),
         value(empty, "the second query may attend nowhere", "its output is 0"),
-        gradient,
+        lambda: compare(
+            answer,
+            (far_q, far_k, far_v, not_first),
+            F.scaled_dot_product_attention(far_q, far_k, far_v, attn_mask=not_first),
+            "scores of 800, blocked, and -800, allowed",
+            "block before the softmax, with -inf, and let the softmax subtract the maximum",
+        ),
+        lambda: compare_gradients(
+            lambda *inputs: answer(*inputs, empty),
+            lambda *inputs: F.scaled_dot_product_attention(*inputs, attn_mask=empty),
+            (q, k, v),
+            "gradients for q, k, v with a query that may attend nowhere",
+            "a NaN erased after the softmax comes back in the backward pass: do not let it arise",
+        ),
     )
 
 
@@ -157,8 +203,8 @@ def check_softmax_backward(answer: Callable) -> str | None:
         return lambda: compare(answer, (weights.detach(), upstream), expected, name, look)
 
     def long() -> str | None:
-        weights = torch.full((1, 60_000), 1 / 60_000, dtype=torch.float64)
-        return compare(answer, (weights, weights.clone()), torch.zeros_like(weights), "60,000 keys", "build no matrix")
+        weights = torch.full((1, 3000), 1 / 3000, dtype=torch.float64)
+        return compare(answer, (weights, weights.clone()), torch.zeros_like(weights), "3,000 keys", "build no matrix")
 
     return first_complaint(
         case((5,), "one row", "every weight depends on every score: subtract the weighted mean of the gradients"),
@@ -203,11 +249,28 @@ def check_merge_blocks(answer: Callable) -> str | None:
         parts = [block_of(scores[:, part], values[part]) for part in (slice(0, 4), slice(4, 9))]
         return lambda: compare(answer, tuple(parts), block_of(scores, values), name, look)
 
+    def gradient(scores: Tensor, name: str) -> Callable[[], str | None]:
+        parts = [block_of(scores[:, part], values[part]) for part in (slice(0, 4), slice(4, 9))]
+        tops = [part[0] for part in parts]
+
+        def sums(merge: Callable) -> Callable:
+            def of(*inputs: Tensor) -> Tensor:
+                merged = merge((tops[0] + inputs[4], *inputs[0:2]), (tops[1] + inputs[4], *inputs[2:4]))
+                return merged[2] / merged[1].masked_fill(merged[1] == 0, 1.0)
+
+            return of
+
+        inputs = (*parts[0][1:], *parts[1][1:], torch.zeros_like(tops[0]))
+        look = "a NaN erased afterwards comes back in the backward pass: do not let it arise"
+        return lambda: compare_gradients(sums(answer), sums(merge_blocks), inputs, f"gradients, {name}", look)
+
     return first_complaint(
         case(scores, "two blocks of 4 and 5 keys", "rescale both sums of a block by exp(old maximum - new maximum)"),
         case(far, "scores 800 apart", "the exponent must never be positive: subtract the larger maximum"),
         case(blocked, "a first block with nothing allowed", "its maximum is -inf, its sums are 0: exp(-inf) is 0"),
         case(nothing, "two blocks with nothing allowed", "-inf - -inf is NaN: subtract 0 there; the sums stay 0"),
+        gradient(scores, "two blocks of 4 and 5 keys"),
+        gradient(nothing, "two blocks with nothing allowed"),
     )
 
 
@@ -254,6 +317,13 @@ def check_cross_heads(answer: Callable) -> str | None:
         ),
         case(x, memory, 3, "5 queries, 7 keys", "keys and values have the memory's length, not the query's"),
         case(x[:, :1], memory, 4, "1 query, 7 keys, 4 heads", "read each length from its own tensor"),
+        lambda: compare_gradients(
+            lambda *inputs: answer(*inputs, 3),
+            lambda *inputs: cross_heads(*inputs, 3),
+            (x, memory, *weights),
+            "gradients",
+            "use tensor operations throughout",
+        ),
     )
 
 
@@ -280,20 +350,18 @@ def check_causal_linear_attention(answer: Callable) -> str | None:
         expected = linear_from(q, k, v, lambda x: F.elu(x) + 1)
         return lambda: compare(answer, (q, k, v), expected, name, look)
 
-    def gradient() -> str | None:
-        inputs = [numbers(6, n, seed=seed).requires_grad_() for seed, n in enumerate((4, 4, 3))]
-        grads = torch.autograd.grad(answer(*inputs).square().sum(), inputs, allow_unused=True)
-        if any(grad is None for grad in grads):
-            return "no gradient reaches q, k or v; use tensor operations throughout"
-        wanted = linear_from(*inputs, lambda x: F.elu(x) + 1).square().sum()
-        difference = first_difference(list(grads), list(torch.autograd.grad(wanted, inputs)), 1e-9)
-        return difference and f"gradients for q, k, v: {difference}; do not change the state in place"
-
     return first_complaint(
         case(1, "one position", "a position may attend to itself: add to the state before you answer"),
         case(6, "six positions", "only the past, and divide by the sum of the kernels"),
         case(6, "queries ten times as long", "features of the query too; no softmax, no division by a root", 10.0),
-        gradient,
+        lambda: compare_gradients(
+            answer,
+            lambda q, k, v: linear_from(q, k, v, lambda x: F.elu(x) + 1),
+            (numbers(6, 4), numbers(6, 4, seed=1), numbers(6, 3, seed=2)),
+            "gradients for q, k, v",
+            "do not change the state in place",
+        ),
+        case(1200, "1,200 positions", "carry a state from one position to the next"),
     )
 
 
@@ -313,6 +381,9 @@ EXERCISES = [
             "-inf added, NaN erased too late": attention_from,
             "NaN left in": lambda q, k, v, mask: attention_from(q, k, v, mask, after=lambda w: w),
             "-1e9 for -inf": lambda q, k, v, mask: attention_from(q, k, v, mask, fill=-1e9),
+            "PyTorch's own": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            "-100 for -inf": lambda q, k, v, mask: attention_from(q, k, v, mask, fill=-100.0) * mask.any(-1)[..., None],
+            "masked and renormalised": renormalised,
             "masks after the softmax": lambda q, k, v, mask: attention_from(q, k, v, mask | True) * mask[..., :1],
         },
     ),
@@ -343,6 +414,9 @@ EXERCISES = [
         solution=softmax_backward,
         mistakes={
             "the diagonal alone": lambda a, da: a * (1 - a) * da,
+            "the whole Jacobian": lambda a, da: ((a.diag_embed() - a[..., None] * a[..., None, :]) @ da[..., None])[
+                ..., 0
+            ],
             "no row sum": lambda a, da: a * da,
             "unweighted mean": lambda a, da: a * (da - da.mean(dim=-1, keepdim=True)),
             "sum over all axes": lambda a, da: a * (da - (a * da).sum()),
@@ -361,6 +435,9 @@ EXERCISES = [
             "sums added as they are": lambda f, s: merged_with(f, s, lambda f, s: (1.0, 1.0)),
             "no guard for -inf": lambda f, s: merged_with(
                 f, s, lambda f, s: [(b[0] - torch.maximum(f[0], s[0])).exp() for b in (f, s)]
+            ),
+            "NaN erased too late": lambda f, s: merged_with(
+                f, s, lambda f, s: [(b[0] - torch.maximum(f[0], s[0])).exp().nan_to_num() for b in (f, s)]
             ),
             "exponentials of the maxima": lambda f, s: merged_with(f, s, lambda f, s: (f[0].exp(), s[0].exp())),
             "wrong sign": lambda f, s: merged_with(
@@ -388,6 +465,7 @@ EXERCISES = [
                 x, m, q, k, v, n, split=lambda y: y.reshape(len(y), x.shape[1], n, -1).transpose(1, 2)
             ),
             "divided by the root of d_model": lambda x, m, q, k, v, n: heads_from(x, m, q, k, v, n, width=12),
+            "no gradient": torch.no_grad()(cross_heads),
             "values from x": lambda x, m, q, k, v, n: heads_from(x, x, q, k, v, n),
         },
     ),
@@ -404,6 +482,7 @@ EXERCISES = [
             "answers before it adds": lambda q, k, v: linear_from(
                 q, k, v, lambda x: F.elu(x) + 1, mask=lambda s: s.tril(-1)
             ),
+            "all pairs": lambda q, k, v: linear_from(q, k, v, lambda x: F.elu(x) + 1),
             "not normalised": lambda q, k, v: ((F.elu(q) + 1) @ (F.elu(k) + 1).T).tril() @ v,
             "elu without + 1": lambda q, k, v: linear_from(q, k, v, F.elu),
             "a softmax": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
