@@ -317,7 +317,9 @@ def render_table(result: dict) -> str:
         cells = (render_cell(cell, column.digits) for cell, column in zip(row, columns, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     seeds = result["seeds"]
-    noun = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± standard deviation"
+    spread = any(isinstance(cell, list) and len(cell) > 1 for row in result["rows"] for cell in row)
+    noun = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    noun += ", mean ± standard deviation" if spread else ""
     lines += ["", f"*{noun} · {result['hardware']} · {result['date']} · `{result['command']}`*"]
     return "\n".join(lines)
 
