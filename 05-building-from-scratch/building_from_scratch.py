@@ -98,7 +98,7 @@ class TrainConfig:
     batch_size: int = 64  # pairs per step
     max_steps: int = 700  # optimizer steps
     warmup_steps: int = 150  # steps in which the learning rate rises to its peak
-    cooldown_steps: int = 250  # last steps, in which it falls to 0
+    cooldown_steps: int = 250  # last steps, in which it falls to almost 0
     learning_rate: float = 3e-3  # peak of the schedule
     label_smoothing: float = 0.1  # probability moved from the right token to all tokens alike
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -116,6 +116,7 @@ class DecodeConfig:
     n_beams: int = 4  # hypotheses kept by beam search; 1 is greedy decoding
     length_penalty: float = 0.6  # exponent of the length that divides the score of a hypothesis
     max_new_tokens: int = 40  # longest translation, in tokens
+    early_stop: bool = True  # end a sentence once n_beams hypotheses are finished, not when the best is certain
 
     def __post_init__(self) -> None:
         check_range(self, "n_beams", "max_new_tokens", least=1)
@@ -414,7 +415,8 @@ def beam_search(
 def beam_translate(
     model: Transformer, src_ids: Tensor, config: DecodeConfig, n_best: int | None = 1
 ) -> list[list[Hypothesis]]:
-    """Beam search with cached keys and values for sources (batch, src), until the n_best of each are certain."""
+    """Beam search with cached keys and values for sources (batch, src), until the n_best of each are certain or, with
+    config.early_stop, n_beams of them are finished."""
     check_new_tokens(model, config.max_new_tokens)
     memory, memory_mask = model.encode(src_ids)
     memory = memory.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, src, d_model)
@@ -427,7 +429,8 @@ def beam_translate(
         logits = model.decode(tokens.to(src_ids.device)[:, None], memory, memory_mask, caches)[:, -1]
         return logits.log_softmax(dim=-1)
 
-    return beam_search(step, len(src_ids), config.n_beams, config.max_new_tokens, config.length_penalty, n_best=n_best)
+    limits = (config.max_new_tokens, config.length_penalty, config.early_stop, n_best)
+    return beam_search(step, len(src_ids), config.n_beams, *limits)
 
 
 # Checkpoints: whole or not at all, and verified when read

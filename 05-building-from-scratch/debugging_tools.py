@@ -128,9 +128,9 @@ class Finding:
 
 
 def check_loss_at_init(model: Transformer, codec: Codec, pairs: list[Pair]) -> Finding:
-    """An untrained model guesses: its loss is about ln(vocabulary)."""
+    """An untrained model guesses: its loss is at or a little above ln(vocabulary); the value is the excess, in nats."""
     loss, chance = loss_at_init(model, batch_of(model, codec, pairs))
-    return Finding(loss - chance, abs(loss - chance) < 1.0)
+    return Finding(loss - chance, -0.2 < loss - chance < 1.5)  # tied models of width 32 and 64 start 0.4 to 1.1 above
 
 
 def check_gradients(model: Transformer, codec: Codec, pairs: list[Pair]) -> Finding:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from workbench import Exercise, first_difference, grade
 
 PAD, BOS, EOS, SKIP = 0, 1, 2, -100
+OTHER_IDS = {"bos_id": 3, "eos_id": 9, "pad_id": 7, "ignore": -1}  # nothing may be built in
 
 
 # Teacher forcing
@@ -29,22 +30,22 @@ def teacher_forcing(rows: list[list[int]], bos_id: int, eos_id: int, pad_id: int
 
 
 def check_teacher_forcing(answer: Callable) -> str | None:
-    for rows in ([[5, 6, 7]], [[5, 6, 7], [8]], [[9], [4, 4, 5], [6, 7]]):
+    ids, others = (BOS, EOS, PAD, SKIP), tuple(OTHER_IDS.values())
+    cases = (([[5, 6, 7]], ids), ([[5, 6, 7], [8]], ids), ([[9], [4, 4, 5], [6, 7]], ids), ([[5], [4, 6]], others))
+    for rows, special in cases:
         given = [list(row) for row in rows]
-        found = answer(given, BOS, EOS, PAD, SKIP)
+        found = answer(given, *special)
         if not (isinstance(found, tuple | list) and len(found) == 2):
             return f"expected the pair (inputs, answers), got {found!r}"
         if given != rows:
             return f"it changed the rows it was given: {rows} became {given}"
-        for name, got, want in zip(
-            ("inputs", "answers"), found, teacher_forcing(rows, BOS, EOS, PAD, SKIP), strict=True
-        ):
+        for name, got, want in zip(("inputs", "answers"), found, teacher_forcing(rows, *special), strict=True):
             if not isinstance(got, Tensor):
                 return f"the {name} should be a tensor, got {got!r}"
             if difference := first_difference(got, want):
                 return (
-                    f"rows {rows}, {name}: {difference}; the input begins with <bos>, the answer ends with <eos>, and "
-                    "only the answer is filled with what the loss ignores"
+                    f"rows {rows}, bos_id, eos_id, pad_id, ignore = {special}, {name}: {difference}; the input begins "
+                    "with <bos>, the answer ends with <eos>, and only the answer is filled with what the loss ignores"
                 )
     return None
 
@@ -76,13 +77,20 @@ def smoothed_loss(logits: Tensor, targets: Tensor, smoothing: float, ignore: int
 
 def check_smoothed_loss(answer: Callable) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    for smoothing, n_ignored in ((0.0, 0), (0.1, 0), (0.4, 0), (0.1, 4), (0.1, 11)):
+    for smoothing, n_ignored, ignore in (
+        (0.0, 0, SKIP),
+        (0.1, 0, SKIP),
+        (0.4, 0, SKIP),
+        (0.1, 4, SKIP),
+        (0.1, 11, SKIP),
+        (0.1, 4, PAD),
+    ):
         logits = (3 * torch.randn(12, 7, generator=generator, dtype=torch.float64)).requires_grad_()
-        targets = torch.randint(0, 7, (12,), generator=generator)
-        targets[12 - n_ignored :] = SKIP
-        want = F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=SKIP)
-        got = answer(logits, targets.clone(), smoothing, SKIP)
-        case = f"12 tokens, 7 classes, smoothing {smoothing}, {n_ignored} targets to ignore"
+        targets = torch.randint(1, 7, (12,), generator=generator)
+        targets[torch.randperm(12, generator=generator)[:n_ignored]] = ignore
+        want = F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=ignore)
+        got = answer(logits, targets.clone(), smoothing, ignore)
+        case = f"12 tokens, 7 classes, smoothing {smoothing}, {n_ignored} targets to ignore (marked {ignore})"
         if difference := first_difference(got, want, 1e-9):
             return f"{case}: {difference}; add up the smoothed target (it must give 1) and count the real tokens"
         if not (isinstance(got, Tensor) and got.requires_grad):
@@ -173,8 +181,12 @@ def best_hypothesis(log_probs: list[float], lengths: list[int], length_penalty: 
 
 
 def check_best_hypothesis(answer: Callable) -> str | None:
-    log_probs, lengths = [math.log(0.4), math.log(0.384), math.log(0.2), -3.0], [1, 3, 4, 12]
-    for length_penalty in (0.0, 0.3, 0.6, 1.0, 2.0):
+    four = [math.log(0.4), math.log(0.384), math.log(0.2), -3.0], [1, 3, 4, 12]
+    near_tie = [math.log(0.4), math.log(0.384)], [1, 3]  # equal at 0.040
+    late_tie = [-1.0, -3.5], [1, 3]  # equal at 1.14
+    cases = [(*four, penalty) for penalty in (0.0, 0.3, 0.6, 1.0, 2.0)]
+    cases += [(*near_tie, 0.03), (*near_tie, 0.05), (*late_tie, 1.0), (*late_tie, 2.0)]
+    for log_probs, lengths, length_penalty in cases:
         got = answer(list(log_probs), list(lengths), length_penalty)
         want = best_hypothesis(log_probs, lengths, length_penalty)
         if isinstance(got, bool) or not isinstance(got, int):
@@ -204,22 +216,25 @@ def cached_greedy(step: Callable, bos_id: int, eos_id: int, max_new_tokens: int)
 class FakeDecoder:
     """A decoder whose next token depends on everything that it was fed, in order; it counts what it is fed."""
 
-    def __init__(self, stop_after: int) -> None:
-        self.stop_after, self.n_fed = stop_after, 0
+    def __init__(self, stop_after: int, eos_id: int) -> None:
+        self.stop_after, self.eos_id, self.n_fed = stop_after, eos_id, 0
 
     def step(self, tokens: list[int], cache: tuple[int, ...] | None) -> tuple[list[float], tuple[int, ...]]:
         seen = (*(cache or ()), *tokens)
         self.n_fed += len(tokens)
-        chosen = EOS if len(seen) > self.stop_after else 3 + sum(i * t for i, t in enumerate(seen, 1)) % 6
+        chosen = self.eos_id if len(seen) > self.stop_after else 3 + sum(i * t for i, t in enumerate(seen, 1)) % 6
         return [-0.1 if token == chosen else -5.0 - token for token in range(9)], seen
 
 
 def check_cached_greedy(answer: Callable) -> str | None:
-    for stop_after, max_new_tokens in ((1, 8), (4, 8), (7, 8), (20, 8), (0, 1)):
-        fake, sound = FakeDecoder(stop_after), FakeDecoder(stop_after)
-        got = answer(fake.step, BOS, EOS, max_new_tokens)
-        want = cached_greedy(sound.step, BOS, EOS, max_new_tokens)
-        case = f"a decoder that ends after {stop_after} tokens, at most {max_new_tokens} wanted"
+    cases = [(1, 8, BOS, EOS), (4, 8, BOS, EOS), (7, 8, BOS, EOS), (20, 8, BOS, EOS), (0, 1, BOS, EOS)]
+    for stop_after, max_new_tokens, bos_id, eos_id in [*cases, (4, 8, 5, EOS), (4, 8, BOS, 0)]:
+        fake, sound = FakeDecoder(stop_after, eos_id), FakeDecoder(stop_after, eos_id)
+        got = answer(fake.step, bos_id, eos_id, max_new_tokens)
+        want = cached_greedy(sound.step, bos_id, eos_id, max_new_tokens)
+        case = (
+            f"a decoder that ends after {stop_after} tokens, bos_id {bos_id}, eos_id {eos_id}, limit {max_new_tokens}"
+        )
         if not isinstance(got, list):
             return f"{case}: expected a list of token ids, got {got!r}"
         if got != want:
@@ -290,10 +305,22 @@ def check_sees_the_future(answer: Callable) -> str | None:
             return f"{name}: expected True or False, got {got!r}"
         if got != (reach > 0):
             return f"{name}: {got}; compare only positions before the changed token, and change more than one position"
-    late = lambda ids: toy_model(0)(ids) + (ids[:, 1] == 9)[:, None, None] * torch.tensor([1.0, 0, 0, 0, 0])[:, None]  # noqa: E731
-    if answer(late, token_ids.clone(), 9) is not True:
-        return "a model whose first prediction depends on the second token: False; a leak may hide at one position"
+    for row, source, target in ((0, 1, 0), (0, 2, 0), (0, 4, 3), (1, 3, 1)):
+        if answer(leaky_model(row, source, target), token_ids.clone(), 9) is not True:
+            where = f"in row {row} of the batch the prediction at position {target} depends on the token at {source}"
+            return f"{where}: False; a leak may hide at one pair of positions"
     return None
+
+
+def leaky_model(row: int, source: int, target: int) -> Callable:
+    """A causal model but for one leak: in one row the prediction at `target` depends on the later token at `source`."""
+
+    def model(token_ids: Tensor) -> Tensor:
+        logits = toy_model(0)(token_ids)
+        logits[row : row + 1, target] += token_ids[row : row + 1, source, None]
+        return logits
+
+    return model
 
 
 def only_the_last_token(model, token_ids, other_id):
@@ -306,6 +333,20 @@ def compares_everything(model, token_ids, other_id):
     changed = token_ids.clone()
     changed[:, -1] = other_id
     return not torch.equal(model(token_ids), model(changed))
+
+
+def compares_where(where: Callable) -> Callable:
+    """A wrong solution: compares only some of the earlier predictions."""
+
+    def wrong(model, token_ids, other_id):
+        for position in range(1, token_ids.shape[1]):
+            changed = token_ids.clone()
+            changed[:, position] = other_id
+            if not torch.equal(where(model(token_ids), position), where(model(changed), position)):
+                return True
+        return False
+
+    return wrong
 
 
 def changes_the_first(model, token_ids, other_id):
@@ -328,6 +369,10 @@ EXERCISES = [
                 lambda row, bos_id, eos_id: [bos_id, *row], PAD
             ),
             "<eos> in the input as well": forcing_with(lambda row, bos_id, eos_id: [bos_id, *row, eos_id]),
+            "inputs filled with 0 whatever the id of <pad>": lambda rows, bos_id, eos_id, pad_id, ignore: (
+                teacher_forcing(rows, bos_id, eos_id, 0, ignore)
+            ),
+            "the special ids are built in": lambda rows, *_: teacher_forcing(rows, BOS, EOS, PAD, SKIP),
         },
     ),
     Exercise(
@@ -345,6 +390,12 @@ EXERCISES = [
             "ignored targets count as class 0": smoothed_with(lambda hot, e, v: (1 - e) * hot + e / v, keep_all=True),
             "a sum instead of a mean": lambda logits, targets, smoothing, ignore: (
                 smoothed_loss(logits, targets, smoothing, ignore) * (targets != ignore).sum()
+            ),
+            "counts what is not negative": lambda logits, targets, smoothing, ignore: smoothed_loss(
+                logits, targets, smoothing, SKIP
+            ),
+            "takes the ignored targets to stand last": lambda logits, targets, smoothing, ignore: smoothed_loss(
+                logits[: (targets != ignore).sum()], targets[: (targets != ignore).sum()].clamp(min=0), smoothing, SKIP
             ),
         },
     ),
@@ -398,6 +449,15 @@ EXERCISES = [
             "the smallest": lambda log_probs, lengths, length_penalty: best_hypothesis(
                 [-x for x in log_probs], lengths, length_penalty
             ),
+            "counts <bos> as well": lambda log_probs, lengths, length_penalty: best_hypothesis(
+                log_probs, [n + 1 for n in lengths], length_penalty
+            ),
+            "does not count <eos>": lambda log_probs, lengths, length_penalty: best_hypothesis(
+                log_probs, [max(n - 1, 1) for n in lengths], length_penalty
+            ),
+            "a penalty of at most 1": lambda log_probs, lengths, length_penalty: best_hypothesis(
+                log_probs, lengths, min(length_penalty, 1.0)
+            ),
         },
     ),
     Exercise(
@@ -412,6 +472,12 @@ EXERCISES = [
             "feeds the whole prefix on top of the cache": feeds_the_prefix_and_the_cache,
             "never hands the cache back": loses_the_cache,
             "does not stop at <eos>": never_stops,
+            "the id of <eos> is built in": lambda step, bos_id, eos_id, max_new_tokens: cached_greedy(
+                step, bos_id, EOS, max_new_tokens
+            ),
+            "the id of <bos> is built in": lambda step, bos_id, eos_id, max_new_tokens: cached_greedy(
+                step, BOS, eos_id, max_new_tokens
+            ),
         },
     ),
     Exercise(
@@ -425,6 +491,12 @@ EXERCISES = [
             "changes only the last token": only_the_last_token,
             "compares the changed position too": compares_everything,
             "changes the past": changes_the_first,
+            "changes only the second token": lambda model, token_ids, other_id: sees_the_future(
+                lambda ids: model(torch.cat([ids, token_ids[:, 2:]], dim=1)), token_ids[:, :2], other_id
+            ),
+            "compares only the neighbour": compares_where(lambda logits, position: logits[:, position - 1]),
+            "compares only the first prediction": compares_where(lambda logits, position: logits[:, 0]),
+            "compares only the first row": compares_where(lambda logits, position: logits[0, :position]),
         },
     ),
 ]

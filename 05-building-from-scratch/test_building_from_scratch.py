@@ -400,6 +400,28 @@ def test_tied_embeddings_share_one_matrix() -> None:
     assert count[1] - count[0] == TGT_VOCAB * SMALL.d_model
 
 
+def test_scaled_words_are_about_as_loud_as_positions() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(), 139, 205)
+    ids = torch.arange(205)[None]
+    no_positions = lambda x, start: x  # noqa: E731
+    words = model.embed(ids, model.tgt_token_emb, no_positions)
+    assert words.var().item() == pytest.approx(1, abs=0.05)
+    positions = model.tgt_pos_emb(torch.zeros(1, 64, 64))
+    assert positions.square().mean().item() == pytest.approx(0.5, abs=1e-6)
+    hidden = torch.nn.functional.layer_norm(torch.randn(50, 64), (64,))
+    assert model.lm_head(hidden).var().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_patient_search_never_finds_less_than_one_that_stops_early() -> None:
+    model, (src_ids, _, _) = small_model(), padded_batch()
+    patient, early = (
+        beam_translate(model, src_ids, DecodeConfig(2, 2.0, 9, early_stop=early_stop)) for early_stop in (False, True)
+    )
+    gains = [a[0].score - b[0].score for a, b in zip(patient, early, strict=True)]
+    assert min(gains) >= 0 and max(gains) > 0
+
+
 def test_shape_comments_are_true(checked_shapes) -> None:
     model, (src_ids, tgt_ids, _) = small_model(), padded_batch()
     with checked_shapes(topic, debugging_tools) as checked:

@@ -1,16 +1,31 @@
 """Topic 05: every planted bug is found by the check that is meant for it, and a sound model passes them all."""
 
+import math
+import statistics
+from dataclasses import replace
+
 import pytest
 import torch
 
-from building_from_scratch import Codec, beam_translate, noam_factor, smoothed_cross_entropy
+from building_from_scratch import (
+    IGNORE,
+    Codec,
+    ModelConfig,
+    Transformer,
+    batch_tensors,
+    beam_translate,
+    noam_factor,
+    smoothed_cross_entropy,
+)
 from debugging_tools import (
     BUGS,
     CHECKS,
     SMALL,
     Finding,
+    check_loss_at_init,
     checkup_model,
     data_for_checks,
+    loss_at_init,
     main,
     planted,
     plot_ladder,
@@ -22,7 +37,7 @@ FOUND_BY = {
     "no-shift": {"loss at init", "answer hidden", "decoding"},
     "future-visible": {"future hidden"},
     "inverted-padding": {"padding", "order"},
-    "padding-in-loss": {"answer hidden", "loss mean"},
+    "padding-in-loss": {"loss at init", "answer hidden", "loss mean"},
     "no-positions": {"order"},
     "detached-memory": {"gradients"},
     "no-zero-grad": {"one batch"},
@@ -53,6 +68,49 @@ def test_each_bug_is_found_by_its_check(data, bug: str, monkeypatch) -> None:
         findings = checkup_model(SMALL, *data, seed=0, device=torch.device("cpu"))
     found = {name for name, finding in findings.items() if not finding.right}
     assert wanted <= found, f"{bug} was found only by {found}"
+
+
+SIZES = {"check-up": SMALL, "small": ModelConfig(n_encoder_layers=1, n_decoder_layers=1), "main": ModelConfig()}
+
+
+@torch.no_grad()
+def first_losses(config: ModelConfig, bug: str, n_seeds: int = 8) -> tuple[float, float]:
+    """Mean excess over ln(vocabulary) of untrained models, and mean logit of the word just read, in nats."""
+    codec, pairs = data_for_checks(64, seed=0)
+    excess, read = [], []
+    for seed in range(n_seeds):
+        torch.manual_seed(seed)
+        model = Transformer(config, len(codec.src), len(codec.tgt))
+        with planted(bug):
+            src_ids, tgt_ids, answers = batch_tensors(codec, pairs, torch.device("cpu"))
+        loss, chance = loss_at_init(model, (src_ids, tgt_ids, answers))
+        excess.append(loss - chance)
+        logits = model(src_ids, tgt_ids).gather(-1, tgt_ids[..., None]).squeeze(-1)  # (batch, tgt)
+        read.append(logits[answers != IGNORE].mean().item())
+    return statistics.mean(excess), statistics.mean(read)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_loss_is_predicted(size: str) -> None:
+    """Untied: d / (d + vocabulary) above chance. Tied: one logit, of the word just read, explains the excess."""
+    config, vocab_size = SIZES[size], len(data_for_checks(64, seed=0)[0].tgt)
+    untied = replace(config, tie_embeddings=False)
+    assert first_losses(untied, "none")[0] == pytest.approx(config.d_model / (config.d_model + vocab_size), abs=0.1)
+    excess, read = first_losses(config, "none")
+    predicted = math.log(math.exp(0.5) + math.exp(read) / vocab_size)
+    assert excess == pytest.approx(predicted, abs=0.15)
+    assert first_losses(config, "no-shift")[0] == pytest.approx(predicted - read, abs=0.2)
+    for bug in ("no-shift", "future-visible"):  # what cannot be used cannot be seen
+        assert first_losses(untied, bug)[0] == pytest.approx(first_losses(untied, "none")[0], abs=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sound_models_of_every_size_start_in_the_accepted_range(data, tied: bool) -> None:
+    for config in SIZES.values():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = Transformer(replace(config, tie_embeddings=tied), len(data[0].src), len(data[0].tgt))
+            assert check_loss_at_init(model, *data).right
 
 
 def test_bugs_leave_nothing_behind() -> None:

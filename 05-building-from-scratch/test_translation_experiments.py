@@ -58,7 +58,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     main(["figures", *TINY, "--folder", str(tmp_path / "figures"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
     tables = "main losses longer ablations search-errors alignment breaks outcomes speed "
-    tables += "beam-half-trained beam-undertrained beam-longer"
+    tables += "beam-half-trained beam-undertrained beam-trained beam-longer"
     assert set(results) == set(tables.split())
     drawn = "training shift beam length_bias alignment ladder"
     assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == set(drawn.split())

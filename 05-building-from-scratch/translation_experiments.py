@@ -1,6 +1,6 @@
 """Topic 05 - Translation experiments: every measurement of the chapter.
 
-python 05-building-from-scratch/building_from_scratch.py figures             # all of them: about seven minutes
+python 05-building-from-scratch/building_from_scratch.py figures             # all of them: about eight minutes
 python 05-building-from-scratch/building_from_scratch.py figures beams speed # some of them
 
 Papers: Wu et al. 2016 (arXiv 1609.08144), the length penalty; Stahlberg and Byrne 2019 (arXiv 1908.10090), search
@@ -203,22 +203,21 @@ def plot_shift(pair: Pair) -> Figure:
     return figure
 
 
-def plot_beam(curves: dict[str, dict[float, list[tuple[int, float, float]]]]) -> Figure:
-    """Exact match and length ratio against beam width, for each case and length penalty: (width, match, ratio)."""
-    figure, axes = plt.subplots(
-        2, len(curves), figsize=(3 * len(curves), 4.8), sharex=True, sharey="row", squeeze=False
-    )
-    for column, (case, by_penalty) in enumerate(curves.items()):
-        for marker, (penalty, points) in zip("osv^D", by_penalty.items(), strict=False):
-            widths, match, ratio = zip(*points, strict=True)
-            axes[0, column].plot(widths, ratio, marker + "-", label=f"length penalty {penalty:g}")
-            axes[1, column].plot(widths, [100 * share for share in match], marker + "-")
-        axes[0, column].axhline(1, color="black", ls="--", lw=1)
-        axes[0, column].set(title=case, xscale="log", ylabel="" if column else "tokens said / tokens due")
-        axes[1, column].set(xlabel="beam width", ylabel="" if column else "exact match (%)")
-        axes[1, column].set_xticks(widths, [str(width) for width in widths])
-        axes[1, column].minorticks_off()
-    axes[0, 0].legend(frameon=False)
+def plot_beam(curves: dict[str, dict[str, list[float]]]) -> Figure:
+    """Length ratio against beam width, a panel for each case, a line for each entry of SEARCHES."""
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 5), sharex=True, sharey=True)
+    for axis, (case, by_search) in zip(axes.flat, curves.items(), strict=True):
+        for style, (name, ratios) in zip(("o-", "s-", "v-", "v:"), by_search.items(), strict=True):
+            axis.plot(WIDTHS, ratios, style, label=f"length penalty {name}")
+        axis.axhline(1, color="black", ls="--", lw=1)
+        axis.set(title=case, xscale="log")
+        axis.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+        axis.minorticks_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("tokens said / tokens due")
+    for axis in axes[1]:
+        axis.set_xlabel("beam width")
+    axes[0, 1].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -348,46 +347,41 @@ def ablations(config: FiguresConfig, run: RunConfig) -> None:
     config.save("ablations", columns, rows, "ablations")
 
 
-WIDTHS, PENALTIES = (1, 2, 4, 8, 16), (0.0, 0.6, 1.0)
+WIDTHS = (1, 2, 4, 8, 16)
+SEARCHES = {"0": (0.0, False), "0.6": (0.6, False), "1": (1.0, False), "1, early stop": (1.0, True)}  # penalty, early
 
 
 def beams(config: FiguresConfig, run: RunConfig) -> None:
-    """Beam width against length penalty, where the model is unsure: the small one, and longer sources."""
+    """Beam width against length penalty, for models more and less sure, on test and on longer sources."""
     cases = {
         "half-trained": (functools.partial(small_translator, "half the steps"), "test"),
         "undertrained": (functools.partial(small_translator, "full"), "test"),
+        "trained": (main_translator, "test"),
         "longer": (main_translator, "longer"),
     }
+    certain = [name for name, (_, early_stop) in SEARCHES.items() if not early_stop]
+    columns = [Column("Beam width"), *(Column(f"exact, {name}", "", ".1%") for name in certain)]
+    columns += [Column(f"length ratio, {name}", "", ".2f") for name in SEARCHES]
     curves, errors = {}, []
     for case, (translator, split) in cases.items():
         jobs = [translator(config, run, seed) for seed in range(config.n_seeds)]
-        found: dict[tuple[float, int], list[list[tuple[str, ...]]]] = {}
-        for penalty in PENALTIES:
-            for width in progress(WIDTHS, f"beams, {case}, penalty {penalty:g}"):
-                decode = DecodeConfig(width, penalty)
-                found[penalty, width] = [
-                    beam_answers(job.model, job.codec, job.pairs[split][:N_CHECKED], decode) for job in jobs
-                ]
         pairs = [job.pairs[split][:N_CHECKED] for job in jobs]
-        scores = {
-            key: [(exact_match(a, p), length_ratio(a, p)) for a, p in zip(answers, pairs, strict=True)]
-            for key, answers in found.items()
-        }
+        match, ratio, likeliest = {}, {}, {}
+        for name, (penalty, early_stop) in SEARCHES.items():
+            for width in progress(WIDTHS, f"beams, {case}, penalty {name}"):
+                decode = DecodeConfig(width, penalty, early_stop=early_stop)
+                said = [beam_answers(job.model, job.codec, p, decode) for job, p in zip(jobs, pairs, strict=True)]
+                match[name, width] = [exact_match(a, p) for a, p in zip(said, pairs, strict=True)]
+                ratio[name, width] = [length_ratio(a, p) for a, p in zip(said, pairs, strict=True)]
+                if penalty == 0:
+                    likeliest[width] = said
         rows = [
-            [str(width), *([s[kind] for s in scores[penalty, width]] for kind in (0, 1) for penalty in PENALTIES)]
+            [str(width), *(match[name, width] for name in certain), *(ratio[name, width] for name in SEARCHES)]
             for width in WIDTHS
         ]
-        columns = [Column("Beam width"), *(Column(f"exact, {p:g}", "", ".1%") for p in PENALTIES)]
-        columns += [Column(f"length ratio, {p:g}", "", ".2f") for p in PENALTIES]
         config.save(f"beam-{case}", columns, rows, "beams")
-        curves[f"{case} ({split})"] = {
-            penalty: [
-                (width, *(statistics.mean(s[kind] for s in scores[penalty, width]) for kind in (0, 1)))
-                for width in WIDTHS
-            ]
-            for penalty in PENALTIES
-        }
-        errors += [[case, str(width), *search_errors(jobs, pairs, found[0.0, width])] for width in (1, 4, 16)]
+        curves[case] = {name: [statistics.mean(ratio[name, width]) for width in WIDTHS] for name in SEARCHES}
+        errors += [[case, str(width), *search_errors(jobs, pairs, likeliest[width])] for width in (1, 4, 16)]
     columns = [Column("Case"), Column("width"), Column("mean log-probability of the answer", "nats", ".2f")]
     columns += [Column("search errors", "", ".1%"), Column("model errors", "", ".1%")]
     config.save("search-errors", columns, errors, "beams")
@@ -420,7 +414,7 @@ def finished_hypotheses(job: Trained, n_sources: int) -> dict[str, list[tuple[in
     found = {}
     for pair in wrong:
         src_ids = job.codec.encode_sources([pair.source]).to(next(job.model.parameters()).device)
-        best = beam_translate(job.model.eval(), src_ids, DecodeConfig(16, 0.0), n_best=None)[0]
+        best = beam_translate(job.model.eval(), src_ids, DecodeConfig(16, 0.0, early_stop=False), n_best=None)[0]
         found[join_tokens(pair.source, job.codec.unit)] = [
             (len(h.tokens), h.score, job.codec.decode_target(list(h.tokens)) == pair.target) for h in best
         ]
@@ -497,7 +491,7 @@ def speed(config: FiguresConfig, run: RunConfig) -> None:
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
     "main": (main_job, 120),
     "ablations": (ablations, 90),
-    "beams": (beams, 90),
+    "beams": (beams, 150),
     "alignments": (alignments, 5),
     "ladder": (ladder, 110),
     "speed": (speed, 10),
