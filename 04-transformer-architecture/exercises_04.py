@@ -90,6 +90,7 @@ def check_layer_norm(answer: Callable) -> str | None:
         lambda: case(numbers(2, 3), "two positions of width 3", "the variance divides by 3, not by 2"),
         lambda: case(1e-3 * numbers(2, 4), "inputs of size 0.001", "eps = 1e-5 stands inside the root, beside it"),
         lambda: case(numbers(2, 5, 6), "shape (2, 5, 6)", "statistics are taken over the last axis only"),
+        lambda: case(numbers(5), "a single vector of width 5", "no leading axis at all must work too: use axis -1"),
     )
 
 
@@ -122,6 +123,10 @@ def rotate_from_zero(x: Tensor, positions: Tensor) -> Tensor:
     return rotate(x, torch.arange(len(positions)))
 
 
+def rotate_consecutive(x: Tensor, positions: Tensor) -> Tensor:
+    return rotate(x, positions[0] + torch.arange(len(positions)))
+
+
 def rotate_one_speed(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([rotate(pair, positions) for pair in x.split(2, dim=-1)], dim=-1)
 
@@ -150,6 +155,13 @@ def check_rotate(answer: Callable) -> str | None:
             rotate(x[:, :2], positions[3:]),
             "two new positions, 3 and 4, behind a cache of three",
             "use the positions that are given; a cache makes them start later than 0",
+        ),
+        lambda: compare(
+            answer,
+            (x[:, :3], torch.tensor([5, 0, 2])),
+            rotate(x[:, :3], torch.tensor([5, 0, 2])),
+            "positions 5, 0 and 2",
+            "each row turns by its own position; they need not follow each other",
         ),
     )
 
@@ -314,12 +326,21 @@ def alibi_from(n_heads: int, n_query: int, n_key: int, first: float, sign: float
 def check_alibi(answer: Callable) -> str | None:
     def case(look: str, *args: int) -> str | None:
         name = f"{args[0]} heads, {args[1]} queries, {args[2]} keys"
-        return compare(answer, args, alibi_bias(*args), name, look)
+        allowed = torch.ones(args[1:], dtype=torch.bool).tril(args[2] - args[1])  # (query, key), no key ahead
+
+        def seen(*sizes: int) -> object:
+            bias = answer(*sizes)
+            if not isinstance(bias, Tensor) or bias.shape != (sizes[0], *allowed.shape):
+                return bias
+            return bias.masked_fill(~allowed, 0)
+
+        return compare(seen, args, alibi_bias(*args).masked_fill(~allowed, 0), name, look)
 
     return first_complaint(
-        lambda: case("far keys get less: the bias is 0 on the diagonal and negative beside it", 1, 3, 3),
+        lambda: case("far keys get less: the bias is 0 on the diagonal and negative before it", 1, 3, 3),
         lambda: case("head 1 of 8 has the slope 1/2, head 8 the slope 1/256", 8, 2, 2),
         lambda: case("behind a cache the last query stands at the last key", 4, 1, 5),
+        lambda: case("several queries behind a cache: query i stands at position n_key - n_query + i", 4, 2, 5),
     )
 
 
@@ -354,6 +375,9 @@ EXERCISES = [
         check=check_layer_norm,
         solution=layer_norm,
         mistakes={
+            "needs a leading axis": lambda x, weight, bias, grad_output: (
+                layer_norm(x, weight, bias, grad_output) if x.dim() > 1 else (x, x)
+            ),
             "unbiased variance": lambda x, weight, bias, grad_output: layer_norm_from(
                 x,
                 weight,
@@ -388,6 +412,7 @@ EXERCISES = [
             "turns clockwise": rotate_backwards,
             "halves instead of pairs": rotate_in_halves,
             "ignores where the positions start": rotate_from_zero,
+            "assumes that positions follow each other": rotate_consecutive,
             "one speed for all pairs": rotate_one_speed,
         },
     ),
@@ -454,8 +479,9 @@ EXERCISES = [
     ),
     Exercise(
         name="alibi_bias",
-        statement="The bias of ALiBi for a power of two of heads: minus slope times distance, slope 2^(-8 h / n_heads) "
-        "for head h = 1, 2, ... There may be fewer queries than keys (a cache): the last query stands at the last key.",
+        statement="The bias of ALiBi for a power of two of heads: minus slope times (query - key position), slope "
+        "2^(-8 h / n_heads) for head h = 1, 2, ... There may be fewer queries than keys (a cache): the last query "
+        "stands at the last key. Entries for keys ahead of the query are not looked at: the causal mask removes them.",
         signature="alibi_bias(n_heads, n_query, n_key) -> tensor (n_heads, n_query, n_key)",
         hint="Query i stands at position n_key - n_query + i.",
         check=check_alibi,
@@ -465,6 +491,9 @@ EXERCISES = [
                 n_heads, n_query, n_key, 1, 1.0, True
             ),
             "heads from 0": lambda n_heads, n_query, n_key: alibi_from(n_heads, n_query, n_key, 0, -1.0, True),
+            "minds the cache for a single query only": lambda n_heads, n_query, n_key: alibi_from(
+                n_heads, n_query, n_key, 1, -1.0, n_query == 1
+            ),
             "queries start at 0 behind a cache": lambda n_heads, n_query, n_key: alibi_from(
                 n_heads, n_query, n_key, 1, -1.0, False
             ),
