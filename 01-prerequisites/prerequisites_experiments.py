@@ -52,14 +52,13 @@ from workbench import (
     Column,
     Hardware,
     RunConfig,
-    announce,
+    check_name,
     check_range,
     describe_machine,
-    fill_chapter,
     progress,
+    run_experiments,
     save_figure,
     save_results,
-    seed_everything,
     speed_ratio,
     time_in_turns,
 )
@@ -84,9 +83,8 @@ class FiguresConfig:
         check_range(self, "n_seeds", "n_xor_seeds", "max_steps", "n_layers", "d_hidden", "n_rounds", least=1)
         check_range(self, "max_size", least=32, most=8192)
         check_range(self, "n_copied", least=1000)
-        unknown = [name for name in self.only if name not in EXPERIMENTS]
-        if unknown:
-            raise ValueError(f"unknown experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
 
 
 # Initialisation, optimizers, rounding
@@ -399,7 +397,7 @@ def small_bowl_left() -> float:
 
 
 def gradient_after(n_calls: int) -> float:
-    """The gradient of x^2 at x = 1 after some steps at learning rate 0, each with zero_grad, backward and step."""
+    """The gradient of x^2 at x = 1 after some steps too small to move x, each with zero_grad, backward and step."""
     x = Tensor(1.0, requires_grad=True)
     optimizer = core.Adam([x], 1e-30)
     for _ in range(n_calls):
@@ -702,24 +700,19 @@ def breaks_table(config: FiguresConfig) -> None:
     save_table(config, "breaks", columns, rows, [0])
 
 
-EXPERIMENTS: dict[str, Callable[[FiguresConfig], None]] = {
-    "graph": graph_figure,
-    "xor": xor_table,
-    "spirals": spirals_table,
-    "variance": variance_table,
-    "optimizers": optimizers_table,
-    "softmax": softmax_table,
-    "roofline": roofline_table,
-    "breaks": breaks_table,
+EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig], None], int]] = {  # with seconds
+    "graph": (graph_figure, 1),
+    "xor": (xor_table, 30),
+    "spirals": (spirals_table, 15),
+    "variance": (variance_table, 5),
+    "optimizers": (optimizers_table, 5),
+    "softmax": (softmax_table, 1),
+    "roofline": (roofline_table, 15),
+    "breaks": (breaks_table, 10),
 }
 
 
 def figures(config: FiguresConfig) -> None:
     """Run the chapter's experiments; write its figures, results.json and tables."""
     torch.set_num_threads(1)
-    names = config.only or tuple(EXPERIMENTS)
-    announce(f"experiments of chapter 1: {', '.join(names)}", 15 * len(names))
-    for name in names:
-        seed_everything(0)
-        EXPERIMENTS[name](config)
-    fill_chapter(config.folder.parent)
+    run_experiments(EXPERIMENTS, config.only, config.folder, config)

@@ -26,7 +26,7 @@ def test_shape_comments_are_true_here_too(checked_shapes) -> None:
 
 
 def test_unknown_experiment_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown experiment 'spiral'; known: graph, xor"):
+    with pytest.raises(ValueError, match="unknown experiment 'spiral'; did you mean 'spirals'"):
         lab.FiguresConfig(only=("xor", "spiral"))
 
 

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -116,6 +117,15 @@ def check_range(
         value = getattr(config, name)
         if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in tests):
             raise ValueError(f"{name} must be finite and {wanted}, got {value}")
+
+
+def check_name(kind: str, name: str, known: Collection[str]) -> str:
+    """Return `name` if it is one of the `known` names of this kind; else raise ValueError with the closest one."""
+    if name not in known:
+        closest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        advice = f"did you mean {closest[0]!r}? " if closest else ""
+        raise ValueError(f"unknown {kind} {name!r}; {advice}choose from {', '.join(known)}")
+    return name
 
 
 def check_folder(folder: Path) -> None:
@@ -348,6 +358,23 @@ def fill_chapter(folder: Path) -> None:
         return
     tables = {name: render_table(result) for name, result in json.loads(results.read_text(encoding="utf-8")).items()}
     write_atomically(chapter, fill_blocks(chapter.read_text(encoding="utf-8"), tables).encode())
+
+
+def run_experiments(
+    experiments: dict[str, tuple[Callable, float]], only: Iterable[str], folder: Path, *args: Any
+) -> None:
+    """Run a chapter's experiments, or only those named, then fill the chapter's tables from the results in `folder`.
+
+    `experiments` maps a name to its function, called with `args`, and the seconds it takes on 2 CPU cores.
+    """
+    names = tuple(only) or tuple(experiments)
+    announce(f"run {', '.join(names)}", sum(experiments[name][1] for name in names))
+    for name in names:
+        before = time.perf_counter()
+        seed_everything(0)
+        experiments[name][0](*args)
+        print(f"{name}: {time.perf_counter() - before:.0f} s", flush=True)
+    fill_chapter(folder.parent)
 
 
 # Chapters: links into code keep their line ranges

@@ -73,11 +73,11 @@ from tiny_world import MIXTURE, Document, World, plot_surprisal, statistics
 from workbench import (
     Column,
     RunConfig,
-    announce,
+    check_name,
     check_range,
-    fill_chapter,
     largest_difference,
     pick_device,
+    run_experiments,
     save_figure,
     save_results,
     seed_everything,
@@ -100,9 +100,8 @@ class FiguresConfig:
     scan_steps: int = 4096  # longest recurrence that is timed
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.only) - set(EXPERIMENTS))
-        if unknown:
-            raise ValueError(f"unknown experiment {', '.join(unknown)}; known are {', '.join(EXPERIMENTS)}")
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
         check_range(self, "n_seeds", "n_documents", "max_steps", "memory_steps", "text_steps", "eval_chars", least=1)
         check_range(self, "n_eval", "max_symbols", "max_lag", "scan_steps", least=2)
 
@@ -603,21 +602,17 @@ def measure_breaks(config: FiguresConfig, run: RunConfig) -> None:
 # All of them
 
 
-EXPERIMENTS: dict[str, Callable[[FiguresConfig, RunConfig], None]] = {
-    "data": measure_data,
-    "ladder": measure_ladder,
-    "gradients": measure_lags,
-    "memory": measure_remembering,
-    "text": measure_compression,
-    "scan": measure_speed,
-    "breaks": measure_breaks,
+EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # with seconds
+    "data": (measure_data, 5),
+    "ladder": (measure_ladder, 80),
+    "gradients": (measure_lags, 5),
+    "memory": (measure_remembering, 220),
+    "text": (measure_compression, 120),
+    "scan": (measure_speed, 5),
+    "breaks": (measure_breaks, 45),
 }
 
 
 def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the chapter's experiments, write figures and results.json, and fill the chapter's tables."""
-    names = config.only or tuple(EXPERIMENTS)
-    announce(f"the experiments {', '.join(names)}, {config.n_seeds} seeds", 480 * len(names) / len(EXPERIMENTS))
-    for name in names:
-        EXPERIMENTS[name](config, run)
-    fill_chapter(config.folder.parent)
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)

@@ -175,7 +175,7 @@ def test_figures_writes_every_table_and_figure(tmp_path, capsys) -> None:
     assert all(3_000 < size < 120_000 for size in drawn.values()), drawn
     with pytest.raises(SystemExit):
         sequence_modeling.main(["figures", "memories", "--folder", str(tmp_path / "figures")])
-    assert "unknown experiment memories; known are data, ladder" in capsys.readouterr().err
+    assert "unknown experiment 'memories'; did you mean 'memory'? choose from data, ladder" in capsys.readouterr().err
 
 
 def test_shape_comments_are_true(checked_shapes) -> None:

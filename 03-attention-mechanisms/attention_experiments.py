@@ -58,11 +58,11 @@ from sequence_modeling import IGNORE, device_of
 from workbench import (
     Column,
     RunConfig,
-    announce,
+    check_name,
     check_range,
-    fill_chapter,
     pick_device,
     progress,
+    run_experiments,
     save_figure,
     save_results,
     seed_everything,
@@ -80,9 +80,8 @@ class FiguresConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "n_seeds", "shrink", least=1)
-        unknown = [name for name in self.only if name not in EXPERIMENTS]
-        if unknown:
-            raise ValueError(f"unknown experiment {unknown[0]!r}; use one of {', '.join(EXPERIMENTS)}")
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
 
 
 # What a trained model does
@@ -518,9 +517,4 @@ EXPERIMENTS: dict[str, tuple[Callable[[Study], None], float]] = {  # with second
 def figures(config: FiguresConfig) -> None:
     """Run the chapter's experiments; write every figure, results.json and the tables of the chapter."""
     torch.set_num_threads(1)
-    names = config.only or tuple(EXPERIMENTS)
-    announce(f"run {', '.join(names)}", sum(EXPERIMENTS[name][1] for name in names) / config.shrink)
-    study = Study(config)
-    for name in names:
-        EXPERIMENTS[name][0](study)
-    fill_chapter(config.folder.parent)
+    run_experiments(EXPERIMENTS, config.only, config.folder, Study(config))

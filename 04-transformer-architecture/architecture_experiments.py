@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,6 @@ from transformer_architecture import (
     TrainedModel,
     TransformerSize,
     activation_bytes,
-    check_name,
     count_parameters,
     entropy_floor,
     fit,
@@ -66,10 +64,10 @@ from transformer_architecture import (
 from workbench import (
     Column,
     RunConfig,
-    announce,
     check_folder,
+    check_name,
     check_range,
-    fill_chapter,
+    run_experiments,
     save_figure,
     save_results,
     seed_everything,
@@ -763,10 +761,4 @@ EXPERIMENTS = {  # name: the experiment, and about how many seconds it takes
 
 def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the experiments of the chapter, or only those named; write their figures and results.json."""
-    names = config.only or tuple(EXPERIMENTS)
-    announce(f"running {', '.join(names)}", sum(EXPERIMENTS[name][1] for name in names))
-    for name in names:
-        before = time.perf_counter()
-        EXPERIMENTS[name][0](config, run)
-        print(f"{name}: {time.perf_counter() - before:.0f} s", flush=True)
-    fill_chapter(config.folder.parent)
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)

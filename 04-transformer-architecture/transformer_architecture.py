@@ -12,11 +12,10 @@ al. 2020 (arXiv 1910.10683), relative positions; Su et al. 2021 (arXiv 2104.0986
 Lewis 2022 (arXiv 2108.12409), attention with linear biases.
 """
 
-import difflib
 import functools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +44,7 @@ from tiny_world import Document, World, join
 from workbench import (
     RunConfig,
     announce,
+    check_name,
     check_range,
     describe_machine,
     pick_device,
@@ -60,15 +60,6 @@ NORM_ORDERS = ("pre", "post")
 HELD_OUT_SEED = 777  # of the documents that models are examined with
 SMALL_MODEL_RATE = 20e9  # FLOP/s that a model of 100,000 parameters reaches in training on one CPU core
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-
-
-def check_name(kind: str, name: str, known: Collection[str]) -> str:
-    """Return `name` if it is one of the `known` names of this kind; else raise ValueError with the closest one."""
-    if name not in known:
-        closest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        advice = f"did you mean {closest[0]!r}? " if closest else ""
-        raise ValueError(f"unknown {kind} {name!r}; {advice}choose from {', '.join(known)}")
-    return name
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_an_unknown_experiment_is_refused_with_the_known_ones(tmp_path, capsys) 
         main(["figures", "beam", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert refused.value.code == 2 and error.count("\n") == 1
-    assert f"unknown experiment 'beam'; choose from {', '.join(EXPERIMENTS)}" in error
+    assert f"unknown experiment 'beam'; did you mean 'beams'? choose from {', '.join(EXPERIMENTS)}" in error
 
 
 def test_log_probability_of_an_answer_is_the_sum_of_its_steps(translator) -> None:

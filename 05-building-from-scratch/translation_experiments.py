@@ -52,12 +52,12 @@ from translation_pairs import Pair, join_tokens
 from workbench import (
     Column,
     RunConfig,
-    announce,
+    check_name,
     check_range,
-    fill_chapter,
     locked,
     pick_device,
     progress,
+    run_experiments,
     save_figure,
     save_results,
     seed_everything,
@@ -78,9 +78,8 @@ class FiguresConfig:
     def __post_init__(self) -> None:
         check_range(self, "n_seeds", "main_pairs", "small_pairs", least=1)
         check_range(self, "main_steps", "small_steps", "n_held_out", least=20)
-        unknown = [name for name in self.only if name not in EXPERIMENTS]
-        if unknown:
-            raise ValueError(f"unknown experiment {unknown[0]!r}; choose from {', '.join(EXPERIMENTS)}")
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
 
     def save(self, name: str, columns: list[Column], rows: list[list], experiment: str, n_seeds: int = 0) -> None:
         command = f"python 05-building-from-scratch/building_from_scratch.py figures {experiment}"
@@ -500,10 +499,6 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] =
 
 def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the chapter's experiments; write their figures, results.json and the chapter's tables."""
-    chosen = config.only or tuple(EXPERIMENTS)
-    announce(f"run {', '.join(chosen)} with {config.n_seeds} seeds", sum(EXPERIMENTS[name][1] for name in chosen))
-    for name in chosen:
-        EXPERIMENTS[name][0](config, run)
-    fill_chapter(config.folder.parent)
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
     main_translator.cache_clear()
     small_translator.cache_clear()

@@ -485,10 +485,42 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return made
 
 
+class WordCutter:
+    """What WordPiece and Unigram share: a text is cut into words, and each word into pieces on its own.
+
+    A subclass has `words(text)`, the words with the position in the text of each character, and `cut(word)`, the
+    pieces of a word as (spelling, first, last character).
+    """
+
+    vocab: dict[str, int]
+    special_tokens: tuple[str, ...]
+    words: Callable[[str], list[tuple[str, list[int]]]]
+    cut: Callable[[str], Iterable[tuple[str, int, int]]]
+
+    def tokens(self, text: str, allowed_special: Collection[str] = ()) -> list[Token]:
+        """Pieces with their ids and their character spans in the text as given."""
+        check_text(text)
+        found, start = [], 0
+        for part, special in split_special(text, allowed_special, self.special_tokens):
+            if special:
+                found.append(Token(self.vocab[part], part, (start, start + len(part))))
+            else:
+                for word, origins in self.words(part):
+                    for spelling, first, last in self.cut(word):
+                        span = (start + origins[first], start + origins[last - 1] + 1)
+                        found.append(Token(self.vocab[spelling], spelling, span))
+            start += len(part)
+        return found
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Token ids of a text. Only the special tokens in `allowed_special` are recognised, the longest first."""
+        return [token.token_id for token in self.tokens(text, allowed_special)]
+
+
 # WordPiece
 
 
-class WordPiece:
+class WordPiece(WordCutter):
     """BERT's tokenizer (Devlin et al. 2019): clean, lower-cased words, cut by the longest piece that matches.
 
     A piece that continues a word is spelled with ## before it. A word with a part that no piece matches is unknown.
@@ -501,6 +533,10 @@ class WordPiece:
 
     prefix = "##"
     max_word_chars = 100  # longer words are unknown
+
+    @staticmethod
+    def words(text: str) -> list[tuple[str, list[int]]]:
+        return bert_words(text)
 
     def __init__(self, vocab: dict[str, int], special_tokens: tuple[str, ...] = ("[UNK]",), unk_token: str = "[UNK]"):
         check_vocab(vocab, special_tokens)
@@ -532,21 +568,6 @@ class WordPiece:
         vocab, _ = train_merges(spelled, vocab_size, first, min_frequency, cls.prefix)
         return cls(vocab, special_tokens)
 
-    def tokens(self, text: str, allowed_special: Collection[str] = ()) -> list[Token]:
-        """Pieces with their ids and their character spans in the text as given."""
-        check_text(text)
-        found, start = [], 0
-        for part, special in split_special(text, allowed_special, self.special_tokens):
-            if special:
-                found.append(Token(self.vocab[part], part, (start, start + len(part))))
-            else:
-                for word, origins in bert_words(part):
-                    for spelling, first, last in self.cut(word):
-                        span = (start + origins[first], start + origins[last - 1] + 1)
-                        found.append(Token(self.vocab[spelling], spelling, span))
-            start += len(part)
-        return found
-
     def cut(self, word: str) -> list[tuple[str, int, int]]:
         """The pieces of one word, each with its first and last character: always the longest that matches."""
         pieces, start = [], 0
@@ -558,9 +579,6 @@ class WordPiece:
             pieces.append((mark + word[start:end], start, end))
             start = end
         return pieces if start == len(word) else [(self.unk_token, 0, len(word))]
-
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        return [token.token_id for token in self.tokens(text, allowed_special)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Pieces joined to words, words by blanks: case, accents and spacing of the text are gone."""
@@ -638,7 +656,7 @@ def is_chinese(char: str) -> bool:
 # Unigram
 
 
-class Unigram:
+class Unigram(WordCutter):
     """A tokenizer that takes the likeliest of all segmentations (Kudo 2018): pieces are independent, each with a
     log-probability. Blanks are spelled as the metaspace character, one before every word.
 
@@ -651,6 +669,10 @@ class Unigram:
     metaspace = "\u2581"
     unk_penalty = 10.0  # nats
 
+    @staticmethod
+    def words(text: str) -> list[tuple[str, list[int]]]:
+        return metaspace_words(text)
+
     def __init__(self, pieces: list[tuple[str, float]], special_tokens=("<unk>",), unk_token: str = "<unk>"):
         self.vocab = {spelling: token_id for token_id, (spelling, _) in enumerate(pieces)}
         if len(self.vocab) < len(pieces):
@@ -662,7 +684,7 @@ class Unigram:
         self.scores = {spelling: score for spelling, score in pieces if spelling not in special_tokens}
         self.max_piece_chars = max(map(len, self.scores), default=1)
         self.unk_score = min(score for _, score in pieces) - self.unk_penalty
-        self.word_pieces = lru_cache(maxsize=2**16)(self.best_pieces)
+        self.cut = lru_cache(maxsize=2**16)(self.best_pieces)
 
     @classmethod
     def train(
@@ -704,24 +726,6 @@ class Unigram:
                 start = pieces.pop()[1]
             pieces.append((word[start:end] if known else self.unk_token, start, end))
         return tuple(pieces)
-
-    def tokens(self, text: str, allowed_special: Collection[str] = ()) -> list[Token]:
-        """Pieces with their ids and their character spans in the text."""
-        check_text(text)
-        found, start = [], 0
-        for part, special in split_special(text, allowed_special, self.special_tokens):
-            if special:
-                found.append(Token(self.vocab[part], part, (start, start + len(part))))
-            else:
-                for word, origins in metaspace_words(part):
-                    for spelling, first, last in self.word_pieces(word):
-                        span = (start + origins[first], start + origins[last - 1] + 1)
-                        found.append(Token(self.vocab[spelling], spelling, span))
-            start += len(part)
-        return found
-
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        return [token.token_id for token in self.tokens(text, allowed_special)]
 
     def sample(self, text: str, temperature: float, generator: random.Random) -> list[int]:
         """A random segmentation, each with probability proportional to exp(log-probability / temperature).
