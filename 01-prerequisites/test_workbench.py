@@ -358,6 +358,8 @@ def test_course_map_and_glossary_come_from_the_chapters(tmp_path: Path) -> None:
         "| 1 | [A](01-alpha/README.md) | It is 7 of 9. | complete |",
         "| 2 | [Beta](02-beta/README.md) | the rest | planned |",
     ]
+    (second / "beta.py").touch()
+    assert course_map([second]).endswith("| the rest | code and proofs begun, chapter planned |")
     links = [f"[{term}](01-alpha/README.md#glossary) 1" for term in ("beta", "Eta", "zeta")]
     assert glossary([first, second]) == " ·\n".join(links)
 

@@ -435,7 +435,8 @@ def course_map(folders: list[Path]) -> str:
         promise = re.search(r"^> (.+(?:\n> .+)*)", text, re.MULTILINE)
         plan = re.search(r"^In this topic: (.+)\.$", text, re.MULTILINE)
         sentence = promise[1].replace("\n> ", " ") if promise else plan[1]
-        status = "complete" if promise else "planned"
+        begun = "code and proofs begun, chapter planned" if list(folder.glob("*.py")) else "planned"
+        status = "complete" if promise else begun
         lines.append(f"| {number} | [{title}]({folder.name}/README.md) | {sentence} | {status} |")
     return "\n".join(lines)
 
@@ -608,7 +609,8 @@ def describe_machine() -> str:
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = " ".join(names[0].split()) if names else cpu
-    threads = f"{torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    threads = f"{n_threads} thread{'s' if n_threads > 1 else ''}"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {threads}{gpu}, torch {torch.__version__.partition('+')[0]}"
 

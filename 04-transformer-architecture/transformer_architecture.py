@@ -804,7 +804,7 @@ def transformer_parameters(size: TransformerSize) -> dict[str, int]:
     """Parameters of our stacks, term by term; 12 d^2 for each encoder layer with d_ff = 4 d, where biases are little.
 
     Vaswani et al. 2017 print 65 M for base and 213 M for big. With their one shared matrix of about 37,000 tokens the
-    formula gives 63.1 M and 214.3 M: 2.9 % below and 0.6 % above, which no single vocabulary size explains.
+    formula gives 63.1 M and 214.2 M: 2.9 % below and 0.6 % above, which no single vocabulary size explains.
     """
     d, d_ff, n_encoder, n_decoder = size.d_model, size.d_ff, size.n_encoder_layers, size.n_decoder_layers
     attention = 4 * (d * d + d)
