@@ -945,7 +945,7 @@ def test_cross_attention_splits_the_memory_by_its_own_length() -> None:
     [
         (["demo", "--n-symbols", "1"], "n_symbols must be finite and >= 2"),
         (["demo", "--break", "typo"], "invalid choice: 'typo'"),
-        (["figures", "typo"], "unknown experiment 'typo'; use one of width, linear, memory"),
+        (["figures", "typo"], "unknown experiment 'typo'; choose from width, linear, memory"),
         (["figures", "--shrink", "0"], "shrink must be finite and >= 1, got 0"),
         (["demo", "--learning-rate", "nan"], "learning_rate must be finite and > 0, got nan"),
         (["heads", "--d-model", "10", "--n-heads", "3"], "d_model=10 is not divisible by n_heads=3"),
