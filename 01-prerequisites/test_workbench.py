@@ -174,7 +174,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
             import time
             from workbench import run_verbs
             def demo():
-                """Wait; in short sleeps, since a signal just before a long one would not end it."""
+                """Wait, in short sleeps: a signal just before a long one would not end it."""
                 print("ready", flush=True)
                 while True:
                     time.sleep(0.05)
@@ -182,7 +182,13 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
             '''
         )
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores SIGINT
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
