@@ -1,0 +1,147 @@
+"""Topic 06 - WordPiece: the tokenizer of BERT, which cuts a word by the longest piece that matches.
+
+Papers: Wu et al. 2016, Devlin et al. 2019. It cuts as the Rust library `tokenizers` does.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from byte_level_bpe import train_merges
+from tokenizer_basics import WordCutter, check_ids, check_vocab, read_tokenizer_json, tokenizer_json
+from workbench import write_atomically
+
+
+class WordPiece(WordCutter):
+    """BERT's tokenizer (Devlin et al. 2019): clean, lower-cased words, cut by the longest piece that matches.
+
+    A piece that continues a word is spelled with ## before it. A word with a part that no piece matches is unknown.
+
+    Args:
+        vocab: piece -> id, with `unk_token` in it
+        special_tokens: those of `vocab` that no text may produce
+        unk_token: the piece that stands for a word without pieces
+    """
+
+    prefix = "##"
+    max_word_chars = 100  # longer words are unknown
+
+    @staticmethod
+    def words(text: str) -> list[tuple[str, list[int]]]:
+        return bert_words(text)
+
+    def __init__(self, vocab: dict[str, int], special_tokens: tuple[str, ...] = ("[UNK]",), unk_token: str = "[UNK]"):
+        check_vocab(vocab, special_tokens)
+        if unk_token not in vocab:
+            raise ValueError(f"the vocabulary lacks the unknown token {unk_token!r}")
+        self.vocab, self.special_tokens, self.unk_token = vocab, special_tokens, unk_token
+        self.spellings = {token_id: spelling for spelling, token_id in vocab.items()}
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, special_tokens: tuple[str, ...] = ("[UNK]",), min_frequency: int = 0
+    ) -> "WordPiece":
+        """Learn merges as byte pair encoding does, on characters with ## before those that continue a word.
+
+        The library `tokenizers` gives the ## characters their ids in an order that changes from run to run, and with
+        it the order of equally frequent pairs; here they come in the order of their code points.
+        """
+        words: Counter[str] = Counter()
+        for text in texts:
+            words.update(word for word, _ in bert_words(text))
+        if not words:
+            raise ValueError("the corpus is empty; give at least one word")
+        alphabet = sorted({char for word in words for char in word})
+        continuing = sorted({cls.prefix + char for word in words for char in word[1:]})
+        first = [*special_tokens, *alphabet, *continuing]
+        if vocab_size < len(first):
+            raise ValueError(f"vocab_size must be >= {len(first)} (special tokens and characters), got {vocab_size}")
+        spelled = {(word[0], *(cls.prefix + char for char in word[1:])): count for word, count in words.items()}
+        vocab, _ = train_merges(spelled, vocab_size, first, min_frequency, cls.prefix)
+        return cls(vocab, special_tokens)
+
+    def cut(self, word: str) -> list[tuple[str, int, int]]:
+        """The pieces of one word, each with its first and last character: always the longest that matches."""
+        pieces, start = [], 0
+        while start < len(word) <= self.max_word_chars:
+            mark = self.prefix if start else ""
+            end = next((end for end in range(len(word), start, -1) if mark + word[start:end] in self.vocab), None)
+            if end is None:
+                break
+            pieces.append((mark + word[start:end], start, end))
+            start = end
+        return pieces if start == len(word) else [(self.unk_token, 0, len(word))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Pieces joined to words, words by blanks: case, accents and spacing of the text are gone."""
+        ids = list(ids)
+        check_ids(ids, self.spellings)
+        pieces = [self.spellings[token_id] for token_id in ids if self.spellings[token_id] not in self.special_tokens]
+        return " ".join(pieces).replace(" " + self.prefix, "")
+
+    def save(self, path: Path) -> None:
+        """Write the Hugging Face library's tokenizer.json, whole or not at all."""
+        model = {
+            "type": "WordPiece",
+            "unk_token": self.unk_token,
+            "continuing_subword_prefix": self.prefix,
+            "max_input_chars_per_word": self.max_word_chars,
+            "vocab": self.vocab,
+        }
+        bert = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+        content = tokenizer_json(
+            model,
+            self.vocab,
+            self.special_tokens,
+            normalizer={"type": "BertNormalizer", **bert},
+            pre_tokenizer={"type": "BertPreTokenizer"},
+            decoder={"type": "WordPiece", "prefix": self.prefix, "cleanup": False},
+        )
+        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "WordPiece":
+        """Read a tokenizer.json with a WordPiece model. Raises ValueError with the reason if it cannot."""
+        model, special_tokens = read_tokenizer_json(path, "WordPiece")
+        return cls(model["vocab"], special_tokens, model["unk_token"])
+
+
+def bert_words(text: str) -> list[tuple[str, list[int]]]:
+    """The words and signs of a text as BERT normalises them, with the position in the text of each character.
+
+    Control characters go, letters lose accents and case, and each punctuation mark and each Chinese character is a
+    word of its own.
+    """
+    words: list[tuple[list[str], list[int]]] = []
+    open_word = False
+    for at, char in enumerate(text):
+        if char.isspace():
+            open_word = False
+        elif unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs") or char == "\ufffd":
+            continue
+        else:
+            for part in unicodedata.normalize("NFD", char):
+                if unicodedata.category(part) == "Mn":
+                    continue
+                alone = is_punctuation(part) or is_chinese(char)
+                for lower in part.lower():
+                    if alone or not open_word:
+                        words.append(([], []))
+                    words[-1][0].append(lower)
+                    words[-1][1].append(at)
+                    open_word = not alone
+    return [("".join(letters), origins) for letters, origins in words]
+
+
+def is_punctuation(char: str) -> bool:
+    return unicodedata.category(char).startswith("P") or char in "$+<=>^`|~"
+
+
+def is_chinese(char: str) -> bool:
+    """Whether a character is in one of the blocks that BERT's normaliser calls CJK ideographs."""
+    blocks = "4e00-9fff 3400-4dbf 20000-2a6df 2a700-2b73f 2b740-2b81f 2b920-2ceaf f900-faff 2f800-2fa1f"
+    return any(
+        int(first, 16) <= ord(char) <= int(last, 16) for first, last in (block.split("-") for block in blocks.split())
+    )
