@@ -11,13 +11,16 @@ optimizer for hidden layers in neural networks") and Liu et al. 2025 (arXiv 2502
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attention_mechanisms import MultiHeadAttention
 from building_from_scratch import cooldown_factor, noam_factor
+from transformer_architecture import CausalTransformer
 from workbench import check_name
 
 # One class for each rule; what they share is the walk over the parameters
@@ -244,7 +247,7 @@ def orthogonalise(
 
     With X = U S V^T the product X X^T is U S^2 U^T, so that a X + b (X X^T) X + c (X X^T)^2 X = U (a S + b S^3 + c S^5)
     V^T: a polynomial of the matrix is the same polynomial of each singular value, without any decomposition. Dividing
-    by the Frobenius norm first brings them all into (0, 1]. After 5 steps those above 0.002 lie in [0.68, 1.13].
+    by the Frobenius norm first brings them all into (0, 1]. After 5 steps those that were above 0.0015 lie in [0.68, 1.21].
 
     Shapes: (row, column) to the same; computed in `dtype` (that of the matrix if None).
     """
@@ -425,11 +428,11 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "wsd"
 
 
 def schedule_factor(
-    name: str, step: int, max_steps: int, warmup_steps: int, cooldown_steps: int = 0, min_lr_ratio: float = 0.0
+    name: str, step: float, max_steps: int, warmup_steps: int, cooldown_steps: int = 0, min_lr_ratio: float = 0.0
 ) -> float:
     """Share of the full learning rate at optimizer step `step` (0 to max_steps - 1) of `max_steps`.
 
-    Every schedule rises in a straight line, (step + 1) / warmup_steps, then
+    A run that is measured in seconds may ask for any number up to max_steps. Every schedule rises in a straight line, (step + 1) / warmup_steps, then
     constant stays; linear, cosine and polynomial (power 2) fall from 1 to min_lr_ratio, which they would reach at step
     max_steps; inverse_sqrt is sqrt(warmup_steps / (step + 1)), topic 05's `noam_factor` (a warm-up of 0 counts as 1);
     wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays, and falls in a straight line in the last
@@ -452,7 +455,7 @@ def schedule_factor(
     if not 0 <= step <= max_steps:
         raise ValueError(f"step {step} is outside 0 to max_steps={max_steps}; count optimizer steps, not micro-batches")
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min(1.0, (step + 1) / warmup_steps)
     done = (step - warmup_steps) / max(1, max_steps - warmup_steps)  # share of the decay that lies behind, 0 to 1
     match name:
         case "linear":
@@ -474,3 +477,132 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group `factor` times its own full rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+# Width: what must change with it, so that the best learning rate does not (the maximal update parametrisation)
+
+
+def scale_for_width(model: CausalTransformer, base_width: int) -> CausalTransformer:
+    """Change what a model computes by the rules of Yang et al. 2022 (table 8), equal to the usual at base_width.
+
+    A sum over n = d_model terms grows like sqrt(n) while weights and activations are independent, and like n as soon as
+    training has aligned them. Two sums start independent and end aligned, and shrink here by 1/n: the scores, which
+    are divided by d_head instead of sqrt(d_head), and the logits. Topic 04's starting values need no change: embeddings
+    and output have a fixed variance, hidden matrices 1 / fan_in up to a constant.
+
+    Returns the same model; call it once. The scaling is no weight: a loaded model needs the same call again.
+    """
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.scale = math.sqrt(base_width / module.n_heads) / module.d_head
+    shrink_by = base_width / model.config.d_model
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * shrink_by)
+    return model
+
+
+def mup_groups(
+    model: CausalTransformer, base_width: int, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for AdamW in which a hidden matrix learns base_width / d_model times as fast (Yang et al. 2022, table 8).
+
+    Adam moves each entry by about the rate, whatever the gradient, and all n entries of a row in the direction that
+    their inputs call for: the output of the row moves by n times the rate. A rate that shrinks like 1/n keeps that
+    the same at every width. Vectors, embeddings and the output matrix (whose logits are divided instead) see no such
+    sum. The decay of a hidden matrix grows by the same factor: lr * weight_decay, its shrinkage per step, stays.
+    """
+    ratio = model.config.d_model / base_width
+    groups = muon_groups(model, weight_decay)  # the same split: hidden matrices, and two groups of others
+    for group in groups:
+        narrower = ratio if group.pop("rule") == "muon" else 1.0
+        group["lr"] = group["base_lr"] = learning_rate / narrower
+        group["weight_decay"] *= narrower
+    return groups
+
+
+# How many samples a step deserves: the gradient noise scale
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """The gradient of a loss, split into what all samples agree on and what they do not (McCandlish et al. 2018)."""
+
+    signal: float  # squared length of the true gradient
+    noise: float  # summed variance of the entries of one sample's gradient
+
+    @property
+    def scale(self) -> float:
+        """Samples in a batch whose noise is as long as its signal; infinite if no signal was measured."""
+        return self.noise / self.signal if self.signal > 0 else math.inf
+
+
+def gradient_squares(model: nn.Module, losses: Iterable[Tensor]) -> tuple[list[float], float]:
+    """Squared length of the gradient of each loss, and that of their mean; changes no `grad`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, squares = [torch.zeros_like(parameter) for parameter in parameters], []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, parameters)
+        squares.append(sum(grad.square().sum().item() for grad in grads))
+        for summed, grad in zip(total, grads, strict=True):
+            summed.add_(grad)
+    return squares, sum(summed.square().sum().item() for summed in total) / len(squares) ** 2
+
+
+def gradient_noise_scale(
+    small_squares: Sequence[float], big_squares: Sequence[float], small_size: int, big_size: int
+) -> GradientNoise:
+    """Signal and noise from squared gradient lengths at two batch sizes (McCandlish et al. 2018, appendix A.1).
+
+    The mean of B independent gradients has an expected squared length of signal + noise / B. Two sizes give two
+    equations, and their solution is unbiased. Average the lengths over many batches first, as here: the ratio of two
+    unbiased numbers is biased, and a single pair of batches can even give a signal below 0.
+    Raises ValueError unless 1 <= small_size < big_size and both have at least one length.
+    """
+    if not 1 <= small_size < big_size:
+        raise ValueError(f"small_size={small_size} must be >= 1 and below big_size={big_size}")
+    if not small_squares or not big_squares:
+        raise ValueError(f"need at least one length of each size, got {len(small_squares)} and {len(big_squares)}")
+    small, big = sum(small_squares) / len(small_squares), sum(big_squares) / len(big_squares)
+    signal = (big_size * big - small_size * small) / (big_size - small_size)
+    noise = (small - big) / (1 / small_size - 1 / big_size)
+    return GradientNoise(signal, noise)
+
+
+# Bytes
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors that an optimizer keeps between steps, measured."""
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in kept)
+
+
+def training_bytes(model: nn.Module, name: str) -> dict[str, int]:
+    """Bytes of the weights, their gradients, and the state of build_optimizer(model, name, ...) after its first step.
+
+    For n bytes of weights the state is 0 (sgd), n (momentum, lion), 2 n (lamb; adamw with a counter of 4 bytes for
+    each tensor), n for hidden matrices and 2 n for the others (muon), and for adafactor n for vectors but only one
+    column and one row of each matrix. Activations come on top, topic 04's `activation_bytes`. A model on the meta
+    device is enough. Raises ValueError for an unknown optimizer.
+    """
+    check_name("optimizer", name, OPTIMIZERS)
+    kinds, state, weights, gradients = parameter_kinds(model), 0, 0, 0
+    for path, parameter in model.named_parameters():
+        weights += parameter.nbytes
+        if path not in kinds:
+            continue
+        gradients += parameter.nbytes
+        match name:
+            case "momentum" | "lion":
+                state += parameter.nbytes
+            case "lamb":
+                state += 2 * parameter.nbytes
+            case "adamw":
+                state += 2 * parameter.nbytes + 4
+            case "muon":
+                state += parameter.nbytes * (1 if kinds[path] == "hidden" and parameter.dim() == 2 else 2)
+            case "adafactor" if parameter.dim() > 1:
+                rows, columns = parameter.shape[-2:]
+                state += parameter.nbytes // rows + parameter.nbytes // columns
+            case "adafactor":
+                state += parameter.nbytes
+    return {"weights": weights, "gradients": gradients, "state": state}
