@@ -1,0 +1,212 @@
+"""Topic 09 - Modern LLM Architectures: one decoder family that is Llama, Mistral, Qwen3, Mixtral and DeepSeek-V3.
+
+python 09-modern-llm-architectures/modern_llm_architectures.py          # the demo
+python 09-modern-llm-architectures/modern_llm_architectures.py --help
+
+Touvron et al. 2023 (Llama 2, arXiv 2307.09288), Jiang et al. 2023 (Mistral, arXiv 2310.06825), Yang et al. 2025 (Qwen3,
+arXiv 2505.09388), Jiang et al. 2024 (Mixtral, arXiv 2401.04088), DeepSeek-AI 2024 (V3, arXiv 2412.19437).
+"""
+
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2 import SamplingConfig, check_prompt, extend, init_weights
+from huggingface_folders import CONFIG, WEIGHTS, joined, load_weights, read_config, read_weights
+from latent_attention import LatentAttention
+from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout
+from llm_layers import (
+    GroupedQueryAttention,
+    KVCache,
+    NormedAttention,
+    RMSNorm,
+    RotaryTable,
+    Rotation,
+    SoftCappedAttention,
+    SwiGLU,
+    attention_mask,
+    soft_cap,
+)
+from mixture_of_experts import MixtureOfExperts, SigmoidRouter, SoftmaxRouter, load_balance_loss
+from sequence_modeling import check_token_ids
+from workbench import shown, write_atomically
+
+# The model
+
+
+def make_attention(config: ModelConfig) -> nn.Module:
+    """The attention that a config asks for."""
+    if config.latent:
+        return LatentAttention(config.d_model, config.n_heads, config.latent, config.rope_scaling.score_factor)
+    sizes = (config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.use_bias)
+    if config.qk_norm:
+        return NormedAttention(*sizes, norm_eps=config.norm_eps)
+    if config.attention_cap:
+        attention = SoftCappedAttention(*sizes)
+        attention.soft_cap = config.attention_cap
+        return attention
+    return GroupedQueryAttention(*sizes)
+
+
+def make_ffn(config: ModelConfig, layer: int) -> nn.Module:
+    """The feed-forward network of a layer: one, or a mixture of experts."""
+    experts = config.experts
+    if experts is None or layer < experts.n_dense_layers:
+        return SwiGLU(config.d_model, config.d_ff)
+    if experts.router == "sigmoid":
+        groups = (experts.n_groups, experts.n_active_groups, experts.scale)
+        router = SigmoidRouter(config.d_model, experts.n_experts, experts.n_active_experts, *groups)
+    else:
+        router = SoftmaxRouter(config.d_model, experts.n_experts, experts.n_active_experts)
+    return MixtureOfExperts(router, config.d_model, experts.d_expert, experts.d_shared, experts.capacity_factor)
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). Shapes: (batch, seq, d_model) to the same."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm, self.self_attn = RMSNorm(config.d_model, config.norm_eps), make_attention(config)
+        self.ffn_norm, self.ffn = RMSNorm(config.d_model, config.norm_eps), make_ffn(config, layer)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.attn_norm(x), rotation, mask, cache)  # (batch, seq, d_model)
+        return x + self.ffn(self.ffn_norm(x))  # (batch, seq, d_model)
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model of the Llama family.
+
+    Shapes: token_ids (batch, seq) to logits (batch, seq, vocab); position i sees the ids up to its own and predicts the
+    next. With caches (from `new_caches`), token_ids holds only the new positions. is_real (batch, all positions so far)
+    is False at padding; positions are then counted without it, so that left padding changes nothing.
+    Raises ValueError for an id outside the vocabulary and for more than max_seq_len positions (a model with scaled
+    rotary positions or a window reads on).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_emb = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        d_rotary = config.latent.d_rope if config.latent else config.d_head
+        self.rotary = RotaryTable(d_rotary, config.rope_theta, config.max_seq_len, config.rope_scaling)
+        init_weights(self)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_emb.weight
+
+    def forward(self, token_ids: Tensor, caches: list[KVCache] | None = None, is_real: Tensor | None = None) -> Tensor:
+        return self.logits(self.hidden(token_ids, caches, is_real))  # (batch, seq, vocab)
+
+    def hidden(self, token_ids: Tensor, caches: list[KVCache] | None = None, is_real: Tensor | None = None) -> Tensor:
+        """The stream after the last norm: (batch, seq, d_model)."""
+        start, seq_len = len(caches[0]) if caches else 0, token_ids.shape[1]
+        self.check(token_ids, start + seq_len, is_real)
+        x = self.token_emb(token_ids)  # (batch, seq, d_model)
+        if is_real is None:
+            rotation = self.rotary.span(start, seq_len, x)
+        else:
+            positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)[:, start:]  # (batch, seq)
+            rotation = self.rotary.at(positions, x)
+        masks: dict[tuple[int, int], Tensor | None] = {}
+        for layer, block in enumerate(self.blocks):
+            cache = caches[layer] if caches else None
+            window, n_keys = self.config.window_of(layer), cache.n_keys(seq_len) if cache else seq_len
+            if (window, n_keys) not in masks:
+                masks[window, n_keys] = self.mask(seq_len, n_keys, window, is_real, x.device)
+            x = block(x, rotation, masks[window, n_keys], cache)  # (batch, seq, d_model)
+        return self.final_norm(x)  # (batch, seq, d_model)
+
+    def mask(self, n_query: int, n_key: int, window: int, is_real: Tensor | None, device) -> Tensor | None:
+        made = attention_mask(n_query, n_key, is_real, window, self.config.n_sinks)
+        return made if made is None else made.to(device)
+
+    def check(self, token_ids: Tensor, n_positions: int, is_real: Tensor | None) -> None:
+        if token_ids.is_meta:
+            return
+        check_token_ids(token_ids, self.config.vocab_size)
+        config = self.config
+        if n_positions > config.max_seq_len and not config.window_size and config.rope_scaling.kind != "dynamic":
+            raise ValueError(
+                f"{n_positions} positions exceed max_seq_len {config.max_seq_len}; shorten it or set rope_scaling"
+            )
+        if is_real is not None and is_real.shape != (len(token_ids), n_positions):
+            raise ValueError(
+                f"is_real has shape {tuple(is_real.shape)}, expected (batch, all positions so far) = "
+                f"{(len(token_ids), n_positions)}"
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return soft_cap(logits, self.config.logit_cap) if self.config.logit_cap else logits
+
+    def new_caches(self) -> list[KVCache]:
+        """An empty cache for each layer, rolling where the layer has a window."""
+        windows = (self.config.window_of(layer) for layer in range(self.config.n_layers))
+        return [KVCache(window, self.config.n_sinks if window else 0) for window in windows]
+
+    def load_balance_loss(self, counted: Tensor | None = None) -> Tensor:
+        """Of the last forward pass, over all layers with experts; counted (batch, seq), bool: no padding."""
+        routings = [block.ffn.routing for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)]
+        if not routings:
+            raise ValueError("this model has no experts to balance; set experts in its config")
+        return load_balance_loss(routings, None if counted is None else counted.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        token_ids: Tensor,
+        sampling: SamplingConfig,
+        is_real: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts (batch, seq); rows of other lengths are padded on the left, where is_real is False.
+
+        Returns the new ids (batch, at most max_new_tokens); after its end a row holds pad_id. Call `eval()` first.
+        """
+        check_prompt(token_ids, is_real)
+        caches, seen = self.new_caches(), is_real
+
+        def next_logits(new_ids: Tensor) -> Tensor:
+            nonlocal seen
+            if seen is not None and len(caches[0]):
+                seen = F.pad(seen, (0, 1), value=True)
+            return self.logits(self.hidden(new_ids, caches, seen)[:, -1])  # (batch, vocab): the last position alone
+
+        return extend(next_logits, token_ids, sampling, self.config.eos_id, self.config.pad_id, generator)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """The model of a Llama, Mistral, Qwen3, Mixtral or DeepSeek-V3 folder, in float32, ready to evaluate.
+
+        Raises ValueError for another kind of model, for a setting that this family does not know, and for tensors that
+        do not fit, naming them; nothing is half loaded.
+        """
+        config = config_from_folder(read_config(folder))
+        model = cls(config)
+        load_weights(model, read_weights(folder), folder_layout(config))
+        return model.eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write model.safetensors and config.json as the family's own class in transformers would read them.
+
+        Raises ValueError for a model that no family describes, such as one with attention sinks.
+        """
+        folder, ours = Path(folder), dict(self.named_parameters(remove_duplicate=False))
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{shown(folder)} is a file; choose another folder to save to")
+        tensors = {
+            entry.key: joined([ours[name].detach() for name in entry.parts], entry).contiguous().cpu()
+            for entry in folder_layout(self.config).tensors
+        }
+        kind = str(next(self.parameters()).dtype).removeprefix("torch.")
+        text = json.dumps(config_to_folder(self.config) | {"dtype": kind, "torch_dtype": kind}, indent=2)
+        write_atomically(folder / WEIGHTS, safetensors_bytes(tensors, metadata={"format": "pt"}))
+        write_atomically(folder / CONFIG, text.encode() + b"\n")
