@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from optimizers import QUINTIC, orthogonalise, parameter_groups, schedule_factor
+from optimizers import QUINTIC, gradient_noise_scale, orthogonalise, parameter_groups, schedule_factor
 from transformer_architecture import LayerNorm
 from workbench import Exercise, first_difference, grade
 
@@ -317,7 +317,8 @@ def check_noise_scale(answer: Callable) -> str | None:
         "four scattered measurements": ([30.0, 22.0, 41.0, 26.0], [17.0, 18.5, 15.0, 19.5], 8, 64),
     }
     for name, (small, large, small_batch, large_batch) in cases.items():
-        got, want = answer(list(small), list(large), small_batch, large_batch), noise_scale(*cases[name])
+        got = answer(list(small), list(large), small_batch, large_batch)
+        want = gradient_noise_scale(small, large, small_batch, large_batch).scale
         if difference := first_difference(got, want, 1e-9 * max(1.0, want)):
             return f"{name}, batches of {small_batch} and {large_batch}: {difference}"
     return None
