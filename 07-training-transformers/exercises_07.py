@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers import QUINTIC, gradient_noise_scale, orthogonalise, parameter_groups, schedule_factor
+from training_transformers import LossScaler, clip_gradients
 from transformer_architecture import LayerNorm
 from workbench import Exercise, first_difference, grade
 
@@ -233,20 +234,20 @@ def next_scale(scale: float, n_good: int, overflow: bool, growth_interval: int) 
 
 def check_next_scale(answer: Callable) -> str | None:
     for growth_interval in (1, 3):
-        mine, right = (1024.0, 0), (1024.0, 0)
-        history = ""
+        scaler, mine, history = LossScaler(1024.0, growth_interval=growth_interval), (1024.0, 0), ""
         for overflow in (False, False, True, False, False, False, True, True, False, False, False, False):
             history += "x" if overflow else "."
             found = answer(*mine, overflow, growth_interval)
-            want = next_scale(*right, overflow, growth_interval)
+            scaler.update(overflow)
             if not (isinstance(found, tuple | list) and len(found) == 3):
                 return f"expected (scale, n_good, take_step), got {found!r}"
-            for what, got, wanted in zip(("scale", "n_good", "take_step"), found, want, strict=True):
-                if difference := first_difference(got, wanted, 1e-9):
+            wanted = {"scale": scaler.scale, "n_good": scaler.n_good, "take_step": not overflow}
+            for got, (what, want) in zip(found, wanted.items(), strict=True):
+                if difference := first_difference(got, want, 1e-9):
                     return (
                         f"growth_interval {growth_interval}, steps so far {history} (x: overflow), {what}: {difference}"
                     )
-            mine, right = tuple(found[:2]), want[:2]
+            mine = tuple(found[:2])
     return None
 
 
@@ -268,13 +269,14 @@ def check_clip_by_global_norm(answer: Callable) -> str | None:
     }
     for name, (values, max_norm) in cases.items():
         gradients = [torch.tensor(value, dtype=torch.float64) for value in values]
-        want = clip_by_global_norm(gradients, max_norm)
+        clipped = [gradient.clone() for gradient in gradients]
+        norm = clip_gradients(clipped, max_norm)
         found = answer([gradient.clone() for gradient in gradients], max_norm)
         if not (isinstance(found, tuple | list) and len(found) == 2):
             return f"expected (gradients, norm), got {found!r}"
-        if difference := first_difference(list(found[0]), want[0], 1e-5 * max_norm):
+        if difference := first_difference(list(found[0]), clipped, 1e-5 * max_norm):
             return f"{name}, gradients: {difference}; one factor for all tensors keeps the direction"
-        if difference := first_difference(float(found[1]), want[1], 1e-6):
+        if difference := first_difference(float(found[1]), norm, 1e-6):
             return f"{name}, norm: {difference}; report the norm before clipping"
     return None
 
