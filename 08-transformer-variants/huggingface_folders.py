@@ -14,7 +14,7 @@ import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -154,13 +154,13 @@ def current_name(key: str, layout: Layout, wanted: set[str]) -> str:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> None:
-    """Copy the tensors of a folder into our parameters, in the parameters' own dtype.
+    """Copy the tensors of a folder into our parameters and buffers, in the dtype that these have.
 
     All names and shapes are compared first: a ValueError names what is missing, unexpected or of another shape, and
     leaves the model as it was.
     """
     wanted = {entry.key: entry for entry in layout.tensors}
-    ours = dict(model.named_parameters())
+    ours = our_tensors(model)
     found = {current_name(key, layout, set(wanted)): tensor for key, tensor in tensors.items()}
     shapes = {key: joined([ours[name] for name in entry.parts], entry).shape for key, entry in wanted.items()}
     problems = []
@@ -184,6 +184,11 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -
         sizes = [ours[name].shape[0] for name in entry.parts]
         for name, part in zip(entry.parts, joint.split(sizes), strict=True):
             ours[name].copy_(part)
+
+
+def our_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; one that several modules share stands under its first name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def joined(parts: list[Tensor], entry: FileTensor) -> Tensor:
@@ -212,7 +217,10 @@ def config_from_file(cls: type, config: dict, names: dict[str, str], fixed: dict
         if value is None:
             continue
         kind = kinds[ours]
-        kind = next(arm for arm in get_args(kind) if arm is not type(None)) if type(kind) is types.UnionType else kind
+        if type(kind) is types.UnionType:  # `int | None`
+            kind = next(arm for arm in get_args(kind) if arm is not type(None))
+        elif get_origin(kind) is Literal:
+            kind = type(get_args(kind)[0])
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits:
             raise ValueError(f"{CONFIG} has {theirs}={value!r}; it must be of type {kind.__name__}")
@@ -272,7 +280,7 @@ class FolderModel(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the folder, tied weights once. Raises ValueError if it is a file."""
-        ours = dict(self.named_parameters())
+        ours = our_tensors(self)
         entries = self.layout(self.config).tensors
         tensors = {entry.key: joined([ours[name] for name in entry.parts], entry) for entry in entries}
         write_folder(folder, self.file_config(), tensors)
