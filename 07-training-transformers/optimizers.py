@@ -222,11 +222,7 @@ def root_mean_square(x: Tensor) -> float:
 # Muon: the nearest orthogonal matrix by five matrix polynomials
 
 
-QUINTIC = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan et al. 2024: a s + b s^3 + c s^5, steep at 0, in a band around 1 after that
+QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c of a s + b s^3 + c s^5 (Jordan et al. 2024): steep at 0, then near 1
 QUINTIC_STEPS = 5
 
 
@@ -247,7 +243,8 @@ def orthogonalise(
 
     With X = U S V^T the product X X^T is U S^2 U^T, so that a X + b (X X^T) X + c (X X^T)^2 X = U (a S + b S^3 + c S^5)
     V^T: a polynomial of the matrix is the same polynomial of each singular value, without any decomposition. Dividing
-    by the Frobenius norm first brings them all into (0, 1]. After 5 steps those that were above 0.0015 lie in [0.68, 1.21].
+    by the Frobenius norm first brings them all into (0, 1]. After 5 steps those that were above 0.0015 lie in
+    [0.68, 1.21]: these coefficients do not converge to 1, they lift small values fast.
 
     Shapes: (row, column) to the same; computed in `dtype` (that of the matrix if None).
     """
@@ -278,8 +275,8 @@ def muon_scale(shape: tuple[int, int], match: str) -> float:
 class Muon(RuleOptimizer):
     """Momentum, then every singular value of the step brought near 1 (Jordan et al. 2024); for hidden matrices alone.
 
-    torch.optim.Muon orthogonalises in bfloat16 always; here in float32, which a CPU multiplies faster, unless ns_dtype
-    names another dtype. Raises ValueError for a parameter that is not a matrix.
+    torch.optim.Muon orthogonalises in bfloat16 always; here in float32, which most CPUs multiply faster, unless
+    ns_dtype names another dtype. Raises ValueError for a parameter that is not a matrix.
     """
 
     def __init__(
@@ -432,11 +429,12 @@ def schedule_factor(
 ) -> float:
     """Share of the full learning rate at optimizer step `step` (0 to max_steps - 1) of `max_steps`.
 
-    A run that is measured in seconds may ask for any number up to max_steps. Every schedule rises in a straight line, (step + 1) / warmup_steps, then
+    Every schedule rises in a straight line, (step + 1) / warmup_steps, then
     constant stays; linear, cosine and polynomial (power 2) fall from 1 to min_lr_ratio, which they would reach at step
     max_steps; inverse_sqrt is sqrt(warmup_steps / (step + 1)), topic 05's `noam_factor` (a warm-up of 0 counts as 1);
     wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays, and falls in a straight line in the last
     cooldown_steps. A cooldown can be asked of the others as well: their value is multiplied by that fall.
+    A run that is measured in seconds may ask for steps between the whole ones.
 
     transformers' schedules start at 0, so that their first step moves nothing; these start at 1 / warmup_steps and
     reach 1 one step earlier. From step warmup_steps on, all but inverse_sqrt are equal to theirs.

@@ -1,0 +1,559 @@
+"""Topic 07 - Training experiments: every measurement of the chapter.
+
+python 07-training-transformers/training_transformers.py figures                   # all of them
+python 07-training-transformers/training_transformers.py figures optimizers width  # some of them
+
+Papers: McCandlish et al. 2018 (arXiv 1812.06162), the critical batch size; Yang et al. 2022 (arXiv 2203.03466), one
+learning rate for narrow and wide models; Hu et al. 2024 (arXiv 2404.06395), the schedule with a stable phase.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import nn
+
+from optimizers import (
+    GradientNoise,
+    build_optimizer,
+    gradient_noise_scale,
+    gradient_squares,
+    mup_groups,
+    parameter_groups,
+    scale_for_width,
+    schedule_factor,
+    set_learning_rates,
+)
+from packing import Batch, language_model_loss
+from sequence_modeling import document_batches, document_losses, gap_to_floor
+from training_transformers import TrainConfig, fit
+from transformer_architecture import (
+    CausalTransformer,
+    ModelConfig,
+    entropy_floor,
+    held_out_documents,
+    smooth,
+    start_as_identity,
+    tiny_world,
+)
+from workbench import (
+    Column,
+    RunConfig,
+    check_folder,
+    check_name,
+    check_range,
+    pick_device,
+    progress,
+    run_experiments,
+    save_figure,
+    save_results,
+    seed_everything,
+)
+
+SEQ_LEN = 64  # tokens in a row of every experiment here
+TUNING_SEED = 100  # learning rates are chosen with this seed, results come from seeds 0, 1, ...
+N_ROWS = 8192  # rows of training data that a seed draws; longer runs see them again
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """The experiments of the chapter, and their sizes."""
+
+    only: tuple[str, ...] = ()  # names of experiments; none means all
+    n_seeds: int = 3  # runs of every condition that is compared
+    n_documents: int = 400  # held-out documents to examine each model with
+    seconds: float = 8.0  # CPU seconds of training in the comparison of optimizers
+    schedule_steps: int = 300  # steps in the comparison of schedules
+    width_steps: int = 120  # steps of each model in the comparison of widths
+    target: float = 1.3  # held-out nats per token that every batch size has to reach
+    most_steps: int = 2000  # steps after which a batch size has failed
+    folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_seeds", "most_steps", least=1)
+        check_range(self, "schedule_steps", "width_steps", least=10)
+        check_range(self, "n_documents", least=2)
+        check_range(self, "seconds", "target", above=0)
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
+        check_folder(self.folder)
+
+    def save(self, name: str, columns: list[Column], rows: list[list], experiment: str, n_seeds: int = 0) -> None:
+        command = f"python 07-training-transformers/training_transformers.py figures {experiment}"
+        save_results(self.folder / "results.json", name, columns, rows, range(n_seeds or self.n_seeds), command)
+
+
+# What the experiments share: a small model, rows of TinyWorld, the distance to its entropy
+
+
+@functools.cache
+def training_rows(seed: int, n_rows: int) -> Batch:
+    """Rows of TinyWorld's train split, packed with whole documents: drawn once, so that no run pays for it."""
+    world, vocabulary = tiny_world()
+    inputs, targets = next(document_batches(world.stream(seed, split="train"), vocabulary, n_rows, SEQ_LEN, seed))
+    return {"inputs": inputs, "targets": targets}
+
+
+def batches_of(rows: Batch, batch_size: int, start: int = 0) -> Callable[[int], Batch]:
+    """The batch of each step: the next `batch_size` rows, from row `start` on and round again after the last."""
+    n_rows = len(rows["inputs"])
+
+    def batch(step: int) -> Batch:
+        chosen = (start + step * batch_size + torch.arange(batch_size)) % n_rows
+        return {name: tensor[chosen] for name, tensor in rows.items()}
+
+    return batch
+
+
+def new_model(seed: int, run: RunConfig, d_model: int = 64) -> CausalTransformer:
+    """Two blocks, four heads, rotary positions; every block starts as the identity."""
+    seed_everything(seed)
+    model = CausalTransformer(ModelConfig(d_model=d_model, d_ff=4 * d_model), len(tiny_world()[1]))
+    start_as_identity(model)
+    return model.to(pick_device(run.device))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training run gives; a run that diverged has a gap of infinity."""
+
+    gap: float  # held-out nats per token above the entropy floor
+    standard_error: float  # of the gap, from the draw of the held-out documents
+    n_steps: int
+    log: list[dict[str, float]]
+
+
+def train(
+    model: CausalTransformer,
+    config: TrainConfig,
+    seed: int,
+    n_documents: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Outcome:
+    """Train a model on the rows of a seed, and examine it on held-out documents."""
+    batches = batches_of(training_rows(seed, N_ROWS), config.batch_size)
+    try:
+        log = fit(model, batches, language_model_loss, config, optimizer=optimizer)
+    except ValueError as error:
+        if "had to be skipped" not in str(error):
+            raise
+        return Outcome(math.inf, 0.0, 0, [])
+    gap, standard_error = held_out_gap(model, n_documents)
+    return Outcome(gap, standard_error, int(log[-1]["step"]), log)
+
+
+def held_out_gap(model: nn.Module, n_documents: int) -> tuple[float, float]:
+    documents = held_out_documents(n_documents)
+    return gap_to_floor(document_losses(model, documents, tiny_world()[1]), documents)
+
+
+def best_rate(outcomes: dict[float, Outcome]) -> float:
+    return min(outcomes, key=lambda rate: outcomes[rate].gap)
+
+
+def shown_gap(gap: float) -> float | str:
+    return gap if math.isfinite(gap) else "diverged"
+
+
+# Optimizers at equal CPU time
+
+
+GRID = (0.25, 0.5, 1.0, 2.0)  # learning rates that every optimizer is tried with, as multiples of its own
+OPTIMIZER_RATES = {"momentum": 1.6, "adamw": 0.016, "adafactor": 0.16, "lion": 4e-3, "lamb": 0.04, "muon": 0.064}
+LION_BETA2 = 0.99  # as Chen et al. 2023; the others have the default
+
+
+def optimizer_run(name: str, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> Outcome:
+    """Train the small model for `config.seconds` of CPU time; the rate falls in a straight line over that time."""
+    settings = TrainConfig(
+        optimizer=name,
+        learning_rate=rate,
+        schedule="linear",
+        min_lr_ratio=0.0,
+        max_steps=400,
+        warmup_steps=20,
+        beta2=LION_BETA2 if name == "lion" else 0.95,
+        budget=config.seconds,
+        clock="cpu",
+    )
+    return train(new_model(seed, run), settings, seed, config.n_documents)
+
+
+def optimizers(config: FiguresConfig, run: RunConfig) -> None:
+    """Six optimizers at equal CPU time.
+
+    Predicted before the first run: Muon comes nearest to the floor although its steps cost more; Adafactor within a
+    fifth of AdamW's gap; Lion and LAMB behind AdamW, by less than a half; momentum last, with three times AdamW's gap.
+    """
+    grid = {name: {} for name in OPTIMIZER_RATES}
+    for name, factor in progress([(name, factor) for name in grid for factor in GRID], "tuning"):
+        rate = factor * OPTIMIZER_RATES[name]
+        grid[name][rate] = optimizer_run(name, rate, TUNING_SEED, config, run)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in grid}
+    for seed in progress(range(config.n_seeds), "seeds"):
+        for name in grid:  # in turns: a busy moment of the machine hits all alike
+            outcomes[name].append(optimizer_run(name, best_rate(grid[name]), seed, config, run))
+    columns = [Column("optimizer", digits="s"), *(Column(f"{factor:g} x", "", ".3f") for factor in GRID)]
+    columns.insert(1, Column("rate at 1 x", "", "g"))
+    rows = [
+        [name, OPTIMIZER_RATES[name], *(shown_gap(outcome.gap) for outcome in tried.values())]
+        for name, tried in grid.items()
+    ]
+    config.save("optimizer-grid", columns, rows, "optimizers", n_seeds=1)
+    columns = [
+        Column("optimizer", digits="s"),
+        Column("learning rate", "", "g"),
+        Column("gap to the floor", "nats per token", ".3f"),
+        Column("standard error of one gap", "nats per token", ".3f"),
+        Column("steps", "", ".0f"),
+    ]
+    rows = [
+        [
+            name,
+            best_rate(grid[name]),
+            [outcome.gap for outcome in found],
+            float(np.mean([outcome.standard_error for outcome in found])),
+            [outcome.n_steps for outcome in found],
+        ]
+        for name, found in outcomes.items()
+    ]
+    config.save("optimizers", columns, rows, "optimizers")
+    figure = plot_optimizers({name: [outcome.log for outcome in found] for name, found in outcomes.items()},
+                             entropy_floor(config.n_documents), config.seconds)  # fmt: skip
+    save_figure(figure, config.folder / "optimizers.svg")
+
+
+def plot_optimizers(logs: dict[str, list[list[dict]]], floor: float, seconds: float) -> Figure:
+    """Training loss above the entropy floor against CPU time and against steps, averaged over seeds and smoothed."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for name, runs in logs.items():
+        n_rows = min(len(log) for log in runs)
+        gaps = np.mean([[row["loss"] - floor for row in log[:n_rows]] for log in runs], axis=0)
+        averaged = smooth(gaps, 3)
+        steps = np.mean([[row["step"] for row in log[:n_rows]] for log in runs], axis=0)[-len(averaged) :]
+        axes[0].plot(seconds * steps / np.mean([log[-1]["step"] for log in runs]), averaged, label=name)
+        axes[1].plot(steps, averaged, label=name)
+    axes[0].set(xlabel="CPU seconds", ylabel="training loss above the floor (nats)", yscale="log")
+    axes[1].set(xlabel="steps")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+# Learning rate and width
+
+
+WIDTHS = (32, 64, 128, 256)
+WIDTH_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+PARAMETRISATIONS = ("standard", "μP")
+
+
+def width_run(kind: str, d_model: int, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> Outcome:
+    """A short run at one width: the usual parametrisation, or μP with the first of WIDTHS as its base."""
+    model, steps = new_model(seed, run, d_model), config.width_steps
+    if kind == "μP":
+        scale_for_width(model, WIDTHS[0])
+        groups = mup_groups(model, WIDTHS[0], rate, 0.1)
+    else:
+        groups = parameter_groups(model, 0.1)
+    optimizer = torch.optim.AdamW(groups, rate, (0.9, 0.95), fused=True)
+    settings = TrainConfig(
+        batch_size=4,
+        max_steps=steps,
+        warmup_steps=steps // 10,
+        learning_rate=rate,
+        schedule="linear",
+        min_lr_ratio=0.0,
+    )
+    return train(model, settings, seed, config.n_documents // 2, optimizer)
+
+
+def width(config: FiguresConfig, run: RunConfig) -> None:
+    """The best learning rate at four widths, in the usual parametrisation and in μP.
+
+    Predicted before the first run: the best rate of the usual parametrisation falls at least fourfold from width 32 to
+    256, that of μP stays within a factor of 2; at width 256 the rate that was best at 32 costs the usual
+    parametrisation more than 0.1 nats, and μP less than 0.02.
+    """
+    places = [(kind, d_model) for kind in PARAMETRISATIONS for d_model in WIDTHS]
+    gaps: dict[tuple, dict[float, float]] = {place: {} for place in places}
+    for place, rate in progress([(place, rate) for place in places for rate in WIDTH_RATES], "width"):
+        same = gaps[("standard", place[1])].get(rate) if place[1] == WIDTHS[0] else None  # equal at the base width
+        gaps[place][rate] = width_run(*place, rate, TUNING_SEED, config, run).gap if same is None else same
+    best = {place: min(by_rate, key=by_rate.get) for place, by_rate in gaps.items()}
+    columns = [Column("parametrisation", digits="s"), Column("width", "", "d")]
+    columns += [Column(f"{rate:g}", "", ".3f") for rate in WIDTH_RATES]
+    rows = [[*place, *(shown_gap(gap) for gap in by_rate.values())] for place, by_rate in gaps.items()]
+    config.save("width-grid", columns, rows, "width", n_seeds=1)
+    rows = []
+    for kind, d_model in progress(places, "seeds"):
+        rates = best[kind, d_model], best[kind, WIDTHS[0]]
+        own, moved = (
+            [width_run(kind, d_model, rate, seed, config, run).gap for seed in range(config.n_seeds)] for rate in rates
+        )
+        rows.append([kind, d_model, rates[0], own, rates[1], moved])
+    columns = columns[:2] + [Column("best rate", "", "g"), Column("gap", "nats per token", ".3f")]
+    columns += [Column(f"best rate at width {WIDTHS[0]}", "", "g"), Column("gap with that", "nats per token", ".3f")]
+    config.save("width", columns, rows, "width")
+    save_figure(plot_widths(gaps), config.folder / "width.svg")
+
+
+def plot_widths(gaps: dict[tuple, dict[float, float]]) -> Figure:
+    """Gap against learning rate, a line for each width and a panel for each parametrisation; the best is marked."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, kind in zip(axes, PARAMETRISATIONS, strict=True):
+        for d_model in WIDTHS:
+            finite = {rate: gap for rate, gap in gaps[kind, d_model].items() if math.isfinite(gap)}
+            (line,) = axis.plot(finite.keys(), finite.values(), label=f"width {d_model}")
+            best = min(finite, key=finite.get)
+            axis.plot(best, finite[best], "o", color=line.get_color())
+        axis.set(title=kind, xlabel="learning rate", xscale="log")
+    axes[0].set(ylabel="gap to the floor (nats per token)", yscale="log")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+# How large a batch is worth its samples
+
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+NOISE_PARTS, NOISE_ROWS = 64, 2  # micro-batches of a measurement of the noise scale, and rows in each
+N_EXAMINED = 100  # held-out documents that say whether the target is reached
+
+
+def held_out_loss(model: nn.Module) -> float:
+    documents = held_out_documents(N_EXAMINED)
+    return sum(document_losses(model, documents, tiny_world()[1])) / sum(len(doc.tokens) for doc in documents)
+
+
+def steps_to_target(batch_size: int, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> float:
+    """Steps of AdamW at a constant rate (after 10 of warm-up) until the held-out loss is at the target.
+
+    The loss is examined about every tenth of the steps so far, and between two examinations interpolated on a
+    logarithmic axis of steps. Infinite if most_steps do not suffice or the loss is not finite.
+    """
+    model = new_model(seed, run)
+    optimizer = build_optimizer(model, "adamw", rate)
+    batches = batches_of(training_rows(seed, N_ROWS), batch_size)
+    before, next_look = (1, math.log(model.vocab_size)), 8
+    for step in range(config.most_steps):
+        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 10, 10))
+        if step + 1 == next_look:
+            now, next_look = (next_look, held_out_loss(model)), math.ceil(1.1 * next_look)
+            if not math.isfinite(now[1]):
+                return math.inf
+            if now[1] <= config.target:
+                share = (before[1] - config.target) / (before[1] - now[1])
+                return before[0] * (now[0] / before[0]) ** share
+            before = now
+    return math.inf
+
+
+def take_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    loss, count = language_model_loss(model, batch)
+    optimizer.zero_grad()
+    (loss / count).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    set_learning_rates(optimizer, factor)
+    optimizer.step()
+
+
+def critical_batch(sizes: Iterable[int], steps: Iterable[float]) -> tuple[float, float]:
+    """(S_min, E_min) of (S / S_min - 1)(E / E_min - 1) = 1 with E = size * S (McCandlish et al. 2018, equation 2.11).
+
+    That is S = S_min (1 + B / size) with the critical batch size B = E_min / S_min, fitted to the logarithms of the
+    steps: the best S_min for each B in closed form, the best B among 4,000 on a logarithmic scale.
+    """
+    sizes, logs = np.asarray(list(sizes), dtype=float), np.log(list(steps))
+    candidates = np.geomspace(sizes.min() / 10, sizes.max() * 10, 4000)
+    rises = np.log1p(candidates[:, None] / sizes)  # (candidates, sizes)
+    offsets = (logs - rises).mean(axis=1)
+    best = np.square(logs - rises - offsets[:, None]).sum(axis=1).argmin()
+    return float(np.exp(offsets[best])), float(np.exp(offsets[best]) * candidates[best])
+
+
+def measure_noise(model: nn.Module, rows: Batch, start: int) -> GradientNoise:
+    """The noise scale, in rows, from micro-batches of NOISE_ROWS rows and the batch of all of them."""
+    batches = batches_of(rows, NOISE_ROWS, start)
+    parts = (language_model_loss(model, batches(index)) for index in range(NOISE_PARTS))
+    squares, square = gradient_squares(model, (loss / count for loss, count in parts))
+    return gradient_noise_scale(squares, [square], NOISE_ROWS, NOISE_ROWS * NOISE_PARTS)
+
+
+def noise_along_training(rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> list[tuple[float, float]]:
+    """(held-out loss, noise scale in rows) along a run with batches of 8, from the first step to the target."""
+    model, found = new_model(seed, run), []
+    optimizer, rows = build_optimizer(model, "adamw", rate), training_rows(seed, N_ROWS)
+    batches, next_look = batches_of(rows, 8), 1
+    for step in range(config.most_steps):
+        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 10, 10))
+        if step + 1 == next_look:
+            next_look = math.ceil(1.5 * next_look)
+            found.append((held_out_loss(model), measure_noise(model, rows, N_ROWS // 2).scale))
+            if found[-1][0] <= config.target:
+                break
+    return found
+
+
+def batch(config: FiguresConfig, run: RunConfig) -> None:
+    """Steps and rows to one loss at seven batch sizes, and the gradient noise scale on the way.
+
+    Predicted before the first run: the hyperbola fits every size within 20 %; the critical batch size lies between 4
+    and 32 rows; the noise scale grows along the run and at its end is within a factor of 3 of it.
+    """
+    tried = [(size, rate) for size in BATCH_SIZES for rate in BATCH_RATES]
+    grid = {pair: steps_to_target(*pair, TUNING_SEED, config, run) for pair in progress(tried, "tuning")}
+    best = {size: min(BATCH_RATES, key=lambda rate, size=size: grid[size, rate]) for size in BATCH_SIZES}
+    columns = [Column("rows in a batch", "", "d"), *(Column(f"{rate:g}", "steps", ".0f") for rate in BATCH_RATES)]
+    rows = [[size, *(shown_steps(grid[size, rate]) for rate in BATCH_RATES)] for size in BATCH_SIZES]
+    config.save("batch-grid", columns, rows, "batch", n_seeds=1)
+    seeds = range(config.n_seeds)
+    steps = {
+        size: [steps_to_target(size, rate, seed, config, run) for seed in seeds]
+        for size, rate in progress(best.items(), "seeds")
+    }
+    reached = {size: found for size, found in steps.items() if all(map(math.isfinite, found))}
+    fits = [critical_batch(reached, [found[seed] for found in reached.values()]) for seed in seeds]
+    least, fewest = np.exp(np.log(fits).mean(axis=0))
+    columns = [
+        Column("rows in a batch", "", "d"),
+        Column("learning rate", "", "g"),
+        Column("steps", "", ".0f"),
+        Column("rows in all", "", ".0f"),
+        Column("steps by the fitted curve", "", ".0f"),
+    ]
+    rows = [
+        [size, best[size], found, [size * n_steps for n_steps in found], least * (1 + fewest / least / size)]
+        for size, found in reached.items()
+    ]
+    config.save("batch", columns, rows, "batch")
+    noise = [noise_along_training(best[8], seed, config, run) for seed in progress(seeds, "noise scale")]
+    rows = [
+        ["fewest steps, S_min", [s for s, _ in fits]],
+        ["fewest rows, E_min", [e for _, e in fits]],
+        ["critical batch size in rows, E_min / S_min", [e / s for s, e in fits]],
+        ["noise scale in rows, first step", [found[0][1] for found in noise]],
+        ["noise scale in rows, at the target", [found[-1][1] for found in noise]],
+    ]
+    config.save("noise-scale", [Column("Measured", digits="s"), Column("value", "", ".1f")], rows, "batch")
+    save_figure(plot_batches(reached, least, fewest, noise), config.folder / "batch.svg")
+
+
+def shown_steps(steps: float) -> float | str:
+    return steps if math.isfinite(steps) else "not reached"
+
+
+def plot_batches(
+    steps: dict[int, list[float]], least: float, fewest: float, noise: list[list[tuple[float, float]]]
+) -> Figure:
+    """Left: steps against rows, measured and fitted. Right: the noise scale as the loss falls."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    sizes = np.geomspace(min(steps) / 2, max(steps) * 2, 200)
+    curve = least * (1 + fewest / least / sizes)
+    left.loglog(sizes * curve, curve, color="grey", label="fitted curve")
+    for size, found in steps.items():
+        mean = float(np.mean(found))
+        left.plot([size * n_steps for n_steps in found], found, "o", color="C0", ms=4)
+        left.annotate(f"{size}", (size * mean, mean), xytext=(5, 4), textcoords="offset points")
+    left.axhline(least, color="black", ls=":", lw=1)
+    left.axvline(fewest, color="black", ls=":", lw=1)
+    left.set(xlabel="rows to the target", ylabel="steps to the target")
+    left.legend(frameon=False)
+    for index, found in enumerate(noise):
+        right.plot(*zip(*found, strict=True), "o-", ms=3, label=f"noise scale, seed {index}")
+    right.axhline(fewest / least, color="black", ls="--", label="critical batch size")
+    right.invert_xaxis()
+    right.set(xlabel="held-out loss (nats per token)", ylabel="rows", yscale="log")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+# Schedules at equal steps
+
+
+SCHEDULE_RATES = (4e-3, 8e-3, 1.6e-2)
+COMPARED_SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+def schedule_run(name: str, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> Outcome:
+    steps = config.schedule_steps
+    settings = TrainConfig(
+        max_steps=steps,
+        warmup_steps=steps // 15,
+        cooldown_steps=steps // 5 if name == "wsd" else 0,
+        schedule=name,
+        min_lr_ratio=0.0,
+        learning_rate=rate,
+    )
+    return train(new_model(seed, run), settings, seed, config.n_documents)
+
+
+def schedules(config: FiguresConfig, run: RunConfig) -> None:
+    """Four schedules at equal steps, each at the best of three rates.
+
+    Predicted before the first run: linear and cosine within two standard errors of each other; wsd, whose cooldown
+    takes a fifth of the steps, within 5 % of cosine; constant last, with a gap at least 30 % larger.
+    """
+    tried = [(name, rate) for name in COMPARED_SCHEDULES for rate in SCHEDULE_RATES]
+    grid: dict[str, dict[float, Outcome]] = {name: {} for name in COMPARED_SCHEDULES}
+    for name, rate in progress(tried, "tuning"):
+        grid[name][rate] = schedule_run(name, rate, TUNING_SEED, config, run)
+    chosen = {name: best_rate(by_rate) for name, by_rate in grid.items()}
+    outcomes = {
+        name: [schedule_run(name, rate, seed, config, run) for seed in range(config.n_seeds)]
+        for name, rate in progress(chosen.items(), "seeds")
+    }
+    columns = [Column("schedule", digits="s"), *(Column(f"gap at {rate:g}", "", ".3f") for rate in SCHEDULE_RATES)]
+    columns += [
+        Column("best rate", "", "g"),
+        Column("gap to the floor", "nats per token", ".3f"),
+        Column("standard error of one gap", "nats per token", ".3f"),
+    ]
+    rows = [
+        [
+            name,
+            *(shown_gap(outcome.gap) for outcome in grid[name].values()),
+            chosen[name],
+            [outcome.gap for outcome in found],
+            float(np.mean([outcome.standard_error for outcome in found])),
+        ]
+        for name, found in outcomes.items()
+    ]
+    config.save("schedules", columns, rows, "schedules")
+    logs = {name: [outcome.log for outcome in found] for name, found in outcomes.items()}
+    save_figure(plot_schedules(config, logs, entropy_floor(config.n_documents)), config.folder / "schedules.svg")
+
+
+def plot_schedules(config: FiguresConfig, logs: dict[str, list[list[dict]]], floor: float) -> Figure:
+    """Left: the four schedules. Right: training loss above the floor, averaged over seeds and smoothed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    steps = config.schedule_steps
+    for name, runs in logs.items():
+        cooldown = steps // 5 if name == "wsd" else 0
+        left.plot([schedule_factor(name, step, steps, steps // 15, cooldown) for step in range(steps)], label=name)
+        averaged = smooth(np.mean([[row["loss"] - floor for row in log] for log in runs], axis=0), 5)
+        right.plot([row["step"] for row in runs[0]][-len(averaged) :], averaged, label=name)
+    left.set(xlabel="step", ylabel="share of the full rate")
+    right.set(xlabel="step", ylabel="training loss above the floor (nats)", yscale="log")
+    right.legend(frameon=False)
+    return figure
+
+
+EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
+    "optimizers": (optimizers, 480),
+    "width": (width, 330),
+    "batch": (batch, 330),
+    "schedules": (schedules, 220),
+}
+
+
+def figures(config: FiguresConfig, run: RunConfig) -> None:
+    """Run the chapter's experiments; write their figures, results.json and the chapter's tables."""
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
+    training_rows.cache_clear()
