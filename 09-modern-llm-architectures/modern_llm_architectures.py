@@ -1,13 +1,16 @@
 """Topic 09 - Modern LLM Architectures: one decoder family that is Llama, Mistral, Qwen3, Mixtral and DeepSeek-V3.
 
-python 09-modern-llm-architectures/modern_llm_architectures.py          # the demo
-python 09-modern-llm-architectures/modern_llm_architectures.py --help
+python 09-modern-llm-architectures/modern_llm_architectures.py         # train one, save it, load it in transformers
+python 09-modern-llm-architectures/modern_llm_architectures.py size    # what the published models cost
+python 09-modern-llm-architectures/modern_llm_architectures.py size --checkpoint path/to/a/folder
 
 Touvron et al. 2023 (Llama 2, arXiv 2307.09288), Jiang et al. 2023 (Mistral, arXiv 2310.06825), Yang et al. 2025 (Qwen3,
 arXiv 2505.09388), Jiang et al. 2024 (Mixtral, arXiv 2401.04088), DeepSeek-AI 2024 (V3, arXiv 2412.19437).
 """
 
 import json
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -33,8 +36,21 @@ from llm_layers import (
     soft_cap,
 )
 from mixture_of_experts import MixtureOfExperts, SigmoidRouter, SoftmaxRouter, load_balance_loss
-from sequence_modeling import check_token_ids
-from workbench import shown, write_atomically
+from packing import language_model_loss
+from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, check_token_ids
+from tiny_world import join
+from training_transformers import TrainConfig, WorldBatches, fit, world_losses
+from transformer_architecture import held_out_documents, tiny_world
+from workbench import (
+    RunConfig,
+    announce,
+    check_range,
+    largest_difference,
+    run_verbs,
+    seed_everything,
+    shown,
+    write_atomically,
+)
 
 # The model
 
@@ -210,3 +226,87 @@ class CausalLM(nn.Module):
         text = json.dumps(config_to_folder(self.config) | {"dtype": kind, "torch_dtype": kind}, indent=2)
         write_atomically(folder / WEIGHTS, safetensors_bytes(tensors, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG, text.encode() + b"\n")
+
+
+# The verbs
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    max_steps: int = 1000  # optimizer steps
+    learning_rate: float = 7e-3  # the peak
+    d_model: int = 64  # width of the residual stream
+    n_layers: int = 2  # blocks
+    n_documents: int = 500  # held-out documents
+
+    def __post_init__(self) -> None:
+        check_range(self, "max_steps", "d_model", "n_layers", least=1)
+        check_range(self, "n_documents", least=2)
+
+
+def demo(config: DemoConfig, run: RunConfig) -> None:
+    """Train a small Qwen3 on TinyWorld, save it as a Hugging Face folder, and let transformers compute the same."""
+    announce(f"train a model of {config.n_layers} blocks for {config.max_steps} steps", 60)
+    seed_everything(run.seed)
+    vocabulary, held_out = tiny_world()[1], held_out_documents(config.n_documents)
+    d_head = max(2, config.d_model // 8 * 2)
+    ids = {"pad_id": PAD_ID, "bos_id": BOS_ID, "eos_id": EOS_ID}
+    sizes = (len(vocabulary), config.d_model, config.n_layers, 4, 2, d_head, 3 * config.d_model, 256)
+    model = CausalLM(ModelConfig(*sizes, qk_norm=True, **ids))
+    training = TrainConfig(max_steps=config.max_steps, learning_rate=config.learning_rate, warmup_steps=0)
+    training = replace(training, warmup_steps=min(50, config.max_steps // 4))
+    fit(model, WorldBatches(training, run.seed), language_model_loss, training)
+    scores = world_losses(model.eval(), held_out, vocabulary)
+    print(
+        f"held-out loss {scores['held_out']:.4f} nats per token, {scores['gap']:.4f} ± {scores['gap_error']:.4f} above "
+        f"the entropy floor (uniform guessing: {math.log(len(vocabulary)):.3f})"
+    )
+    generator = torch.Generator().manual_seed(run.seed)
+    samples = model.generate(torch.full((3, 1), BOS_ID), SamplingConfig(60), generator=generator)
+    for row in samples.tolist():
+        print(f"  {join(vocabulary.decode(row[: row.index(EOS_ID)] if EOS_ID in row else row))}")
+    model.save_pretrained(run.out)
+    print(f"saved in {shown(run.out)}; transformers' logits differ by {difference_from_library(model, run.out):.1e}")
+
+
+def difference_from_library(model: CausalLM, folder: Path) -> float:
+    """The largest difference between our logits and those of transformers' class, loaded from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    token_ids = torch.arange(model.config.vocab_size)[:64][None]
+    with torch.no_grad():
+        return largest_difference(model(token_ids), theirs(token_ids).logits)
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    checkpoint: Path | None = None  # a folder whose config.json is read; without one, published models
+    seq_len: int = 4096  # tokens of a sequence
+
+    def __post_init__(self) -> None:
+        check_range(self, "seq_len", least=1)
+
+
+def size(config: SizeConfig) -> None:
+    """What models cost: parameters, active parameters, FLOPs per token, cache bytes."""
+    from llm_calculators import PUBLISHED, count_parameters, forward_flops, kv_bytes
+
+    models = PUBLISHED
+    if config.checkpoint:
+        models = {shown(config.checkpoint): config_from_folder(read_config(config.checkpoint))}
+    print(f"{'model':18} {'parameters':>16} {'active':>16} {'GFLOP/token':>12} {'weights':>9} {'cache':>9}")
+    for name, model in models.items():
+        counted, flops = count_parameters(model), forward_flops(model, config.seq_len)
+        cache = kv_bytes(model, config.seq_len) / 2**20
+        row = f"{counted.total:16,} {counted.active:16,} {sum(flops.values()) / 1e9:12.1f}"
+        print(f"{name:18} {row} {2 * counted.total / 2**30:5.1f} GiB {cache:5.0f} MiB")
+    print(f"bf16 weights and cache; one sequence of {config.seq_len} tokens, FLOPs are its mean, forward only")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_verbs(__doc__, {"demo": (demo, DemoConfig, RunConfig), "size": (size, SizeConfig)}, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -387,3 +387,27 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         model(some_ids(1, 3), is_real=torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no experts to balance"):
         model.load_balance_loss()
+
+
+# The verbs
+
+
+def test_demo_trains_below_chance_and_its_folder_computes_the_same_in_transformers(tmp_path, capsys) -> None:
+    small = ["--max-steps", "12", "--d-model", "16", "--n-documents", "20", "--out", str(tmp_path)]
+    topic.main(["demo", *small])
+    shown = capsys.readouterr().out
+    loss, chance = (
+        float(part.split()[0])
+        for part in (shown.split("held-out loss ")[1], shown.split("guessing: ")[1][:-1].replace(")", " "))
+    )
+    assert loss < chance and float(shown.split("differ by ")[1]) < 1e-5
+    topic.main(["size", "--checkpoint", str(tmp_path)])
+    assert f"{sum(p.numel() for p in CausalLM.from_pretrained(tmp_path).parameters()):,}" in capsys.readouterr().out
+
+
+def test_size_lists_published_models_and_refuses_a_missing_folder(capsys) -> None:
+    topic.main(["size"])
+    assert "6,738,415,616" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        topic.main(["size", "--checkpoint", "/nowhere"])
+    assert ended.value.code == 2 and "/nowhere is not a folder" in capsys.readouterr().err
