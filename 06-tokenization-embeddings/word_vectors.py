@@ -3,24 +3,42 @@
 python 06-tokenization-embeddings/word_vectors.py                          # three methods on TinyWorld, scored
 python 06-tokenization-embeddings/word_vectors.py neighbours Anna garden   # the nearest words of your own words
 
-TinyWorld's words belong to classes (towns, jobs, foods, ...), so "the nearest word is of the same class" is a fact to
-count, not an anecdote. Mikolov et al. 2013 (skip-gram, negative sampling), Pennington et al. 2014 (GloVe), Levy and
-Goldberg 2014 (what skip-gram factorises).
+TinyWorld's words belong to classes (towns, jobs, foods, ...) and stand in known relations (baker is to bakers as nurse
+to nurses), so neighbours and analogies are counted, not shown as anecdotes. Mikolov et al. 2013 (arXiv 1310.4546:
+skip-gram, negative sampling, subsampling), Pennington et al. 2014 (GloVe), Levy and Goldberg 2014 (what skip-gram
+factorises), Linzen 2016 (arXiv 1606.07736: what an analogy test measures without its offset).
 """
 
+import itertools
 import math
+import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiny_world import FEMALE, MALE, SURNAMES, WORD_CLASSES, World
+from prerequisites import pca
+from tiny_world import FEMALE, MALE, SURNAMES, VERBS, WORD_CLASSES, World
 from workbench import RunConfig, announce, check_range, progress, run_verbs, seed_everything
 
 CLASSES = {**WORD_CLASSES, "women": FEMALE, "men": MALE, "surnames": SURNAMES}
 METHODS = ("sgns", "glove", "pmi")
+RELATIONS: dict[str, list[tuple[str, str]]] = {  # what the grammar fixes about two words: pairs of the same relation
+    "pronoun of a name": [*((name, "she") for name in FEMALE), *((name, "he") for name in MALE)],
+    "opposite direction": [("above", "below"), ("below", "above"), ("left", "right"), ("right", "left")],
+    "verb in a question": [("lives", "live"), ("works", "work"), ("owns", "own"), ("likes", "like")],
+    "verb with a plural": list(zip(VERBS["one"], VERBS["many"], strict=True)),
+    "plural of a job": [(job, job + "s") for job in WORD_CLASSES["jobs"]],
+    "plural of a good": [(good[:-1], good) for good in WORD_CLASSES["goods"]],
+    "next number": [(str(number), str(number + 1)) for number in range(40)],
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,20 @@ class NeighboursConfig:
 # Counting
 
 
+def subsample(documents: Iterable[list[str]], threshold: float, generator: random.Random) -> list[list[str]]:
+    """Drop each word with probability 1 - sqrt(threshold / its share of all words), if that is positive.
+
+    Mikolov et al. 2013, equation 5. What is left moves together, so a window reaches further.
+    """
+    documents = list(documents)
+    if not threshold > 0:
+        raise ValueError(f"threshold must be above 0, got {threshold}; a value of 1 keeps every word")
+    frequency = Counter(word for document in documents for word in document)
+    total = sum(frequency.values())
+    kept = {word: math.sqrt(threshold * total / count) for word, count in frequency.items()}
+    return [[word for word in document if generator.random() < kept[word]] for document in documents]
+
+
 def cooccurrences(documents: Iterable[list[str]], window_size: int) -> tuple[Tensor, list[str]]:
     """How often each word stands within `window_size` words of each other one; and the words, the commonest first.
 
@@ -74,14 +106,26 @@ def cooccurrences(documents: Iterable[list[str]], window_size: int) -> tuple[Ten
     return counts + counts.T, vocab
 
 
-def shifted_pmi(counts: Tensor, n_negatives: int = 1) -> Tensor:
-    """ln p(word, context) / (p(word) p(context)) - ln k in nats; -inf for pairs that never met (Levy and Goldberg).
+def noise_shares(counts: Tensor, power: float) -> Tensor:
+    """How often each word is drawn as a negative: its frequency to a power, normalised (Mikolov et al. 2013: 3/4).
+
+    Shapes:
+        counts: (vocab, vocab) -> (vocab)
+    """
+    weights = counts.sum(0) ** power  # (vocab)
+    return weights / weights.sum()
+
+
+def shifted_pmi(counts: Tensor, n_negatives: int = 1, power: float = 1.0) -> Tensor:
+    """ln p(word, context) / (p(word) q(context)) - ln k in nats; -inf for pairs that never met (Levy and Goldberg).
+
+    q is the noise: the frequency of the context to `power`, normalised. With power 1 it is p(context) and the result
+    is the pointwise mutual information, shifted.
 
     Shapes:
         counts: (vocab, vocab) -> the same
     """
-    total = counts.sum()
-    expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / total  # (vocab, vocab)
+    expected = counts.sum(1, keepdim=True) * noise_shares(counts, power)  # (vocab, vocab)
     return (counts / expected).log() - math.log(n_negatives)
 
 
@@ -124,19 +168,68 @@ def sgns_gradients(word: Tensor, context: Tensor, negatives: Tensor) -> tuple[Te
     return by_word / n_pairs, error * word / n_pairs, errors * word[:, None] / n_pairs
 
 
-def sgns_vectors(counts: Tensor, config: VectorConfig, generator: torch.Generator) -> tuple[Tensor, list[float]]:
+def expected_sgns_loss(words: Tensor, contexts: Tensor, counts: Tensor, n_negatives: int, power: float = 1.0) -> Tensor:
+    """The mean of `sgns_loss` over all pairs and all negatives that could be drawn, in nats: nothing is sampled.
+
+    Shapes:
+        words, contexts: (vocab, d_model); counts: (vocab, vocab)
+    """
+    scores = words @ contexts.T  # (vocab, vocab)
+    share = (counts / counts.sum()).to(scores.dtype)  # (vocab, vocab)
+    false = share.sum(1, keepdim=True) * noise_shares(counts, power).to(scores.dtype)  # (vocab, vocab)
+    return -(share * F.logsigmoid(scores) + n_negatives * false * F.logsigmoid(-scores)).sum()
+
+
+class SkipGram(NamedTuple):
+    """What skip-gram learns. The scores are words @ contexts.T; the word vectors are the ones that are used."""
+
+    words: Tensor  # (vocab, d_model)
+    contexts: Tensor  # (vocab, d_model)
+    losses: list[float]  # nats per pair, of every step
+
+
+def random_vectors(vocab_size: int, d_model: int, generator: torch.Generator) -> list[Tensor]:
+    """Words and contexts as normal numbers of variance 1 / d_model: scores start about as large as 1 / sqrt(d_model).
+
+    Shapes:
+        each (vocab, d_model)
+    """
+    scale = 1 / math.sqrt(d_model)
+    return [(torch.randn(vocab_size, d_model, generator=generator) * scale).requires_grad_() for _ in range(2)]
+
+
+def minimise_expected_loss(
+    counts: Tensor, n_negatives: int, power: float, config: VectorConfig, generator: torch.Generator
+) -> SkipGram:
+    """Skip-gram without sampling: Adam on `expected_sgns_loss`, at a falling rate. For small vocabularies.
+
+    Shapes:
+        counts: (vocab, vocab)
+    """
+    words, contexts = random_vectors(len(counts), config.d_model, generator)
+    optimizer = torch.optim.Adam([words, contexts], lr=config.learning_rate)
+    losses = []
+    for step in progress(range(config.max_steps), "skip-gram, expected loss"):
+        loss = expected_sgns_loss(words, contexts, counts, n_negatives, power)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - step / config.max_steps)
+        optimizer.step()
+        losses.append(loss.item())
+    return SkipGram(words.detach(), contexts.detach(), losses)
+
+
+def sgns_vectors(counts: Tensor, config: VectorConfig, generator: torch.Generator) -> SkipGram:
     """Skip-gram with negative sampling: pairs drawn as often as they occur, negatives by frequency to the 3/4.
 
     Shapes:
-        counts: (vocab, vocab) -> vectors (vocab, d_model), and the loss of each step in nats
+        counts: (vocab, vocab)
     """
     vocab_size = len(counts)
-    scale = 1 / math.sqrt(config.d_model)
-    words, contexts = (
-        (torch.randn(vocab_size, config.d_model, generator=generator) * scale).requires_grad_() for _ in range(2)
-    )
+    words, contexts = random_vectors(vocab_size, config.d_model, generator)
     optimizer = torch.optim.Adam([words, contexts], lr=config.learning_rate)
-    pair_weights, noise = counts.flatten().cumsum(0), counts.sum(1) ** 0.75
+    pair_weights, noise = counts.flatten().cumsum(0), noise_shares(counts, 0.75)
     losses = []
     for _ in progress(range(config.max_steps), "skip-gram"):
         draws = torch.rand(config.batch_size, generator=generator, dtype=torch.float64) * pair_weights[-1]
@@ -149,7 +242,7 @@ def sgns_vectors(counts: Tensor, config: VectorConfig, generator: torch.Generato
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return words.detach(), losses
+    return SkipGram(words.detach(), contexts.detach(), losses)
 
 
 def glove_loss(
@@ -172,10 +265,11 @@ def glove_vectors(counts: Tensor, config: VectorConfig, generator: torch.Generat
     Shapes:
         counts: (vocab, vocab) -> vectors (vocab, d_model), and the loss of each step
     """
-    counts, scale = counts.float(), 1 / math.sqrt(config.d_model)
-    words, contexts = (torch.randn(len(counts), config.d_model, generator=generator) * scale for _ in range(2))
-    parameters = [words, contexts, torch.zeros(len(counts)), torch.zeros(len(counts))]
-    optimizer = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], lr=config.learning_rate)
+    counts = counts.float()
+    words, contexts = random_vectors(len(counts), config.d_model, generator)
+    biases = [torch.zeros(len(counts), requires_grad=True) for _ in range(2)]
+    parameters = [words, contexts, *biases]
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     losses = []
     for _ in progress(range(max(1, config.max_steps // 5)), "GloVe"):
         loss = glove_loss(*parameters, counts)
@@ -224,6 +318,76 @@ def chance_precision(vocab: list[str]) -> float:
     return sum(shares) / len(shares)
 
 
+class AnalogyScore(NamedTuple):
+    """Shares of the questions a : b = c : ? (fraction 0..1) that are answered with exactly the right word."""
+
+    n_questions: int
+    offset: float  # the nearest word to b - a + c, a, b and c left out (3CosAdd, Mikolov et al. 2013)
+    alone: float  # the nearest word to b or to c, whichever is right more often: no analogy is drawn
+    right_kind: float  # 3CosAdd answers with any second word of the relation
+    chance: float  # a random word
+
+
+def score_analogies(vectors: Tensor, vocab: list[str], pairs: list[tuple[str, str]]) -> AnalogyScore:
+    """Ask for every two pairs (a, b) and (c, d) of one relation, all four words different: a : b = c : ?
+
+    Raises ValueError if fewer than two of the pairs are in the vocabulary.
+
+    Shapes:
+        vectors: (vocab, d_model)
+    """
+    ids = {word: index for index, word in enumerate(vocab)}
+    known = [(ids[first], ids[second]) for first, second in pairs if first in ids and second in ids]
+    asked = [(*one, *two) for one, two in itertools.permutations(known, 2) if len({*one, *two}) == 4]
+    if not asked:
+        raise ValueError(f"an analogy needs two pairs of known words, got {len(known)} of {len(pairs)}")
+    a, b, c, d = torch.tensor(asked).T  # (questions)
+    units = F.normalize(vectors.float(), dim=-1)
+
+    def answers(wanted: Tensor) -> Tensor:
+        scores = F.normalize(wanted, dim=-1) @ units.T  # (questions, vocab)
+        return scores.scatter(1, torch.stack([a, b, c], dim=1), -math.inf).argmax(dim=1)
+
+    offset = answers(units[b] - units[a] + units[c])  # (questions)
+    alone = max((answers(units[word]) == d).double().mean().item() for word in (b, c))
+    kind = torch.isin(offset, torch.tensor([second for _, second in known])).double().mean().item()
+    return AnalogyScore(len(asked), (offset == d).double().mean().item(), alone, kind, 1 / (len(vocab) - 3))
+
+
+def fact_precision(vectors: Tensor, vocab: list[str], world: World, attribute: str = "town") -> float:
+    """Share of the known people for whom the value nearest to name + surname is the true one (fraction 0..1).
+
+    Only the values of the class compete, so chance is 1 in the number of them.
+    """
+    word_class = {"town": "towns", "job": "jobs", "pet": "pets", "food": "foods"}[attribute]
+    ids = {word: index for index, word in enumerate(vocab)}
+    values = [word for word in WORD_CLASSES[word_class] if word in ids]
+    units = F.normalize(vectors.float(), dim=-1)
+    people = [person for person in world.known if all(part in ids for part in person.split())]
+    parts = torch.tensor([[ids[part] for part in person.split()] for person in people])  # (people, 2)
+    guesses = (units[parts].sum(1) @ units[[ids[value] for value in values]].T).argmax(1).tolist()
+    right = [values[guess] == world.facts[person][attribute] for guess, person in zip(guesses, people, strict=True)]
+    return sum(right) / len(right)
+
+
+def plot_vectors(vectors: Tensor, vocab: list[str], classes: tuple[str, ...]) -> Figure:
+    """The words of some classes in the plane of the two leading principal components of all vectors.
+
+    Shapes:
+        vectors: (vocab, d_model)
+    """
+    points, _, variances = pca(vectors.double().numpy(), 2)
+    share = variances.sum() / np.var(vectors.double().numpy(), axis=0, ddof=1).sum()
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for index, name in enumerate(classes):
+        rows = [vocab.index(word) for word in CLASSES[name] if word in vocab]
+        axis.scatter(*points[rows].T, color=f"C{index}", marker="os^Dvp*X"[index % 8], s=28, label=name)
+    axis.set(xlabel="first principal component", ylabel="second principal component")
+    axis.set_title(f"{share:.0%} of the variance of {vectors.shape[1]} dimensions", fontsize=10)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 # The verbs
 
 
@@ -237,7 +401,7 @@ def all_vectors(config: VectorConfig, run: RunConfig) -> tuple[dict[str, Tensor]
     """The vectors of the three methods and the vocabulary."""
     counts, vocab = counted_world(config, run)
     generator = torch.Generator().manual_seed(run.seed)
-    sgns, _ = sgns_vectors(counts, config, generator)
+    sgns = sgns_vectors(counts, config, generator).words
     glove, _ = glove_vectors(counts, config, generator)
     return {"sgns": sgns, "glove": glove, "pmi": pmi_vectors(counts, config.d_model)}, vocab
 
@@ -253,6 +417,11 @@ def demo(config: VectorConfig, run: RunConfig) -> None:
     means = {method: sum(score.values()) / len(score) for method, score in scores.items()}
     print(f"{'mean':10}" + "".join(f"{means[method]:8.2f}" for method in METHODS))
     print(f"chance {chance_precision(vocab):.2f}; seed {run.seed}, {len(vocab)} words, 1 is perfect")
+    print("\na : b = c : ?        by the offset; (by b or c alone); [right kind of word]")
+    for name, pairs in RELATIONS.items():
+        found = [score_analogies(vectors[method], vocab, pairs) for method in METHODS]
+        cells = "".join(f" {score.offset:5.2f} ({score.alone:.2f}) [{score.right_kind:.2f}]" for score in found)
+        print(f"{name:20}{cells}")
 
 
 def neighbours(chosen: NeighboursConfig, config: VectorConfig, run: RunConfig) -> None:
