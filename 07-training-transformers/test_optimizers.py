@@ -56,14 +56,14 @@ def start_weights(shapes, scale: float = 1.0) -> list[torch.Tensor]:
     return [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def gradient(weight: torch.Tensor, index: int, step: int) -> torch.Tensor:
+def gradient(weight: torch.Tensor, index: int, step: int, size: float = 1.0) -> torch.Tensor:
     """A smooth gradient that depends on the weight, so that an error in one step is felt in all later ones."""
     phase = torch.arange(weight.numel(), dtype=torch.float64).reshape(weight.shape)
-    return torch.sin(1.7 * weight + phase) + 0.3 * torch.cos(0.9 * step + index + 2 * phase)
+    return size * (torch.sin(1.7 * weight + phase) + 0.3 * torch.cos(0.9 * step + index + 2 * phase))
 
 
-def trajectory(make, shapes, scale: float = 1.0, skip: tuple[int, int] = (2, 7), rates=None) -> list[list]:
-    """All weights after every step of an optimizer with two groups; parameter skip[0] has no gradient at step skip[1].
+def trajectory(make, shapes, scale: float = 1.0, size: float = 1.0, rates=None) -> list[list]:
+    """All weights after every step of an optimizer with two groups; parameter 2 has no gradient at step 7.
 
     From rates (step -> factor) the rate of every group changes as under a schedule.
     """
@@ -73,7 +73,7 @@ def trajectory(make, shapes, scale: float = 1.0, skip: tuple[int, int] = (2, 7),
     seen = []
     for step in range(N_STEPS):
         for index, weight in enumerate(weights):
-            weight.grad = None if (index, step) == skip else gradient(weight.detach(), index, step)
+            weight.grad = None if (index, step) == (2, 7) else gradient(weight.detach(), index, step, size)
         for group, rate in zip(optimizer.param_groups, full, strict=True):
             group["lr"] = rate * (rates(step) if rates else 1.0)
         optimizer.step()
@@ -103,14 +103,14 @@ def test_adamw_follows_torch(parity) -> None:
 
 
 def test_adafactor_follows_torch(parity) -> None:
-    """The scale is chosen so that both sides of every maximum in the rule are met; a rate of 0.4 exceeds 1/sqrt(t)."""
+    """Weights and gradients large and small meet both sides of every maximum; a rate of 0.4 exceeds 1/sqrt(t)."""
     groups = ({"lr": 0.4, "weight_decay": 0.05}, {"lr": 0.02, "weight_decay": 0.0})
-    for scale in (1.0, 1e-5):
+    for scale, size in ((1.0, 1.0), (1e-5, 1.0), (1.0, 1e-9), (1.0, 1e-17)):
         ours = two_groups(Adafactor, *groups, decay_power=-0.7, clip=1.1)
         theirs = two_groups(torch.optim.Adafactor, *groups, beta2_decay=-0.7, d=1.1)
-        expected = trajectory(theirs, SHAPES, scale, rates=falling)
-        oracle = "torch.optim.Adafactor"
-        parity("Adafactor", oracle, "trajectory", trajectory(ours, SHAPES, scale, rates=falling), expected, 1e-10)
+        expected = trajectory(theirs, SHAPES, scale, size, rates=falling)
+        actual = trajectory(ours, SHAPES, scale, size, rates=falling)
+        parity("Adafactor", "torch.optim.Adafactor", "trajectory", actual, expected, 1e-10)
 
 
 MATRICES = [(7, 3), (2, 11), (3, 1), (4, 6), (1, 5)]
@@ -342,6 +342,20 @@ def test_groups_hold_every_parameter_once_and_decay_only_matrices(tied) -> None:
         decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             assert decays[id(parameter)] == (0.3 if kinds[name] in ("hidden", "output") else 0.0), name
+
+
+class HeadFirst(nn.Module):
+    """A foreign model: its own names, and the tied matrix appears first as the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.wte = nn.Linear(4, 9, bias=False), nn.Embedding(9, 4)
+        self.wte.weight = self.head.weight
+
+
+def test_a_tied_matrix_is_an_embedding_whatever_its_name() -> None:
+    assert parameter_kinds(HeadFirst()) == {"head.weight": "embedding"}
+    assert [group["weight_decay"] for group in muon_groups(HeadFirst(), 0.1)] == [0.0]
 
 
 def test_frozen_parameters_are_left_out() -> None:

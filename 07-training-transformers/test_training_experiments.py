@@ -27,7 +27,7 @@ from training_experiments import (
 from training_transformers import TrainConfig
 from workbench import BLOCK, RunConfig, render_table
 
-TINY = {"n_seeds": 2, "n_documents": 8, "seconds": 0.2, "schedule_steps": 15, "width_steps": 10, "most_steps": 16}
+TINY = {"n_seeds": 2, "n_documents": 8, "seconds": 0.1, "schedule_steps": 10, "width_steps": 10, "most_steps": 16}
 
 
 @pytest.fixture
@@ -44,18 +44,17 @@ def small(monkeypatch) -> None:
 
 def shrink(monkeypatch) -> None:
     monkeypatch.setattr(topic, "OPTIMIZER_RATES", {"adamw": 0.01, "muon": 0.01})
-    monkeypatch.setattr(topic, "GRID", (0.5, 1.0))
+    monkeypatch.setattr(topic, "GRID", (1.0,))
     monkeypatch.setattr(topic, "WIDTHS", (8, 16))
     monkeypatch.setattr(topic, "WIDTH_RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(topic, "BATCH_SIZES", (2, 4))
-    monkeypatch.setattr(topic, "BATCH_RATES", (8e-3, 1.6e-2))
+    monkeypatch.setattr(topic, "BATCH_SIZES", (2, 8))
+    monkeypatch.setattr(topic, "BATCH_RATES", (8e-3,))
     monkeypatch.setattr(topic, "SCHEDULE_RATES", (8e-3,))
     monkeypatch.setattr(topic, "COMPARED_SCHEDULES", ("constant", "wsd"))
 
 
 def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypatch, run, small) -> None:
     shrink(monkeypatch)
-    monkeypatch.setattr(topic, "BATCH_SIZES", (2, 8))
     (tmp_path / "README.md").write_text("<!-- results:begin optimizers -->\n<!-- results:end -->\n")
     own = ("optimizers", "width", "batch", "schedules")
     figures(FiguresConfig(own, **TINY, target=5.5, folder=tmp_path / "figures"), run)
