@@ -215,9 +215,11 @@ def sync_folder(folder: Path) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The state of the generators of Python, NumPy and PyTorch (CPU, and CUDA if there is one), as plain values."""
+    state = {"torch": torch.get_rng_state()}
     kind, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]  # weights_only refuses NumPy's array
+    version, keys, gauss = random.getstate()
+    state["python"] = [version, torch.tensor(keys), gauss]  # one tensor is quicker to write than 625 numbers
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -225,10 +227,11 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Go on with the random numbers where `rng_state` was taken."""
-    kind, keys, *rest = state["numpy"]
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys.tolist()), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
@@ -363,7 +366,8 @@ def stop_requests(signums: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> I
 
     if threading.current_thread() is threading.main_thread():
         for each in signums:
-            before[each] = signal.signal(each, take)
+            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a job in the background: it shall run on
+                before[each] = signal.signal(each, take)
     try:
         yield request
     finally:

@@ -11,8 +11,10 @@ averaging of the weights; Smith 2017 (arXiv 1506.01186), the range test.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -26,6 +28,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -69,6 +73,7 @@ from workbench import (
     pick_device,
     progress,
     run_verbs,
+    save_figure,
     seed_everything,
     shown,
 )
@@ -352,22 +357,21 @@ class TrainingState:
         print(f"warning: {what}; the step is skipped", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the random numbers, in parts for `Checkpoints.save`."""
-        counters = {"n_skipped": self.n_skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "counters": counters}
-        for name in ("ema", "scaler"):
-            if getattr(self, name):
-                parts[name] = getattr(self, name).state_dict()
-        return parts
+        """Everything but the random numbers, in parts for `Checkpoints.save`; small things are one part, "run"."""
+        run = {"n_skipped": self.n_skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        run |= {"scaler": self.scaler.state_dict()} if self.scaler else {}
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "run": run}
+        return parts | ({"ema": self.ema.state_dict()} if self.ema else {})
 
     def load_state_dict(self, parts: dict[str, Any]) -> None:
         load_weights(self.model, parts["model"])
         self.optimizer.load_state_dict(parts["optimizer"])
-        for name in ("ema", "scaler"):
-            if getattr(self, name):
-                getattr(self, name).load_state_dict(parts[name])
+        if self.ema:
+            self.ema.load_state_dict(parts["ema"])
+        if self.scaler:
+            self.scaler.load_state_dict(parts["run"]["scaler"])
         self.step = parts["step"]
-        self.n_skipped, self.skipped_in_a_row = (parts["counters"][name] for name in ("n_skipped", "skipped_in_a_row"))
+        self.n_skipped, self.skipped_in_a_row = parts["run"]["n_skipped"], parts["run"]["skipped_in_a_row"]
 
 
 # The loop
@@ -561,11 +565,11 @@ class Keeper:
             return
         rngs = self.team.gather(rng_state())
         if self.team.rank == 0:
-            data = batches.state_dict() if hasattr(batches, "state_dict") else None
+            parts = state.state_dict()
+            parts["run"] |= {"header": self.header, "rng": rngs}
+            parts["run"] |= {"data": batches.state_dict()} if hasattr(batches, "state_dict") else {}
             self.log.sync()
-            self.checkpoints.save(
-                state.step, {**state.state_dict(), "run": {"header": self.header, "rng": rngs, "data": data}}
-            )
+            self.checkpoints.save(state.step, parts)
         self.saved = state.step
 
     def leave(self, stop: StopRequest, step: int) -> None:
@@ -778,12 +782,84 @@ def flags(*configs: Any) -> list[str]:
     return given
 
 
+# The learning-rate range test
+
+
+def range_test(
+    model: nn.Module,
+    batches: Callable[[int], Batch],
+    loss_fn: LossFn,
+    config: TrainConfig,
+    lowest: float = 1e-5,
+    highest: float = 1.0,
+) -> tuple[list[float], list[float], float]:
+    """Train a copy of the model for config.max_steps steps while the learning rate grows by equal factors (Smith 2017).
+
+    Returns the rates, the loss at each, and a rate to start from: a third of the one at which the smoothed loss is
+    lowest, because the first steps of a run bear less than its middle. Steps that overflow have loss infinity.
+    """
+    if not 0 < lowest < highest < math.inf:
+        raise ValueError(f"the range test needs 0 < lowest < highest, got {lowest} and {highest}")
+    n_steps = config.max_steps
+    config = dataclasses.replace(
+        config, learning_rate=highest, max_skipped_steps=n_steps + 1, log_every=1, dtype="fp32"
+    )
+    growth = (highest / lowest) ** (1 / max(1, n_steps - 1))
+    rows = fit(copy.deepcopy(model), batches, loss_fn, config, schedule=lambda step: lowest / highest * growth**step)
+    rates, losses = [row["learning_rate"] for row in rows], [row["loss"] for row in rows]
+    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    smoothed = list(itertools.accumulate(losses, lambda mean, loss: 0.8 * mean + 0.2 * loss))
+    return rates, losses, rates[smoothed.index(min(smoothed))] / 3
+
+
+def plot_range(rates: list[float], losses: list[float], suggested: float) -> Figure:
+    """Loss against the learning rate of its step, and the suggested rate."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    axis.plot(rates, losses)
+    axis.axvline(suggested, color="black", ls="--", label=f"suggested: {suggested:.2g}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)", ylim=(0, 1.3 * losses[0]))
+    axis.legend(frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class RangeConfig:
+    """The range of the learning-rate test."""
+
+    lowest: float = 1e-5  # learning rate of the first step
+    highest: float = 1.0  # learning rate of the last step
+    n_steps: int = 150  # steps from the lowest to the highest
+
+    def __post_init__(self) -> None:
+        check_range(self, "lowest", "highest", above=0)
+        check_range(self, "n_steps", least=10)
+
+
+def find_rate(
+    span: RangeConfig, model_config: ModelConfig, data: DataConfig, config: TrainConfig, run: RunConfig
+) -> None:
+    """Find a learning rate: raise it step by step until the loss grows, and draw the curve."""
+    announce(f"{span.n_steps} steps with a growing learning rate", 10)
+    seed_everything(run.seed)
+    task = load_task(data, config, run.seed, model_config.max_seq_len)
+    model = PackedTransformer(model_config, task.vocab_size).to(pick_device(run.device))
+    start_as_identity(model)
+    config = dataclasses.replace(config, max_steps=span.n_steps, warmup_steps=0, cooldown_steps=0, schedule="constant")
+    rates, losses, suggested = range_test(model, task.batches, language_model_loss, config, span.lowest, span.highest)
+    save_figure(plot_range(rates, losses, suggested), run.out / "range.svg")
+    print(f"loss {losses[0]:.3f} at the start, lowest {min(losses):.3f}; start from --learning-rate {suggested:.2g}")
+
+
 def main(argv: list[str] | None = None) -> None:
+    from training_speed import BenchConfig, bench  # here, because it imports this module
+
     training = (ModelConfig, DataConfig, TrainConfig, RunConfig)
     verbs = {
         "demo": (demo, *training),
         "train": (train, *training),
         "evaluate": (evaluate, RunConfig),
+        "range": (find_rate, RangeConfig, *training),
+        "bench": (bench, BenchConfig, ModelConfig, TrainConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
 
