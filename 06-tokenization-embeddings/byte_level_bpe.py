@@ -14,13 +14,14 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import regex
-
 from tokenizer_basics import (
+    Rule,
     Token,
     check_ids,
     check_text,
     check_vocab,
+    expect,
+    read_json,
     read_tokenizer_json,
     split_special,
     tokenizer_json,
@@ -36,25 +37,25 @@ _hidden = map(chr, range(256, 512))
 BYTE_CHARS = [char or next(_hidden) for char in BYTE_CHARS]  # a printable character for each byte, as GPT-2 spells them
 CHAR_BYTES = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
-# Letters and numbers that Unicode gained after the table in `tokenizers` 0.23.3 was made. A tokenizer must not cut a
-# text otherwise because a library learnt new characters: those here count as symbols for ever.
-NEWER = (
-    r"\u0558\u058b\u058c\u088f\u0c5c\u0cdc\u208f\u209d-\u209f\ua7ce\ua7cf\ua7d2\ua7d4\ua7dd\ua7e2\ua7f1\uab6c\uab6d"
-    r"\U000107bb-\U000107bf\U00010940-\U00010959\U00010ec5-\U00010ec7\U00010ed9-\U00010eee\U00011b0a"
-    r"\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00011df1\U0001246f\U00012475-\U0001247f\U00012550-\U00012686"
-    r"\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018cd6-\U00018cda"
-    r"\U00018d09-\U00018d20\U00018d80-\U00018df2\U00018e00-\U00019191\U000191a0-\U000191d2\U0001b123-\U0001b128"
-    r"\U0001b168\U0001d6a6\U0001df1f-\U0001df24\U0001df2b-\U0001df81\U0001df90-\U0001df96\U0001dfcd-\U0001dfff"
-    r"\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4"
-    r"\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002b81e\U0002cea2-\U0002cead\U000323b0-\U00033479"
-    r"\U0003d000-\U0003fc3f"
-)
-# GPT-2's rule (Radford et al. 2019): contractions, then words, numbers and symbols with the blank before them, then
-# white space, of which the last blank goes with the word that follows.
-GPT2_PATTERN = regex.compile(
-    rf"(?V1)'(?:[sdmt]|ll|ve|re)| ?[\p{{L}}--[{NEWER}]]+| ?[\p{{N}}--[{NEWER}]]+"
-    rf"| ?[[^\s\p{{L}}\p{{N}}]||[{NEWER}]]+|\s+(?!\S)|\s+"
-)
+# How a text is cut into words before any merge: no token reaches across. GPT-2's rule (Radford et al. 2019) takes
+# contractions, then words, numbers and symbols with the blank before them, then white space, of which the last blank
+# goes with the word that follows. In the second rule every digit is a word of its own, the first with its blank: a
+# number of any length is then spelled with twenty tokens that are all well trained.
+GPT2_RULE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_RULE = GPT2_RULE.replace(r" ?\p{N}+", r" ?\p{N}")
+GPT2_PATTERN = Rule(GPT2_RULE)
+
+
+def cut_words(pattern: Rule, text: str) -> list[str]:
+    """The words that a rule finds, and what it leaves between them as words too: nothing of a text is lost."""
+    words = pattern.findall(text)
+    if sum(map(len, words)) == len(text):
+        return words
+    words, end = [], 0
+    for match in pattern.finditer(text):
+        words += [word for word in (text[end : match.start()], match.group()) if word]
+        end = match.end()
+    return words + [text[end:]] * (end < len(text))
 
 
 # Learning merges: byte pair encoding
@@ -130,22 +131,26 @@ def merge_in_words(
     new_places: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for index in held:
         word, count = words[index], counts[index]
-        at, last = 0, len(word) - 1
-        while at < last:
-            if word[at] == first and word[at + 1] == second:
-                if at:
-                    before = word[at - 1]
-                    pair_counts[before, first] -= count
-                    pair_counts[before, new_id] += count
-                    new_places[before, new_id].add(index)
-                word[at : at + 2] = [new_id]
-                last -= 1
-                if at < last:
-                    after = word[at + 1]
-                    pair_counts[second, after] -= count
-                    pair_counts[new_id, after] += count
-                    new_places[new_id, after].add(index)
-            at += 1
+        joined: list[int] = []
+        at, end = 0, len(word)
+        while at < end:
+            if word[at] != first or at + 1 == end or word[at + 1] != second:
+                joined.append(word[at])
+                at += 1
+                continue
+            if joined:
+                before = joined[-1]
+                pair_counts[before, first] -= count
+                pair_counts[before, new_id] += count
+                new_places[before, new_id].add(index)
+            joined.append(new_id)
+            at += 2
+            if at < end:
+                after = word[at]
+                pair_counts[second, after] -= count
+                pair_counts[new_id, after] += count
+                new_places[new_id, after].add(index)
+        words[index] = joined
     return new_places
 
 
@@ -195,64 +200,90 @@ class ByteLevelBPE:
         vocab: spelling in GPT-2's byte characters -> id
         merges: pairs of spellings, the most important first
         special_tokens: those of `vocab` that no text may produce
+        rule: how a text is cut into words first, such as GPT2_RULE or DIGITS_RULE
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        special_tokens: tuple[str, ...] = (),
+        rule: str = GPT2_RULE,
+    ):
         check_vocab(vocab, special_tokens)
         missing = [char for char in BYTE_CHARS if char not in vocab]
         if missing:
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is {missing[0]!r}")
         self.vocab, self.merges, self.special_tokens = vocab, merges, special_tokens
+        self.rule, self.pattern = rule, Rule(rule)
         self.spellings = {token_id: spelling for spelling, token_id in vocab.items()}
         self.ranks: dict[tuple[int, int], tuple[int, int]] = {}  # pair of ids -> rank and id of the merged token
+        self.joins: list[tuple[int, int, int]] = []  # rank -> the pair and the merged token
         for rank, (left, right) in enumerate(merges):
             if not {left, right, left + right} <= vocab.keys():
                 raise ValueError(f"merge {rank} ({left!r} + {right!r}) uses a token that the vocabulary lacks")
             self.ranks[vocab[left], vocab[right]] = rank, vocab[left + right]
+            self.joins.append((vocab[left], vocab[right], vocab[left + right]))
+        made = {*BYTE_CHARS, *(left + right for left, right in merges)}
+        spelled = [token for token in special_tokens if token in made]
+        if spelled:
+            raise ValueError(f"text could produce the special token {spelled[0]!r}: a byte or a merge is spelled so")
         self.byte_ids = [vocab[char] for char in BYTE_CHARS]
         self.word_ids = lru_cache(maxsize=2**16)(self.merge_word)
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, special_tokens: tuple[str, ...] = (), min_frequency: int = 0
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: tuple[str, ...] = (),
+        min_frequency: int = 0,
+        rule: str = GPT2_RULE,
     ) -> "ByteLevelBPE":
         """Learn from texts. Raises ValueError if `vocab_size` leaves no room for 256 bytes and the special tokens."""
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise ValueError(f"vocab_size must be >= {least} (256 bytes and {len(special_tokens)} special tokens)")
-        words: Counter[str] = Counter()
-        for text in texts:
-            check_text(text)
-            words.update(GPT2_PATTERN.findall(text))
-        if not words:
-            raise ValueError("the corpus is empty; give at least one word")
-        spelled = {tuple(BYTE_CHARS[byte] for byte in word.encode()): count for word, count in words.items()}
+        words = count_words(texts, rule)
         first = [*special_tokens, *sorted(BYTE_CHARS)]
-        return cls(*train_merges(spelled, vocab_size, first, min_frequency), special_tokens)
+        return cls(*train_merges(words, vocab_size, first, min_frequency), special_tokens, rule)
 
     def merge_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word: join the pair of lowest rank, the leftmost of equals, until no pair can be joined.
 
-        A queue of pairs and a linked list of positions keep a word of n bytes at O(n log n).
+        The places of each rank are kept in a list and the positions are linked, so that a word of n bytes costs
+        O(n log n) whatever it holds.
         """
         ids = [self.byte_ids[byte] for byte in word]
         before, after = list(range(-1, len(ids) - 1)), [*range(1, len(ids)), -1]
-        queue = [(*self.ranks[pair], at, pair) for at, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
-        queue = [(rank, at, new_id, pair) for rank, new_id, at, pair in queue]
-        heapq.heapify(queue)
-        while queue:
-            _, at, new_id, pair = heapq.heappop(queue)
-            right = after[at]
-            if right < 0 or (ids[at], ids[right]) != pair:  # an earlier merge used one of the two
-                continue
-            ids[at], ids[right] = new_id, -1
-            after[at] = after[right]
-            if after[at] >= 0:
-                before[after[at]] = at
-            for start, end in ((before[at], at), (at, after[at])):
-                if start >= 0 and end >= 0 and (ids[start], ids[end]) in self.ranks:
-                    rank, merged = self.ranks[ids[start], ids[end]]
-                    heapq.heappush(queue, (rank, start, merged, (ids[start], ids[end])))
+        places: defaultdict[int, list[int]] = defaultdict(list)  # rank -> where such a pair begins, or once began
+        for at, pair in enumerate(itertools.pairwise(ids)):
+            if pair in self.ranks:
+                places[self.ranks[pair][0]].append(at)
+        waiting = list(places)
+        heapq.heapify(waiting)
+        while waiting:
+            rank = heapq.heappop(waiting)
+            left_id, right_id, new_id = self.joins[rank]
+            todo = sorted(places.pop(rank), reverse=True)
+            while todo and (not waiting or waiting[0] > rank):  # a merge can make a pair of lower rank, which is next
+                at = todo.pop()
+                right = after[at]
+                if right < 0 or ids[at] != left_id or ids[right] != right_id:  # an earlier merge used one of the two
+                    continue
+                ids[at], ids[right] = new_id, -1
+                after[at] = after[right]
+                if after[at] >= 0:
+                    before[after[at]] = at
+                for start, end in ((before[at], at), (at, after[at])):
+                    if start >= 0 and end >= 0 and (ids[start], ids[end]) in self.ranks:
+                        new_rank = self.ranks[ids[start], ids[end]][0]
+                        if new_rank not in places:
+                            heapq.heappush(waiting, new_rank)
+                        places[new_rank].append(start)
+            if todo:
+                places[rank] = todo
+                heapq.heappush(waiting, rank)
         return tuple(token_id for token_id in ids if token_id >= 0)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
@@ -263,7 +294,7 @@ class ByteLevelBPE:
             if special:
                 ids.append(self.vocab[part])
             else:
-                for word in GPT2_PATTERN.findall(part):
+                for word in cut_words(self.pattern, part):
                     ids.extend(self.word_ids(word.encode()))
         return ids
 
@@ -273,7 +304,7 @@ class ByteLevelBPE:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must lie between 0 and 1, got {dropout}")
         ids: list[int] = []
-        for word in GPT2_PATTERN.findall(text):
+        for word in cut_words(self.pattern, text):
             word_ids = [self.byte_ids[byte] for byte in word.encode()]
             while True:
                 offers = [
@@ -293,7 +324,7 @@ class ByteLevelBPE:
         text = data.decode("utf-8", "surrogateescape")
         return [
             token_id
-            for word in GPT2_PATTERN.findall(text)
+            for word in cut_words(self.pattern, text)
             for token_id in self.word_ids(word.encode("utf-8", "surrogateescape"))
         ]
 
@@ -325,15 +356,18 @@ class ByteLevelBPE:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.token_bytes(token_id) for token_id in ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD, special tokens their spelling or nothing."""
+        return "".join(self.stream(ids, skip_special))
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
         """The text of ids as they come: each piece holds whole characters, and the pieces joined equal `decode`."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in ids:
-            piece = decoder.decode(self.token_bytes(token_id))
+            data = self.token_bytes(token_id)
+            if skip_special and self.spellings[token_id] in self.special_tokens:
+                data = b""
+            piece = decoder.decode(data)
             if piece:
                 yield piece
         rest = decoder.decode(b"", final=True)
@@ -342,6 +376,10 @@ class ByteLevelBPE:
 
     def to_json(self) -> dict:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        first = level
+        if self.rule != GPT2_RULE:
+            split = {"type": "Split", "pattern": {"Regex": self.rule}, "behavior": "Isolated", "invert": False}
+            first = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
         model = {
             "type": "BPE",
             "dropout": None,
@@ -354,7 +392,7 @@ class ByteLevelBPE:
             "vocab": self.vocab,
             "merges": [list(pair) for pair in self.merges],
         }
-        return tokenizer_json(model, self.vocab, self.special_tokens, pre_tokenizer=level, decoder=level)
+        return tokenizer_json(model, self.vocab, self.special_tokens, pre_tokenizer=first, decoder=level)
 
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
@@ -363,9 +401,66 @@ class ByteLevelBPE:
     @classmethod
     def load(cls, path: Path) -> "ByteLevelBPE":
         """Read a tokenizer.json with a byte-level BPE model. Raises ValueError with the reason if it cannot."""
-        model, special_tokens = read_tokenizer_json(path, "BPE")
+        content, special_tokens = read_tokenizer_json(path, "BPE")
+        model = content["model"]
+        for option, usual in {"ignore_merges": False, "byte_fallback": False, "dropout": None}.items():
+            expect(path, option, model.get(option, usual), usual)
+        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+            expect(path, option, model.get(option) or None, None)
+        expect(path, "normalizer", content["normalizer"], None)
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         broken = [number for number, pair in enumerate(merges) if len(pair) != 2]
         if broken:
             raise ValueError(f"{path}: merge {broken[0]} is no pair: {model['merges'][broken[0]]!r}")
-        return cls(model["vocab"], merges, special_tokens)
+        return cls(model["vocab"], merges, special_tokens, rule_of(path, content["pre_tokenizer"]))
+
+    @classmethod
+    def load_gpt2(cls, vocab_path: Path, merges_path: Path, special_tokens: tuple[str, ...] = ()) -> "ByteLevelBPE":
+        """Read GPT-2's pair of files, vocab.json and merges.txt. Raises ValueError with the file and the line."""
+        return cls(read_json(vocab_path), read_merges(merges_path), special_tokens)
+
+
+def count_words(texts: Iterable[str], rule: str = GPT2_RULE) -> dict[tuple[str, ...], int]:
+    """How often each word of the texts occurs; words as tuples of byte characters. Raises ValueError if none does."""
+    words: Counter[str] = Counter()
+    pattern = Rule(rule)
+    for text in texts:
+        check_text(text)
+        words.update(cut_words(pattern, text))
+    if not words:
+        raise ValueError("the corpus is empty; give at least one word")
+    return {tuple(BYTE_CHARS[byte] for byte in word.encode()): count for word, count in words.items()}
+
+
+def rule_of(path: Path, pre_tokenizer: dict | None) -> str:
+    """The rule of a tokenizer.json that cuts as one of these does: ByteLevel alone, or a Split by rule before it."""
+    found = dict(pre_tokenizer or {})
+    parts = found.pop("pretokenizers", [pre_tokenizer])
+    split, level = (parts if len(parts) == 2 else [None, *parts])[-2:]
+    level = {key: value for key, value in (level or {}).items() if key != "trim_offsets"}
+    expect(path, "pre_tokenizer", level, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": split is None})
+    if split is None:
+        return GPT2_RULE
+    rule = split.get("pattern", {}).get("Regex")
+    isolated = {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
+    expect(path, "pre_tokenizer", split, isolated)
+    return rule
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt, the most important first. Raises ValueError with the line that is none."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid UTF-8 at byte {error.start}") from None
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if (number == 1 and line.startswith("#version")) or (number == len(lines) and not line):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2 or not all(parts):
+            raise ValueError(f"{path}:{number}: a merge is two pieces with one blank between them, got {line!r}")
+        merges.append((parts[0], parts[1]))
+    return merges

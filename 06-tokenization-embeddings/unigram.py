@@ -3,8 +3,8 @@
 Paper: Kudo 2018. Equal to the Rust library `tokenizers` in pieces, scores, ids and spans.
 """
 
+import heapq
 import itertools
-import json
 import math
 import random
 from collections import Counter
@@ -14,8 +14,17 @@ from pathlib import Path
 
 import regex
 
-from tokenizer_basics import WordCutter, check_ids, check_text, check_vocab, read_tokenizer_json, tokenizer_json
-from workbench import write_atomically
+from tokenizer_basics import (
+    BYTE_PIECES,
+    NO_NORMALIZER,
+    Normalizer,
+    WordCutter,
+    check_vocab,
+    checked,
+    expect,
+    join_pieces,
+    read_tokenizer_json,
+)
 
 
 class Unigram(WordCutter):
@@ -26,21 +35,33 @@ class Unigram(WordCutter):
         pieces: (spelling, log-probability in nats) in the order of their ids
         special_tokens: those of the pieces that no text may produce
         unk_token: stands for characters without a piece; its log-probability is 10 nats below the least
+        byte_fallback: spell characters without a piece by the BYTE_PIECES of their UTF-8 instead
+        normalizer: the stage before
     """
 
     metaspace = "\u2581"
     unk_penalty = 10.0  # nats
+    spelling = {"type": "Metaspace", "replacement": metaspace, "prepend_scheme": "always", "split": True}
+    byte_score = -1000.0  # nats, of a byte piece: so low that the text "<0x41>" is cut into its characters
 
     @staticmethod
     def words(text: str) -> list[tuple[str, list[int]]]:
         return metaspace_words(text)
 
-    def __init__(self, pieces: list[tuple[str, float]], special_tokens=("<unk>",), unk_token: str = "<unk>"):
+    def __init__(
+        self,
+        pieces: list[tuple[str, float]],
+        special_tokens: tuple[str, ...] = ("<unk>",),
+        unk_token: str = "<unk>",
+        byte_fallback: bool = False,
+        normalizer: Normalizer = NO_NORMALIZER,
+    ):
         self.vocab = {spelling: token_id for token_id, (spelling, _) in enumerate(pieces)}
         if len(self.vocab) < len(pieces):
             twice = next(spelling for spelling, count in Counter(name for name, _ in pieces).items() if count > 1)
             raise ValueError(f"piece {twice!r} stands twice in the vocabulary")
-        check_vocab(self.vocab, [*special_tokens, unk_token])
+        check_vocab(self.vocab, [*special_tokens, unk_token, *(BYTE_PIECES if byte_fallback else ())])
+        self.byte_fallback, self.normalizer = byte_fallback, normalizer
         self.pieces, self.special_tokens, self.unk_token = pieces, special_tokens, unk_token
         self.spellings = {token_id: spelling for spelling, token_id in self.vocab.items()}
         self.scores = {spelling: score for spelling, score in pieces if spelling not in special_tokens}
@@ -55,19 +76,24 @@ class Unigram(WordCutter):
         vocab_size: int,
         special_tokens: tuple[str, ...] = ("<unk>",),
         unk_token: str = "<unk>",
+        byte_fallback: bool = False,
+        normalizer: Normalizer = NO_NORMALIZER,
     ) -> "Unigram":
         """Learn pieces by expectation maximisation and pruning (Kudo 2018, section 3.2); see `train_unigram`."""
         words: Counter[str] = Counter()
         for text in texts:
-            check_text(text)
-            words.update(word for word, _ in metaspace_words(text))
+            words.update(word for word, _ in metaspace_words(normalizer(checked(text))))
         if not words:
             raise ValueError("the corpus is empty; give at least one word")
-        n_chars = len({char for word in words for char in word})
-        if vocab_size < n_chars + len(special_tokens):
-            raise ValueError(f"vocab_size must be >= {n_chars + len(special_tokens)} (characters and special tokens)")
-        pieces = train_unigram(words, vocab_size, vocab_size - len(special_tokens))
-        return cls([*((token, 0.0) for token in special_tokens), *pieces], special_tokens, unk_token)
+        first = [(token, 0.0) for token in special_tokens]
+        if byte_fallback:  # with the characters of the byte pieces' names, so that these names as text have pieces too
+            first += [(piece, cls.byte_score) for piece in BYTE_PIECES]
+            words.update(dict.fromkeys("<>x0123456789ABCDEF", 1))
+        least = len({char for word in words for char in word}) + len(first)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be >= {least} (characters, special tokens and byte pieces)")
+        pieces = train_unigram(words, vocab_size, vocab_size - len(first))
+        return cls([*first, *pieces], special_tokens, unk_token, byte_fallback, normalizer)
 
     def best_pieces(self, word: str) -> tuple[tuple[str, int, int], ...]:
         """The likeliest segmentation of a word (Viterbi): spelling, first and last character of each piece."""
@@ -81,24 +107,52 @@ class Unigram(WordCutter):
         cuts = [len(word)]
         while cuts[-1]:
             cuts.append(best[cuts[-1]][1])
+        return self.known_pieces(word[start:end] for start, end in itertools.pairwise(reversed(cuts)))
+
+    def known_pieces(self, parts: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+        """The pieces of a segmentation with their places; a run of characters without pieces is one unknown.
+
+        With byte fallback the run becomes its bytes, each of which has the place of the whole run.
+        """
         pieces: list[tuple[str, int, int]] = []
-        for start, end in itertools.pairwise(reversed(cuts)):
-            known = word[start:end] in self.scores
-            if not known and pieces and pieces[-1][0] == self.unk_token:  # neighbours without pieces are one unknown
-                start = pieces.pop()[1]
-            pieces.append((word[start:end] if known else self.unk_token, start, end))
+        end = 0
+        for known, run in itertools.groupby(parts, self.scores.__contains__):
+            for part in run if known else ["".join(run)]:
+                start, end = end, end + len(part)
+                spelled = [part] if known else [self.unk_token]
+                if self.byte_fallback and not known:
+                    spelled = [BYTE_PIECES[byte] for byte in part.encode()]
+                pieces += [(spelling, start, end) for spelling in spelled]
         return tuple(pieces)
+
+    def n_best(self, text: str, n_samples: int) -> list[tuple[float, list[int]]]:
+        """The likeliest segmentations of a text, at most `n_samples`: log-probability (nats) and ids, the best first.
+
+        The n best ways to a place are found among the n best ways to the places before it, so the result is exact
+        (Kudo 2018, section 3.3). Without special tokens in the text.
+        """
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        found: list[tuple[float, list[int]]] = [(0.0, [])]
+        for word, _ in metaspace_words(self.normalizer(checked(text))):
+            ways = n_best_cuts(edges_of(word, self.scores, self.max_piece_chars, self.unk_score), n_samples)
+            spelled = []
+            for score, cuts in ways:
+                parts = [word[start:end] for start, end in itertools.pairwise(cuts)]
+                spelled.append((score, [self.vocab[piece] for piece, _, _ in self.known_pieces(parts)]))
+            found = [(before + score, ids + more) for before, ids in found for score, more in spelled]
+            found = heapq.nlargest(n_samples, found, key=lambda way: way[0])
+        return found
 
     def sample(self, text: str, temperature: float, generator: random.Random) -> list[int]:
         """A random segmentation, each with probability proportional to exp(log-probability / temperature).
 
         Forward filtering, backward sampling: exact, in one pass each way (Kudo 2018, section 3.3).
         """
-        check_text(text)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}; encode gives the best segmentation")
         ids: list[int] = []
-        for word, _ in metaspace_words(text):
+        for word, _ in metaspace_words(self.normalizer(checked(text))):
             edges = edges_of(word, self.scores, self.max_piece_chars, self.unk_score)
             heated = [[(start, score / temperature) for start, score in into] for into in edges]
             alpha = forward_scores(heated)
@@ -108,33 +162,37 @@ class Unigram(WordCutter):
                 (start, _) = generator.choices(heated[end], weights)[0]
                 pieces.append(word[start:end])
                 end = start
-            ids.extend(self.vocab.get(piece, self.vocab[self.unk_token]) for piece in reversed(pieces))
+            ids.extend(self.vocab[piece] for piece, _, _ in self.known_pieces(reversed(pieces)))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, with every metaspace as a blank and without the one put before the first word."""
-        ids = list(ids)
-        check_ids(ids, self.spellings)
-        spelled = (self.spellings[token_id] for token_id in ids)
-        text = "".join("" if spelling in self.special_tokens else spelling for spelling in spelled)
-        return text.replace(self.metaspace, " ").removeprefix(" ")
+        pieces = [piece.replace(self.metaspace, " ") for piece in self.plain_spellings(ids)]
+        first = pieces[:1]  # only a piece loses its blank, as in the library; one that came from bytes keeps it
+        return join_pieces([*(piece.removeprefix(" ") for piece in first), *pieces[1:]])
 
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
         unk_id = self.vocab[self.unk_token]
-        model = {"type": "Unigram", "unk_id": unk_id, "vocab": [list(piece) for piece in self.pieces]}
-        words = {"type": "Metaspace", "replacement": self.metaspace, "prepend_scheme": "always", "split": True}
-        content = tokenizer_json(
-            {**model, "byte_fallback": False}, self.vocab, self.special_tokens, pre_tokenizer=words, decoder=words
-        )
-        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+        model = {"type": "Unigram", "unk_id": unk_id, "byte_fallback": self.byte_fallback}
+        model["vocab"] = [list(piece) for piece in self.pieces]
+        bytes_first = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, self.spelling]}
+        decoder = bytes_first if self.byte_fallback else self.spelling
+        self.write(path, model, pre_tokenizer=self.spelling, decoder=decoder)
 
     @classmethod
     def load(cls, path: Path) -> "Unigram":
         """Read a tokenizer.json with a Unigram model. Raises ValueError with the reason if it cannot."""
-        model, special_tokens = read_tokenizer_json(path, "Unigram")
-        pieces = [(spelling, float(score)) for spelling, score in model["vocab"]]
-        return cls(pieces, special_tokens, pieces[model["unk_id"]][0])
+        content, special_tokens = read_tokenizer_json(path, "Unigram")
+        expect(path, "pre_tokenizer", content["pre_tokenizer"], cls.spelling)
+        model = content["model"]
+        try:
+            pieces = [(spelling, float(score)) for spelling, score in model["vocab"]]
+            unk_token = pieces[model["unk_id"]][0]
+        except (TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"{path}: the pieces or the unk_id are broken: {error}") from None
+        fallback, normalizer = model.get("byte_fallback", False), Normalizer.from_json(content["normalizer"])
+        return cls(pieces, special_tokens, unk_token, fallback, normalizer)
 
 
 def metaspace_words(text: str) -> list[tuple[str, list[int]]]:
@@ -264,6 +322,15 @@ def best_cuts(word: str, edges: Edges) -> list[str]:
         pieces.append(word[best[end][1] : end])
         end = best[end][1]
     return pieces[::-1]
+
+
+def n_best_cuts(edges: Edges, n: int) -> list[tuple[float, tuple[int, ...]]]:
+    """The n likeliest paths through a lattice, the best first: score, and the places 0, ..., end where it cuts."""
+    best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, (0,))]]
+    for end, into in enumerate(edges[1:], start=1):
+        ways = [(before + score, (*cuts, end)) for start, score in into for before, cuts in best[start]]
+        best.append(heapq.nlargest(n, ways, key=lambda way: way[0]))
+    return best[-1]
 
 
 def prune_pieces(words: dict[str, int], scores: dict[str, float], n_kept: int) -> dict[str, float]:

@@ -3,15 +3,13 @@
 Papers: Wu et al. 2016, Devlin et al. 2019. It cuts as the Rust library `tokenizers` does.
 """
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from byte_level_bpe import train_merges
-from tokenizer_basics import WordCutter, check_ids, check_vocab, read_tokenizer_json, tokenizer_json
-from workbench import write_atomically
+from tokenizer_basics import WordCutter, check_vocab, expect, read_tokenizer_json
 
 
 class WordPiece(WordCutter):
@@ -27,6 +25,17 @@ class WordPiece(WordCutter):
 
     prefix = "##"
     max_word_chars = 100  # longer words are unknown
+    parts = {  # of the tokenizer.json
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": prefix, "cleanup": False},
+    }
 
     @staticmethod
     def words(text: str) -> list[tuple[str, list[int]]]:
@@ -38,6 +47,7 @@ class WordPiece(WordCutter):
             raise ValueError(f"the vocabulary lacks the unknown token {unk_token!r}")
         self.vocab, self.special_tokens, self.unk_token = vocab, special_tokens, unk_token
         self.spellings = {token_id: spelling for spelling, token_id in vocab.items()}
+        self.pieces = vocab.keys() - set(special_tokens)  # no text may produce a special token
 
     @classmethod
     def train(
@@ -67,7 +77,7 @@ class WordPiece(WordCutter):
         pieces, start = [], 0
         while start < len(word) <= self.max_word_chars:
             mark = self.prefix if start else ""
-            end = next((end for end in range(len(word), start, -1) if mark + word[start:end] in self.vocab), None)
+            end = next((end for end in range(len(word), start, -1) if mark + word[start:end] in self.pieces), None)
             if end is None:
                 break
             pieces.append((mark + word[start:end], start, end))
@@ -76,10 +86,7 @@ class WordPiece(WordCutter):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Pieces joined to words, words by blanks: case, accents and spacing of the text are gone."""
-        ids = list(ids)
-        check_ids(ids, self.spellings)
-        pieces = [self.spellings[token_id] for token_id in ids if self.spellings[token_id] not in self.special_tokens]
-        return " ".join(pieces).replace(" " + self.prefix, "")
+        return " ".join(self.plain_spellings(ids)).replace(" " + self.prefix, "")
 
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
@@ -90,22 +97,18 @@ class WordPiece(WordCutter):
             "max_input_chars_per_word": self.max_word_chars,
             "vocab": self.vocab,
         }
-        bert = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
-        content = tokenizer_json(
-            model,
-            self.vocab,
-            self.special_tokens,
-            normalizer={"type": "BertNormalizer", **bert},
-            pre_tokenizer={"type": "BertPreTokenizer"},
-            decoder={"type": "WordPiece", "prefix": self.prefix, "cleanup": False},
-        )
-        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+        self.write(path, model, **self.parts)
 
     @classmethod
     def load(cls, path: Path) -> "WordPiece":
         """Read a tokenizer.json with a WordPiece model. Raises ValueError with the reason if it cannot."""
-        model, special_tokens = read_tokenizer_json(path, "WordPiece")
-        return cls(model["vocab"], special_tokens, model["unk_token"])
+        content, special_tokens = read_tokenizer_json(path, "WordPiece")
+        model = content["model"]
+        for part in ("normalizer", "pre_tokenizer"):
+            expect(path, part, content[part], cls.parts[part])
+        expect(path, "continuing_subword_prefix", model.get("continuing_subword_prefix"), cls.prefix)
+        expect(path, "max_input_chars_per_word", model.get("max_input_chars_per_word"), cls.max_word_chars)
+        return cls(model["vocab"], special_tokens, model.get("unk_token"))
 
 
 def bert_words(text: str) -> list[tuple[str, list[int]]]:
