@@ -63,7 +63,8 @@ def check_settings(group: dict[str, Any]) -> None:
     """Raise ValueError for a rate, decay, beta or epsilon that no optimizer of this file can use."""
     for name in ("lr", "weight_decay", "eps"):
         if name in group and not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0, got {group[name]}")
+            shown = {"lr": "learning_rate"}.get(name, name)
+            raise ValueError(f"{shown} must be finite and >= 0, got {group[name]}")
     for name in ("beta1", "beta2", "momentum"):
         if name in group and not 0 <= group[name] < 1:
             raise ValueError(f"{name} must be >= 0 and < 1, got {group[name]}")
@@ -252,11 +253,11 @@ def orthogonalise(
         raise ValueError(f"orthogonalise takes a matrix, got shape {tuple(matrix.shape)}")
     a, b, c = coefficients
     x = matrix.to(dtype or matrix.dtype)
-    wide = x.T if x.shape[0] > x.shape[1] else x  # the product x x^T is then the smaller of the two
+    wide = x.T if x.shape[0] > x.shape[1] else x  # (short, long)
     wide = wide / wide.norm().clamp(min=eps)
     for _ in range(n_steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        gram = wide @ wide.T  # (short, short)
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)  # (short, long)
     return wide.T if x.shape[0] > x.shape[1] else wide
 
 

@@ -230,6 +230,13 @@ def test_newton_schulz_maps_singular_values_by_the_polynomial_and_keeps_the_vect
                u @ torch.diag(s) @ v, 1e-10)  # fmt: skip
 
 
+def test_shape_comments_are_true(checked_shapes) -> None:
+    with checked_shapes(topic) as checked:
+        for shape in ((9, 4), (4, 9)):
+            orthogonalise(start_weights([shape])[0])
+    assert len(checked) == 3
+
+
 def test_singular_values_land_in_the_band_that_the_docstring_states() -> None:
     s = torch.logspace(math.log10(0.0015), 0, 200_001, dtype=torch.float64)
     for _ in range(topic.QUINTIC_STEPS):
@@ -572,8 +579,8 @@ def test_a_gradient_without_signal_has_an_infinite_noise_scale() -> None:
     ("call", "message"),
     [
         (lambda: build_optimizer(small_model(), "adam", 0.1), "unknown optimizer 'adam'; did you mean 'adamw'?"),
-        (lambda: build_optimizer(small_model(), "lion", -0.1), "lr must be finite and >= 0, got -0.1"),
-        (lambda: build_optimizer(small_model(), "adamw", math.nan), "lr must be finite and >= 0, got nan"),
+        (lambda: build_optimizer(small_model(), "lion", -0.1), "learning_rate must be finite and >= 0, got -0.1"),
+        (lambda: build_optimizer(small_model(), "adamw", math.nan), "learning_rate must be finite and >= 0, got nan"),
         (lambda: build_optimizer(small_model(), "adamw", 0.1, beta2=1.0), "beta2 must be >= 0 and < 1, got 1.0"),
         (lambda: AdamW(small_model().parameters(), eps=-1.0), "eps must be finite"),
         (lambda: AdamW([{"params": small_model().parameters(), "weight_decay": -1.0}]), "weight_decay must be"),

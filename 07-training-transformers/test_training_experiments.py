@@ -56,16 +56,20 @@ def shrink(monkeypatch) -> None:
 def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypatch, run, small) -> None:
     shrink(monkeypatch)
     (tmp_path / "README.md").write_text("<!-- results:begin optimizers -->\n<!-- results:end -->\n")
-    own = ("optimizers", "width", "batch", "schedules")
+    own = ("muon", "memory", "optimizers", "width", "batch", "schedules")
     figures(FiguresConfig(own, **TINY, target=5.5, folder=tmp_path / "figures"), run)
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
-    tables = "optimizer-grid optimizers width-grid width batch-grid batch noise-scale schedules"
+    tables = "newton-schulz optimizer-memory optimizer-grid optimizers width-grid width batch-grid batch "
+    tables += "noise-scale schedules"
     assert set(results) == set(tables.split())
     drawn = {path.stem: path.stat().st_size for path in (tmp_path / "figures").glob("*.svg")}
-    assert set(drawn) == set(own) and max(drawn.values()) < 120_000
+    assert set(drawn) == {"newton_schulz", *own} - {"muon", "memory"} and max(drawn.values()) < 120_000
     by_name = {row[0]: row for row in results["optimizers"]["rows"]}
     assert set(by_name) == {"adamw", "muon"} and len(by_name["adamw"][2]) == 2
     assert 0 < by_name["adamw"][3] < by_name["adamw"][2][0]  # a standard error, and a gap above the floor
+    assert all(predicted == measured for _, predicted, measured, *_ in results["optimizer-memory"]["rows"])
+    large = {row[0]: row[3:] for row in results["optimizer-memory"]["rows"]}
+    assert large["adamw"] == [pytest.approx(8, rel=1e-4), pytest.approx(16 * 124.44e6 / 1e9, rel=1e-3)]
     width = {tuple(row[:2]): row for row in results["width"]["rows"]}
     assert width["standard", 8][3] == width["standard", 8][5]  # at the base width both rates are one
     assert BLOCK.search((tmp_path / "README.md").read_text())[3].strip() == render_table(results["optimizers"])

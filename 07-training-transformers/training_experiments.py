@@ -20,15 +20,20 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from optimizers import (
+    OPTIMIZERS,
+    QUINTIC_STEPS,
     GradientNoise,
     build_optimizer,
     gradient_noise_scale,
     gradient_squares,
     mup_groups,
     parameter_groups,
+    quintic,
     scale_for_width,
     schedule_factor,
     set_learning_rates,
+    state_bytes,
+    training_bytes,
 )
 from packing import Batch, language_model_loss
 from sequence_modeling import document_batches, document_losses, gap_to_floor
@@ -67,11 +72,11 @@ class FiguresConfig:
 
     only: tuple[str, ...] = ()  # names of experiments; none means all
     n_seeds: int = 3  # runs of every condition that is compared
-    n_documents: int = 400  # held-out documents to examine each model with
-    seconds: float = 8.0  # CPU seconds of training in the comparison of optimizers
-    schedule_steps: int = 300  # steps in the comparison of schedules
-    width_steps: int = 120  # steps of each model in the comparison of widths
-    target: float = 1.3  # held-out nats per token that every batch size has to reach
+    n_documents: int = 300  # held-out documents to examine each model with
+    seconds: float = 5.0  # CPU seconds of training in the comparison of optimizers
+    schedule_steps: int = 240  # steps in the comparison of schedules
+    width_steps: int = 100  # steps of each model in the comparison of widths
+    target: float = 1.6  # held-out nats per token that every batch size has to reach
     most_steps: int = 2000  # steps after which a batch size has failed
     folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
 
@@ -245,14 +250,71 @@ def plot_optimizers(logs: dict[str, list[list[dict]]], floor: float, seconds: fl
     return figure
 
 
+# What Muon does to singular values, and what each optimizer remembers
+
+
+def muon(config: FiguresConfig, run: RunConfig) -> None:
+    """Where the Newton-Schulz polynomial sends the singular values, step by step; nothing here is random."""
+    start = np.geomspace(1e-3, 1, 2001)
+    after = [start]
+    for _ in range(QUINTIC_STEPS + 1):
+        after.append(quintic(after[-1]))
+    edges = (1e-3, 1e-2, 1e-1, 1.0)
+    columns = [Column("steps", "", "d"), *(Column(f"from {edge:g}", "", ".3f") for edge in edges)]
+    columns += [Column("least from 0.01 on", "", ".3f"), Column("most from 0.01 on", "", ".3f")]
+    rows = []
+    for n_steps, values in enumerate(after):
+        upper = values[start >= 0.01]
+        rows.append([n_steps, *(float(np.interp(edge, start, values)) for edge in edges), upper.min(), upper.max()])
+    config.save("newton-schulz", columns, rows, "muon", n_seeds=1)
+    save_figure(plot_newton_schulz(start, after), config.folder / "newton_schulz.svg")
+
+
+def plot_newton_schulz(start: np.ndarray, after: list[np.ndarray]) -> Figure:
+    """Singular values after 1, 3 and 5 steps of the polynomial against those before."""
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for n_steps in (1, 3, 5):
+        axis.plot(start, after[n_steps], label=f"{n_steps} step{'s' if n_steps > 1 else ''}")
+    axis.plot(start, start, color="grey", lw=1, label="before")
+    axis.axhline(1, color="black", ls="--", lw=1)
+    axis.set(xlabel="singular value / Frobenius norm", ylabel="singular value after", xscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def memory(config: FiguresConfig, run: RunConfig) -> None:
+    """Bytes of state per parameter: measured on the small model, and by the formula for the sizes of GPT-2 small."""
+    batch = batches_of(training_rows(0, 8), 8)(0)
+    with torch.device("meta"):  # shapes without numbers
+        large = CausalTransformer(ModelConfig(1024, 768, 12, 12, 3072, positions="learned"), 50_257)
+        large.lm_head.weight = large.token_emb.weight
+    n_large, rows = sum(parameter.numel() for parameter in large.parameters()), []
+    for name in OPTIMIZERS:
+        model = new_model(0, run)
+        optimizer = build_optimizer(model, name, 1e-3)
+        take_step(model, batch, optimizer, 1.0)
+        n_small = sum(parameter.numel() for parameter in model.parameters())
+        predicted, total = training_bytes(model, name)["state"], training_bytes(large, name)
+        rows.append([name, predicted / n_small, state_bytes(optimizer) / n_small, total["state"] / n_large])
+        rows[-1].append(sum(total.values()) / 1e9)
+    columns = [Column("optimizer", digits="s"), Column("state by the formula", "bytes per parameter", ".2f")]
+    columns += [
+        Column("measured", "bytes per parameter", ".2f"),
+        Column("GPT-2 small: state", "bytes per parameter", ".2f"),
+        Column("GPT-2 small: weights, gradients and state", "GB", ".2f"),
+    ]
+    config.save("optimizer-memory", columns, rows, "memory", n_seeds=1)
+
+
 # Learning rate and width
 
 
-WIDTHS = (32, 64, 128, 256)
-WIDTH_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+WIDTHS = (16, 32, 64, 128)
+WIDTH_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
 PARAMETRISATIONS = ("standard", "μP")
 
 
+@functools.cache
 def width_run(kind: str, d_model: int, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> Outcome:
     """A short run at one width: the usual parametrisation, or μP with the first of WIDTHS as its base."""
     model, steps = new_model(seed, run, d_model), config.width_steps
@@ -270,14 +332,14 @@ def width_run(kind: str, d_model: int, rate: float, seed: int, config: FiguresCo
         schedule="linear",
         min_lr_ratio=0.0,
     )
-    return train(model, settings, seed, config.n_documents // 2, optimizer)
+    return train(model, settings, seed, config.n_documents // 3, optimizer)
 
 
 def width(config: FiguresConfig, run: RunConfig) -> None:
     """The best learning rate at four widths, in the usual parametrisation and in μP.
 
-    Predicted before the first run: the best rate of the usual parametrisation falls at least fourfold from width 32 to
-    256, that of μP stays within a factor of 2; at width 256 the rate that was best at 32 costs the usual
+    Predicted before the first run: the best rate of the usual parametrisation falls at least fourfold from width 16 to
+    128, that of μP stays within a factor of 2; at width 128 the rate that was best at 16 costs the usual
     parametrisation more than 0.1 nats, and μP less than 0.02.
     """
     places = [(kind, d_model) for kind in PARAMETRISATIONS for d_model in WIDTHS]
@@ -321,10 +383,10 @@ def plot_widths(gaps: dict[tuple, dict[float, float]]) -> Figure:
 # How large a batch is worth its samples
 
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-BATCH_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_RATES = (4e-3, 8e-3, 1.6e-2)
 NOISE_PARTS, NOISE_ROWS = 64, 2  # micro-batches of a measurement of the noise scale, and rows in each
-N_EXAMINED = 100  # held-out documents that say whether the target is reached
+N_EXAMINED = 60  # held-out documents that say whether the target is reached
 
 
 def held_out_loss(model: nn.Module) -> float:
@@ -402,7 +464,7 @@ def noise_along_training(rate: float, seed: int, config: FiguresConfig, run: Run
 
 
 def batch(config: FiguresConfig, run: RunConfig) -> None:
-    """Steps and rows to one loss at seven batch sizes, and the gradient noise scale on the way.
+    """Steps and rows to one loss at six batch sizes, and the gradient noise scale on the way.
 
     Predicted before the first run: the hyperbola fits every size within 20 %; the critical batch size lies between 4
     and 32 rows; the noise scale grows along the run and at its end is within a factor of 3 of it.
@@ -546,6 +608,8 @@ def plot_schedules(config: FiguresConfig, logs: dict[str, list[list[dict]]], flo
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
+    "muon": (muon, 1),
+    "memory": (memory, 5),
     "optimizers": (optimizers, 480),
     "width": (width, 330),
     "batch": (batch, 330),
@@ -557,3 +621,4 @@ def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the chapter's experiments; write their figures, results.json and the chapter's tables."""
     run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
     training_rows.cache_clear()
+    width_run.cache_clear()
