@@ -438,7 +438,7 @@ def train_steps(
 ) -> None:
     """The loop of `fit`: one turn is one optimizer step."""
     config, model, optimizer, team = state.config, state.model, state.optimizer, keeper.team
-    run_model = torch.compile(model, backend=config.compile) if config.compile else model
+    run_model = compiled(model, config.compile) if config.compile else model
     now, spent, done = CLOCKS[config.clock], 0.0, not config.budget and state.step >= config.max_steps
     bar = keeper.bar(state.step)
     model.train()
@@ -477,6 +477,13 @@ def train_steps(
         if stopping and not done:
             keeper.leave(stop, state.step)
     bar.close()
+
+
+def compiled(model: nn.Module, backend: str) -> Callable:
+    try:
+        return torch.compile(model, backend=backend)
+    except RuntimeError as error:
+        raise ValueError(f"compile={backend!r} is no backend of torch.compile ({error}); try inductor") from None
 
 
 def next_batch(batches: Callable[[int], Batch] | Iterator[Batch], step: int) -> Batch:
@@ -795,8 +802,8 @@ def range_test(
 ) -> tuple[list[float], list[float], float]:
     """Train a copy of the model for config.max_steps steps while the learning rate grows by equal factors (Smith 2017).
 
-    Returns the rates, the loss at each, and a rate to start from: a third of the one at which the smoothed loss is
-    lowest, because the first steps of a run bear less than its middle. Steps that overflow have loss infinity.
+    Returns the rates, the loss at each, and a rate to start from: a tenth of the one at which the smoothed loss is
+    lowest, because there the next steps already undo what the last ones gained. An overflow counts as infinity.
     """
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"the range test needs 0 < lowest < highest, got {lowest} and {highest}")
@@ -809,7 +816,7 @@ def range_test(
     rates, losses = [row["learning_rate"] for row in rows], [row["loss"] for row in rows]
     losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
     smoothed = list(itertools.accumulate(losses, lambda mean, loss: 0.8 * mean + 0.2 * loss))
-    return rates, losses, rates[smoothed.index(min(smoothed))] / 3
+    return rates, losses, rates[smoothed.index(min(smoothed))] / 10
 
 
 def plot_range(rates: list[float], losses: list[float], suggested: float) -> Figure:
@@ -851,7 +858,8 @@ def find_rate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    from training_speed import BenchConfig, bench  # here, because it imports this module
+    from training_experiments import FiguresConfig, figures  # here, because they import this module
+    from training_speed import BenchConfig, bench
 
     training = (ModelConfig, DataConfig, TrainConfig, RunConfig)
     verbs = {
@@ -860,6 +868,7 @@ def main(argv: list[str] | None = None) -> None:
         "evaluate": (evaluate, RunConfig),
         "range": (find_rate, RangeConfig, *training),
         "bench": (bench, BenchConfig, ModelConfig, TrainConfig, RunConfig),
+        "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
 
