@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import training_experiments as topic
+from optimizers import gradient_squares
 from training_experiments import (
     EXPERIMENTS,
     FiguresConfig,
@@ -99,10 +100,15 @@ def test_a_run_that_diverges_has_an_infinite_gap_and_is_never_chosen(run, small)
     assert outcome.gap == math.inf and topic.shown_gap(outcome.gap) == "diverged"
     assert 0 < sound.gap < 6 and sound.n_steps == 12
     assert best_rate({1e38: outcome, 7e-3: sound}) == 7e-3
-    wrong_batch = TrainConfig(max_steps=2, warmup_steps=0)
-    with pytest.raises(ValueError, match="same rows"):  # a mistake is no divergence
-        batches = {**training_rows(0, 64), "extra": torch.zeros(1)}
-        topic.fit(new_model(0, run, 16), lambda _: batches, topic.language_model_loss, wrong_batch)
+
+
+def test_a_mistake_is_no_divergence(run, small, monkeypatch) -> None:
+    def broken(*_args, **_options):
+        raise ValueError("the data ended after 3 batches")
+
+    monkeypatch.setattr(topic, "fit", broken)
+    with pytest.raises(ValueError, match="data ended"):
+        train(new_model(0, run, 16), TrainConfig(), 0, 4)
 
 
 def test_critical_batch_recovers_a_known_curve_and_bears_noise() -> None:
@@ -124,8 +130,9 @@ def test_steps_to_a_target_are_interpolated_and_infinite_if_not_reached(run, sma
     assert steps_to_target(4, 1e-3, 0, config, run) == pytest.approx(20, rel=1e-6)
     seen.clear()
     assert steps_to_target(4, 1e-3, 0, FiguresConfig(target=0.5, most_steps=60), run) == math.inf
+    seen.clear()
     monkeypatch.setattr(topic, "held_out_loss", lambda _: math.nan)
-    assert steps_to_target(4, 1e-3, 0, config, run) == math.inf
+    assert steps_to_target(4, 1e-3, 0, config, run) == math.inf and len(seen) == 8  # ends at the first look
 
 
 def test_the_noise_scale_falls_if_the_rows_of_a_batch_are_alike(run, small) -> None:
@@ -134,6 +141,11 @@ def test_the_noise_scale_falls_if_the_rows_of_a_batch_are_alike(run, small) -> N
     alike = {name: tensor[:1].expand(64, -1) for name, tensor in rows.items()}
     same, mixed = measure_noise(model, alike, 0), measure_noise(model, rows, 0)
     assert abs(same.scale) < 1e-3 and mixed.noise > 100 * abs(same.noise)
+    parts = [batches_of(rows, topic.NOISE_ROWS)(index) for index in range(3)]
+    losses = [loss / count for loss, count in (topic.language_model_loss(model, part) for part in parts)]
+    squares, square = gradient_squares(model, losses)
+    assert mixed.signal + mixed.noise / 2 == pytest.approx(sum(squares) / 3, rel=1e-6)  # the lengths it came from
+    assert mixed.signal + mixed.noise / 6 == pytest.approx(square, rel=1e-6)
     found = noise_along_training(8e-3, 0, FiguresConfig(target=0.1, most_steps=8), run)
     assert len(found) == 5 and found[-1][0] < found[0][0] < math.log(model.vocab_size) + 0.2  # looks at 1, 2, 3, 5, 8
     assert held_out_loss(model) == pytest.approx(math.log(model.vocab_size), abs=0.3)
