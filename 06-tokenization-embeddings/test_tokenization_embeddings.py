@@ -140,10 +140,11 @@ def test_words_are_cut_like_the_library_at_every_character() -> None:
 
 
 def test_bpe_round_trips_any_text_and_any_bytes(bpe: ByteLevelBPE) -> None:
+    """A sample; test_course_tokenizer.py has the whole numbers for the tokenizer that the course uses."""
     generator = random.Random(1)
-    texts = [*ODD, *(random_text(generator, generator.randint(0, 40)) for _ in range(10_000))]
+    texts = [*ODD, *(random_text(generator, generator.randint(0, 40)) for _ in range(1_000))]
     assert [text for text in texts if bpe.decode(bpe.encode(text)) != text] == []
-    data = [generator.randbytes(generator.randint(0, 40)) for _ in range(2_000)]
+    data = [generator.randbytes(generator.randint(0, 40)) for _ in range(500)]
     assert [raw for raw in data if bpe.decode_bytes(bpe.encode_bytes(raw)) != raw] == []
 
 

@@ -141,12 +141,14 @@ class Normalizer:
         """
         spans = [(at, at + 1) for at in range(len(text))]
         for step in self.steps:
-            parts = list(clusters(text, self.FORMS[step])) if step in self.FORMS else text
             made, origins, start = [], [], 0
-            for part in parts:
-                new = self.apply(step, part)
+            for part in clusters(text, self.FORMS[step]) if step in self.FORMS else text:
+                new, alone = self.apply(step, part), [self.apply(step, char) for char in part]
+                if new == "".join(alone):
+                    origins += [spans[start + at] for at, chars in enumerate(alone) for _ in chars]
+                else:
+                    origins += [(spans[start][0], spans[start + len(part) - 1][1])] * len(new)
                 made.append(new)
-                origins += [(spans[start][0], spans[start + len(part) - 1][1])] * len(new)
                 start += len(part)
             text, spans = "".join(made), origins
         return text, spans
