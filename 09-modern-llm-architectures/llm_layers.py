@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import check_mask, key_distance, masked_softmax
+from t5 import T5Norm
 from workbench import check_name, check_range
 
 # Normalisation and the feed-forward network
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(T5Norm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, equation 4): LayerNorm without mean and bias.
 
-    Shapes: (..., d_model) to the same. The statistics are float32 whatever the input is, as in the code that trained
-    the published models: the squares of half-precision activations overflow.
+    T5's norm with float32 statistics whatever the input is, as in the code that trained the published models: the
+    squares of half-precision activations overflow. Shapes: (..., d_model) to the same.
     """
-
-    def __init__(self, d_model: int, norm_eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight, self.norm_eps = nn.Parameter(torch.ones(d_model)), norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
