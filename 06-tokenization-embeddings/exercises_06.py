@@ -3,6 +3,7 @@
 python 06-tokenization-embeddings/exercises_06.py my_answers.py
 """
 
+import codecs
 import itertools
 import math
 from collections import Counter
@@ -53,9 +54,11 @@ def check_merge_word(answer: Callable) -> str | None:
     return None
 
 
-def merging_with(
-    change: Callable, take: Callable = lambda word, pair: merge_word(word, 1, pair, Counter())
-) -> Callable:
+def from_the_left(word: Word, pair: Pair) -> Word:
+    return merge_word(word, 1, pair, Counter())
+
+
+def merging_with(change: Callable, take: Callable = from_the_left) -> Callable:
     """A wrong solution: another change of the counts, or another way to merge."""
 
     def wrong(word, count, pair, pair_counts):
@@ -106,12 +109,8 @@ def encode_by_rank(word: str, ranks: dict[Pair, int]) -> list[str]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
-RANKS = {
-    pair: rank
-    for rank, pair in enumerate(
-        [("b", "c"), ("a", "b"), ("c", "d"), ("a", "bc"), ("a", "a"), ("aa", "aa"), ("ab", "cd")]
-    )
-}
+MERGES = [("b", "c"), ("a", "b"), ("c", "d"), ("a", "bc"), ("a", "a"), ("aa", "aa"), ("ab", "cd")]
+RANKS = {pair: rank for rank, pair in enumerate(MERGES)}
 
 
 def check_encode_by_rank(answer: Callable) -> str | None:
@@ -165,9 +164,8 @@ def check_longest_pieces(answer: Callable) -> str | None:
         for unk_token in ("[UNK]", "<?>"):
             found, wanted = answer(word, set(vocab), unk_token), longest_pieces(word, vocab, unk_token)
             if found != wanted:
-                return (
-                    f"{word!r} with unk_token {unk_token!r} is cut into {wanted}, not {found!r}; pieces {sorted(vocab)}"
-                )
+                case = f"{word!r}, unk_token {unk_token!r}, pieces {sorted(vocab)}"
+                return f"{case}: cut into {wanted}, not {found!r}"
     return None
 
 
@@ -242,23 +240,9 @@ def longest_first(word: str, scores: dict[str, float]) -> list[str]:
 
 
 def stream_text(chunks: list[bytes]) -> list[str]:
-    pieces, rest = [], b""
-    for chunk in chunks:
-        rest += chunk
-        whole = len(rest)
-        for back in range(1, min(3, len(rest)) + 1):  # an unfinished character has at most three bytes
-            lead = rest[-back]
-            if lead >= 0xC0:
-                need = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-                whole = len(rest) - back if back < need else len(rest)
-                break
-            if lead < 0x80:
-                break
-        pieces.append(rest[:whole].decode("utf-8", "replace"))
-        rest = rest[whole:]
-    if rest:
-        pieces.append(rest.decode("utf-8", "replace"))
-    return [piece for piece in pieces if piece]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = [decoder.decode(chunk) for chunk in chunks]
+    return [piece for piece in [*pieces, decoder.decode(b"", final=True)] if piece]
 
 
 def check_stream_text(answer: Callable) -> str | None:
@@ -272,7 +256,7 @@ def check_stream_text(answer: Callable) -> str | None:
             return f"chunks {chunks}: expected a list of str, got {found!r}"
         if "".join(found) != "".join(wanted):
             return f"chunks {chunks}: the text is {''.join(wanted)!r}, yours is {''.join(found)!r}"
-        if [piece for piece in found if piece] != wanted:
+        if "\ufffd" not in "".join(wanted) and [piece for piece in found if piece] != wanted:
             return f"chunks {chunks}: the pieces are {wanted}, as early as they are whole, not {found}"
     return None
 
@@ -443,9 +427,9 @@ EXERCISES = [
     ),
     Exercise(
         name="likeliest_pieces",
-        statement="Cut a word as Unigram does: the segmentation whose pieces have the largest sum of log-probabilities.",
+        statement="Cut a word as Unigram does: into the pieces with the largest sum of log-probabilities.",
         signature="likeliest_pieces(word, scores) -> list of str; scores maps a piece to its log-probability",
-        hint="best[end] is the largest best[start] + score of word[start:end]; remember the start, go back at the end.",
+        hint="best[end] is the largest best[start] + score of word[start:end]; remember the start, then go back.",
         check=check_likeliest_pieces,
         solution=likeliest_pieces,
         mistakes={
@@ -461,11 +445,11 @@ EXERCISES = [
     Exercise(
         name="stream_text",
         statement=(
-            "Text from chunks of UTF-8 bytes as they come: each piece holds the characters that are whole by then; what "
-            "is broken at the end, or is no UTF-8, becomes U+FFFD. Empty pieces may be left out."
+            "Text from chunks of UTF-8 bytes as they come: each piece holds the characters that are whole by then. "
+            "What is no UTF-8, or broken off at the end, becomes U+FFFD. Empty pieces may be left out."
         ),
         signature="stream_text(chunks) -> list of str; the pieces joined are the text of all bytes",
-        hint="Hold back the bytes of an unfinished character. codecs.getincrementaldecoder does it; try without first.",
+        hint="Hold back the bytes of an unfinished character. Or look at codecs.getincrementaldecoder.",
         check=check_stream_text,
         solution=stream_text,
         mistakes={
