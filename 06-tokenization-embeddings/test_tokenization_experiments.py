@@ -25,6 +25,8 @@ from tokenization_experiments import (
     best_merges,
     bytes_per_token,
     correlation,
+    count_inputs,
+    decay_without_gradient,
     encoded_texts,
     fertility,
     figures,
@@ -39,7 +41,7 @@ from tokenization_experiments import (
     sums_right,
     suspicions,
     text_bits,
-    token_counts,
+    train_config,
     train_on_sums,
     train_on_texts,
     unknown_share,
@@ -323,10 +325,20 @@ def test_single_digits_learn_sums_and_the_score_counts_whole_answers() -> None:
 # Tokens without training, typing errors, correlation
 
 
-def test_a_suspicion_counts_the_unseen_among_the_first_named() -> None:
+def test_a_suspicion_counts_the_unseen_among_as_many_named() -> None:
     one = Suspicion([0.9, 0.1, 0.8, 0.7], [0, 0, 5, 0])
-    assert one.n_unseen == 3 and [one.found(n) for n in (1, 2, 3, 4)] == [1, 1, 2, 3]
-    assert token_counts(lambda text: [ord(char) - 97 for char in text], ["aab", "b"], 3) == [2, 2, 0]
+    assert [one.n_rarer(limit) for limit in (1, 5, 6)] == [3, 3, 4]
+    assert [one.precision(limit) for limit in (1, 5, 6)] == [2 / 3, 2 / 3, 1.0]
+    assert Suspicion([1.0], [3]).precision() == 0.0
+
+
+def test_every_token_that_the_model_reads_is_counted() -> None:
+    model = CausalTransformer(ModelConfig(d_model=16, n_heads=2, d_ff=16, n_layers=1), 6)
+    counts = torch.zeros(6, dtype=torch.long)
+    count_inputs(model, counts)
+    model(torch.tensor([[1, 4, 4], [0, 4, 1]]))
+    model(torch.tensor([[5]]))
+    assert counts.tolist() == [1, 2, 0, 0, 3, 1]
 
 
 def test_planted_untrained_tokens_are_the_most_suspicious() -> None:
@@ -338,6 +350,23 @@ def test_planted_untrained_tokens_are_the_most_suspicious() -> None:
         model.token_emb.weight[[*unseen, 20, 21]] *= 0.1
     for name, scores in suspicions(model, [20, 21]).items():
         assert {*scores.topk(5).indices.tolist()} == {*unseen, 20, 21}, name
+
+
+def test_a_vector_without_gradient_only_decays() -> None:
+    """Derivation 5: unseen input rows are the initial ones times a known factor; unseen output rows are pushed."""
+    texts, start = ["abcabc abcabc"] * 20, {}
+
+    def remember(model: CausalTransformer) -> None:
+        start["in"], start["out"] = (m.weight.detach().clone() for m in (model.token_emb, model.lm_head))
+
+    model, losses = train_on_texts(40, texts, lambda text: [ord(char) % 32 for char in text], 0.05, CPU, remember)
+    decay = decay_without_gradient(train_config(8, len(losses)))
+    assert 0.5 < decay < 1 - 1e-4
+    torch.testing.assert_close(model.token_emb.weight[33:], start["in"][33:] * decay)
+    pushed = model.lm_head.weight[33:] - start["out"][33:] * decay
+    assert pushed.norm(dim=1).min() > 0.05
+    alike = torch.nn.functional.cosine_similarity(pushed[:1], pushed[1:])
+    assert alike.min() > 0.9  # the gradient of every unseen output row is a sum of the same hidden states
 
 
 def test_typos_swap_two_letters_inside_long_words_only() -> None:

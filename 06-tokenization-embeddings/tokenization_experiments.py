@@ -57,6 +57,7 @@ from transformer_architecture import (
     TrainConfig,
     TransformerSize,
     fit,
+    learning_rate_at,
     start_as_identity,
     transformer_flops,
 )
@@ -192,6 +193,10 @@ BATCH_SIZE = 4
 MODEL = ModelConfig(max_seq_len=2048, d_model=48, d_ff=192)
 
 
+def train_config(seq_len: int, n_steps: int) -> TrainConfig:
+    return TrainConfig(BATCH_SIZE, seq_len, n_steps, warmup_steps=min(50, n_steps // 4))
+
+
 def train_on_texts(
     vocab_size: int,
     texts: list[str],
@@ -210,7 +215,7 @@ def train_on_texts(
     seq_len = max(4, round(ROW_BYTES / bytes_per_token(encode, texts[:200])))
     flops = 3 * transformer_flops(TransformerSize.of(model), BATCH_SIZE, seq_len)["total"]
     n_steps = max(2, round(gflops * 1e9 / flops))
-    config = TrainConfig(BATCH_SIZE, seq_len, n_steps, warmup_steps=min(50, n_steps // 4), weight_decay=0.1)
+    config = train_config(seq_len, n_steps)
     batches = document_batches(encoded_texts(texts, encode, run.seed), Ids, BATCH_SIZE, seq_len, run.seed)
     return model, fit(model.to(pick_device(run.device)), batches, config)
 
@@ -610,19 +615,28 @@ class Suspicion(NamedTuple):
     scores: list[float]
     counts: list[int]
 
-    @property
-    def n_unseen(self) -> int:
-        return sum(count == 0 for count in self.counts)
+    def n_rarer(self, limit: int) -> int:
+        """How many tokens training showed less than `limit` times."""
+        return sum(count < limit for count in self.counts)
 
-    def found(self, n_named: int) -> int:
-        """How many of the `n_named` most suspicious tokens were never seen."""
+    def precision(self, limit: int = 1) -> float:
+        """Name as many tokens as were shown less than `limit` times: the share that really is; also the recall."""
         ranked = sorted(zip(self.scores, self.counts, strict=True), key=lambda pair: -pair[0])
-        return sum(count == 0 for _, count in ranked[:n_named])
+        n_named = self.n_rarer(limit)
+        return sum(count < limit for _, count in ranked[:n_named]) / max(1, n_named)
 
 
-def token_counts(encode: Encode, texts: list[str], vocab_size: int) -> list[int]:
-    counts = Counter(token_id for text in texts for token_id in encode(text))
-    return [counts[token_id] for token_id in range(vocab_size)]
+def count_inputs(model: CausalTransformer, counts: Tensor) -> None:
+    """Let `counts` grow by every token id that the model reads from now on.
+
+    Shapes:
+        counts: (vocab), integers
+    """
+
+    def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        counts.add_(torch.bincount(inputs[0].flatten().cpu(), minlength=len(counts)))
+
+    model.token_emb.register_forward_pre_hook(count)
 
 
 @torch.no_grad()
@@ -645,6 +659,14 @@ def suspicions(model: CausalTransformer, reference: list[int]) -> dict[str, Tens
     }
 
 
+def decay_without_gradient(config: TrainConfig) -> float:
+    """What AdamW multiplies a weight by that never receives a gradient: the product of 1 - rate * decay over all steps.
+
+    Its running means stay 0, so the decay is all that is left of the step (Loshchilov and Hutter 2017, algorithm 2).
+    """
+    return math.prod(1 - learning_rate_at(step, config) * config.weight_decay for step in range(config.max_steps))
+
+
 def small_embeddings(model: CausalTransformer, std: float = 0.02) -> None:
     """Start the blocks as the identity and the embeddings small."""
     start_as_identity(model)
@@ -655,69 +677,58 @@ def glitch(config: FiguresConfig, run: RunConfig) -> None:
     """A tokenizer that saw code, a model that did not: which tokens were never trained, told from the weights alone."""
     prose, _ = python_corpus(config.n_bytes, config.n_held_out)
     code, _ = python_corpus(config.n_bytes, config.n_held_out, ("functions",))
-    tokenizer = ByteLevelBPE.train(prose + code, 2048, SPECIAL_TOKENS)
-    counts = token_counts(tokenizer.encode, prose, len(tokenizer.vocab))
+    tokenizer = ByteLevelBPE.train(prose + code, 4096, SPECIAL_TOKENS)
+    vocab_size = len(tokenizer.vocab)
     strange = [tokenizer.byte_ids[byte] for byte in (0xC0, 0xC1, *range(0xF5, 0x100))]  # in no UTF-8 text
     reference = [*range(3, len(SPECIAL_TOKENS)), *strange]
-    ascii_only = [
-        index
-        for index in range(len(counts))
-        if tokenizer.spellings[index].isascii() or "Ġ" in tokenizer.spellings[index]
-    ]
-    judged = sorted(set(ascii_only) - set(range(len(SPECIAL_TOKENS))))
-    starts = {"embeddings start at 0.02": small_embeddings, "embeddings start at 1": start_as_identity}
-    rows, shown = [], {}
-    for start, prepare in starts.items():
+    judged = [index for index in range(len(SPECIAL_TOKENS), vocab_size) if tokenizer.token_bytes(index).isascii()]
+    starts = {"start at 0.02": (small_embeddings, 0.02), "start at 1": (start_as_identity, 1.0)}
+    rows, facts, shown = [], {"tokens judged: ASCII, not special": [], "never seen": [], "seen 1 to 4 times": []}, {}
+    for start, (begin, std) in starts.items():
         cells: dict[str, list[list[float]]] = {}
         for seed in range(config.n_seeds):
-            model, _ = train_on_texts(
-                len(counts), prose, tokenizer.encode, config.text_gflops / 2, seeded_run(run, seed), prepare
-            )
+            counts = torch.zeros(vocab_size, dtype=torch.long)
+
+            def prepare(model: CausalTransformer, begin=begin, counts=counts) -> None:
+                begin(model)
+                count_inputs(model, counts)
+
+            gflops = config.text_gflops / 2
+            model, losses = train_on_texts(vocab_size, prose, tokenizer.encode, gflops, seeded_run(run, seed), prepare)
+            derived = std * MODEL.d_model**0.5 * decay_without_gradient(train_config(1, len(losses)))
+            unseen = model.token_emb.weight[torch.tensor(reference)].detach()
+            measured = unseen.norm(dim=1).square().mean().sqrt().item()
+            facts.setdefault(f"norm of an unseen input vector / derived, {start}", []).append(measured / derived)
             for name, scores in suspicions(model, reference).items():
-                one = Suspicion(scores[judged].tolist(), [counts[index] for index in judged])
-                found = cells.setdefault(name, [[], [], []])
-                n_unseen = max(1, one.n_unseen)
-                for cell, named in zip(found, (n_unseen // 2, n_unseen, 2 * n_unseen), strict=True):
-                    cell.append(one.found(named))
-                if seed == 0:
-                    shown[start, name] = one
-        for name, (few, equal, many) in cells.items():
-            n_half = max(1, n_unseen // 2)
-            rows.append(
-                [start, name, [n / n_half for n in few], [n / n_unseen for n in equal], [n / n_unseen for n in many]]
-            )
-    share = n_unseen / len(judged)
-    rows.append(["chance", "-", share, share, 2 * share])
-    columns = [Column("Model"), Column("sign"), Column("precision, half as many named as are unseen", "", ".0%")]
-    columns += [Column("precision and recall, as many named", "", ".0%"), Column("recall, twice as many", "", ".0%")]
-    config.save("glitch", columns, rows, "glitch")
-    config.save(
-        "glitch-counts", [Column("Tokens"), Column("number", "", ",d")], glitch_counts(counts, judged), "glitch", 1
-    )
-    chosen = {" / ".join(key): one for key, one in shown.items() if key[1] != "input norm near the initial"}
+                one = Suspicion(scores[judged].tolist(), counts[judged].tolist())
+                for cell, limit in zip(cells.setdefault(name, [[], []]), (1, 5), strict=True):
+                    cell.append(one.precision(limit))
+                shown |= {(start, name): one} if seed == 0 else {}
+            if std == 1:
+                for cell, number in zip(facts.values(), (len(judged), one.n_rarer(1), one.n_rarer(5)), strict=False):
+                    cell.append(float(number))
+        rows += [[f"{start}: {name}", *found] for name, found in cells.items()]
+    facts["seen 1 to 4 times"] = [few - n for few, n in zip(*list(facts.values())[2:0:-1], strict=True)]
+    chance = [[one.n_rarer(limit) / len(judged)] for limit in (1, 5)]
+    columns = [Column("Embeddings and sign"), Column("found among never seen", "", ".0%")]
+    columns += [Column("found among those seen less than 5 times", "", ".0%")]
+    config.save("glitch", columns, [*rows, ["chance", *(cell[0] for cell in chance)]], "glitch")
+    columns = [Column("Tokens and their vectors"), Column("number", "", ",.4g")]
+    config.save("glitch-counts", columns, [[name, numbers] for name, numbers in facts.items()], "glitch")
+    chosen = {key: one for key, one in shown.items() if key[1] != "input norm near the initial"}
     save_figure(plot_glitch(chosen), config.folder / "glitch.svg")
 
 
-def glitch_counts(counts: list[int], judged: list[int]) -> list[list]:
-    return [
-        ["judged: spelled in ASCII, not special", len(judged)],
-        ["never in the model's training text", sum(counts[index] == 0 for index in judged)],
-        ["there 1 to 4 times", sum(1 <= counts[index] <= 4 for index in judged)],
-    ]
-
-
-def plot_glitch(panels: dict[str, Suspicion]) -> Figure:
+def plot_glitch(panels: dict[tuple[str, str], Suspicion]) -> Figure:
     """For each sign: its value against how often training showed the token."""
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(6.8, 5.4), squeeze=False)
-    for axis, (name, one) in zip(axes.flat, panels.items(), strict=False):
+    for axis, ((start, sign), one) in zip(axes.flat, panels.items(), strict=False):
         for unseen, color, marker in ((False, "C0", "."), (True, "C1", "x")):
-            chosen = [(max(count, 0.5), score) for score, count in zip(*one, strict=True) if (count == 0) == unseen][
-                ::3
-            ]
-            label = "never seen" if unseen else "seen"
-            axis.plot(*zip(*chosen, strict=True) if chosen else ([], []), marker, color=color, ms=4, label=label)
-        axis.set(xscale="log", xlabel="times in the training text (0 drawn at 0.5)", ylabel=name.split(" / ")[1])
-        axis.set_title(name.split(" / ")[0], fontsize=9)
+            pairs = [(max(count, 0.5), score) for score, count in zip(*one, strict=True) if (count == 0) == unseen]
+            columns = zip(*pairs[::4], strict=True) if pairs else ([], [])
+            axis.plot(*columns, marker, color=color, ms=4, label="never seen" if unseen else "seen")
+        axis.set(xscale="log", xlabel="times seen in training (0 drawn at 0.5)", ylabel=sign)
+        axis.set_title(f"embeddings {start}", fontsize=9)
     axes.flat[0].legend(frameon=False, fontsize=8)
     return figure
 
