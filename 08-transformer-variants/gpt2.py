@@ -145,10 +145,14 @@ class GPT2(FolderModel):
         for block in self.encoder.blocks:
             block.ffn = TanhFeedForward(d_model, d_ff)
         set_norm_eps(self, config.norm_eps)
-        init_weights(self)
+        self.start(0.02)
+
+    def start(self, std: float) -> None:
+        """Draw fresh weights with this standard deviation."""
+        init_weights(self, std)
         for block in self.encoder.blocks:  # 2 n_layers maps add to the stream: scaled, their sum keeps its variance
             for layer in (block.self_attn.out_proj, block.ffn.down_proj):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * self.config.n_layers))
 
     def forward(
         self, token_ids: Tensor, real: Tensor | None = None, caches: list[KeyValueCache] | None = None
