@@ -233,7 +233,7 @@ def test_batches_that_cannot_be_are_refused(checked_shapes) -> None:
     assert len(checked) == 2
 
 
-# Files that are not what they seem
+# TK7: files that are damaged, or not what they seem
 
 
 def broken(content: dict, **changes) -> bytes:
