@@ -32,6 +32,7 @@ from efficient_attention import (
     trigonometric_features,
 )
 from sequence_modeling import IGNORE, fit
+from variant_failures import breaks
 from vision_experiments import save
 from workbench import Column, RunConfig, save_figure, seed_everything
 
@@ -320,4 +321,5 @@ EFFICIENT_EXPERIMENTS: dict[str, tuple[Callable[["FiguresConfig", RunConfig], No
     "cost": (cost, 60),
     "lookup": (lookup, 240),
     "features": (features, 40),
+    "breaks": (breaks, 10),
 }

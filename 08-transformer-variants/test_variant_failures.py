@@ -1,11 +1,13 @@
 """Topic 08: every planted failure keeps shapes and raises nothing, and its measurement tells sound from broken."""
 
 import types
+from typing import get_args, get_type_hints
 from unittest import mock
 
 import pytest
 
 import variant_failures
+from transformer_variants import BreakConfig, main
 from variant_failures import BREAKS, breaks, planted, show
 from workbench import RunConfig
 
@@ -28,6 +30,13 @@ def test_a_failure_shows_and_leaves_no_trace(name) -> None:
     value, tolerance = SOUND[name]
     assert abs(sound - value) <= tolerance < abs(broken - value) / 3
     assert getattr(owner, attribute) == before and ":" in what
+
+
+def test_the_demo_shows_each_failure_in_one_line(capsys, tmp_path) -> None:
+    assert get_args(get_type_hints(BreakConfig)["break_"]) == ("none", *BREAKS)
+    main(["demo", "--break", "global-twice", "--out", str(tmp_path), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "with --break global-twice" in said
 
 
 def test_the_table_holds_every_failure(monkeypatch) -> None:

@@ -49,7 +49,7 @@ def test_every_experiment_writes_its_tables(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(efficient_experiments, "N_EXAMINED", 8)
     config = types.SimpleNamespace(n_seeds=1, shrink=400, folder=tmp_path)
     tables = {"digits": 5, "patches": 2, "bound": 5, "pairs": 4}
-    tables |= {"kernel": 5, "cost-time": 6, "cost-memory": 6, "lookup": len(FORMS) + 1, "features": 4}
+    tables |= {"kernel": 5, "cost-time": 6, "cost-memory": 6, "lookup": len(FORMS) + 1, "features": 4, "breaks": 7}
     for experiment, seconds in {**VISION_EXPERIMENTS, **EFFICIENT_EXPERIMENTS}.values():
         assert seconds > 0
         if experiment is efficient_experiments.cost:

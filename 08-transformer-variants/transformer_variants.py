@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib import pyplot as plt
@@ -204,6 +204,25 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_range(self, "gflops", above=0)
         check_range(self, "batch_size", "n_slots", least=1)
+
+
+Failure = Literal[
+    "none",
+    "conv1d",
+    "roberta-positions",
+    "patch-order",
+    "one-sided-rows",
+    "unit-rows",
+    "global-twice",
+    "nucleus-order",
+]
+
+
+@dataclass(frozen=True)
+class BreakConfig:
+    """Which failure the demo switches on; `BREAKS` in variant_failures holds them."""
+
+    break_: Failure = "none"  # the failure to show, in place of the comparison
 
 
 @dataclass(frozen=True)
@@ -432,7 +451,7 @@ def plot_families(n: int = 6) -> Figure:
     panels = {"encoder": torch.ones(n, n), "decoder": future, "encoder-decoder": halves}
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.9))
     for axis, (title, allowed) in zip(axes, panels.items(), strict=True):
-        axis.imshow(allowed, cmap="Blues", vmin=0, vmax=1.3)
+        axis.imshow(allowed.numpy(), cmap="Blues", vmin=0, vmax=1.3)
         axis.set(title=title, xlabel="key", xticks=range(n), yticks=range(n))
     axes[0].set_ylabel("query")
     axes[2].axhline(half - 0.5, color="black", lw=1)
@@ -474,8 +493,14 @@ def print_scores(trained: dict[str, Trained], n_slots: int) -> dict[str, FillSco
 # The verbs
 
 
-def demo(config: DemoConfig, sizes: VariantConfig, run: RunConfig) -> None:
+def demo(broken: BreakConfig, config: DemoConfig, sizes: VariantConfig, run: RunConfig) -> None:
     """Give an encoder, a decoder and an encoder-decoder the same data and FLOPs; let all fill the same gaps."""
+    if broken.break_ != "none":
+        from variant_failures import show  # here: the comparison needs none of it
+
+        what, sound, wrong = show(broken.break_)
+        print(f"{what}: {sound:.4g} as it should be, {wrong:.4g} with --break {broken.break_}")
+        return
     seconds = 3 * config.gflops / GFLOPS_PER_SECOND + 0.15 * config.n_slots
     announce(f"train BERT, GPT-2 and T5 with {config.gflops:g} GFLOPs each, fill {2 * config.n_slots} gaps", seconds)
     names = ("bert", "gpt2", "t5")
@@ -696,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
     from variant_experiments import FiguresConfig, figures  # here, because it imports this module
 
     verbs = {
-        "demo": (demo, DemoConfig, VariantConfig, RunConfig),
+        "demo": (demo, BreakConfig, DemoConfig, VariantConfig, RunConfig),
         "pretrain": (pretrain, PretrainConfig, VariantConfig, VariantMasking, RunConfig),
         "finetune": (finetune, FinetuneConfig, RunConfig),
         "generate": (generate, PromptConfig, SamplingConfig, RunConfig),

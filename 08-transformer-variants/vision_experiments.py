@@ -172,7 +172,7 @@ PATCH_SIZES = (1, 2, 4, 8)
 
 def patches(config: "FiguresConfig", run: RunConfig) -> None:
     """Patch size with and without positions, the same number of short training steps each."""
-    recipe = DigitsConfig(max_steps=max(1, 200 // config.shrink), warmup_steps=20)
+    recipe = DigitsConfig(max_steps=max(1, 150 // config.shrink), warmup_steps=15)
     kinds = {"with positions": VisionTransformer, "without": UnorderedVisionTransformer}
     table = {size: {kind: [] for kind in kinds} for size in PATCH_SIZES}
     flops = {}
