@@ -43,7 +43,7 @@ from variant_pretraining import (
 )
 
 SMALL = VariantConfig(d_model=16, n_layers=2, n_heads=2, d_ff=24, max_seq_len=96)
-FLAGS = "--d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --max-steps 3 --batch-size 4".split()
+FLAGS = "--d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --max-steps 3 --batch-size 4 --n-slots 3".split()
 
 
 # The data and the objectives
@@ -308,7 +308,7 @@ def test_a_foreign_folder_fills_and_generates(tmp_path, capsys) -> None:
 
 
 def test_demo_compares_three_families(tmp_path, capsys) -> None:
-    flags = "--d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --gflops 0.5 --n-slots 6 --batch-size 4".split()
+    flags = "--d-model 16 --n-layers 2 --n-heads 2 --d-ff 24 --gflops 0.3 --n-slots 4 --batch-size 4".split()
     main(["demo", *flags, "--out", str(tmp_path), "--device", "cpu"])
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines() if line.endswith("%")][:5] >= ["bert"]

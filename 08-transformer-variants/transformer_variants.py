@@ -234,11 +234,12 @@ class PretrainConfig:
     batch_size: int = 16  # documents in a step
     learning_rate: float = 0.0  # the peak; 0 means the rate that suits this kind of model
     save_every: int = 500  # steps between checkpoints
+    n_slots: int = 100  # held-out documents with one word hidden, and questions, to examine the model with
     resume: bool = False  # go on from the newest checkpoint
 
     def __post_init__(self) -> None:
         check_name("model", self.model, CHOICES)
-        check_range(self, "max_steps", "batch_size", "save_every", least=1)
+        check_range(self, "max_steps", "batch_size", "save_every", "n_slots", least=1)
         check_range(self, "learning_rate", least=0)
 
 
@@ -560,7 +561,7 @@ def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMaski
         part.save_pretrained(place)
         save_tokenizer(place, config.model)
         print(f"saved {shown(place)}")
-    print_scores({config.model: Trained(model, config.max_steps, 0.0, [])}, 100)
+    print_scores({config.model: Trained(model, config.max_steps, 0.0, [])}, config.n_slots)
     verb = "generate" if config.model == "gpt2" else "fill"
     example = "One morning" if verb == "generate" else "The [MASK] sing because they were sad."
     print(f'\nNow ask it: python {shown(SCRIPT)} {verb} "{example}"{where(run)}')

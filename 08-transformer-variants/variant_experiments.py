@@ -62,8 +62,8 @@ class FiguresConfig:
     only: tuple[str, ...] = ()  # experiments to run; none means all
     n_seeds: int = 3  # seeds 0, 1, ... of every comparison
     shrink: int = 1  # divide the length of every training by this, for a quick look
-    gflops: float = 250.0  # billions of floating-point operations of each pretraining
-    n_slots: int = 200  # held-out documents with one word hidden
+    gflops: float = 220.0  # billions of floating-point operations of each pretraining
+    n_slots: int = 150  # held-out documents with one word hidden
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ def causal_gap(model: GPT2, n_documents: int) -> tuple[float, float]:
 
 def posterior(config: FiguresConfig, run: RunConfig) -> None:
     """BERT's beliefs beside the world's exact posterior: slots that are certain, slots that are open, calibration."""
-    places = slots(config.n_slots)
+    places = slots(5 * config.n_slots)
     groups = {
         "certain: one token is possible": [slot for slot in places if len(slot.posterior) == 1],
         "open: two to eight are": [slot for slot in places if 1 < len(slot.posterior) <= 8],
@@ -184,7 +184,7 @@ def posterior(config: FiguresConfig, run: RunConfig) -> None:
     beliefs = fill_in(models[0], places).exp()
     for row, slot in zip(beliefs, places, strict=True):
         points += [(chance, row[word_world()[1].ids[token]].item()) for token, chance in slot.posterior.items()]
-    save_figure(plot_posterior(points, widest(places), models[0]), config.folder / "posterior.svg")
+    save_figure(plot_posterior(points[:800], widest(places), models[0]), config.folder / "posterior.svg")
 
 
 def widest(places: list[Slot], most: int = 8) -> Slot:
@@ -237,20 +237,20 @@ def place_questions(n: int, seed: int, split: str) -> list[tuple[list[int], int]
     return found
 
 
-def classifier_accuracy(trunk: nn.Module | None, config: FiguresConfig, seed: int, n_texts: int = 1000) -> float:
-    """Held-out accuracy after fine-tuning a trunk, or a fresh one, on n_texts questions with few steps."""
+def classifier_accuracy(trunk: nn.Module | None, config: FiguresConfig, seed: int) -> float:
+    """Held-out accuracy after fine-tuning a trunk, or a fresh one, on N_LABELLED questions with few steps."""
     seed_everything(seed)
     names = word_world()[0].words["places"]
     sizes = bert_sizes(SIZES, len(word_world()[1]))
     model = BertForSequenceClassification(BertConfig(**sizes, class_names=names))
     if trunk is not None:
         model.trunk = trunk
-    data = place_questions(n_texts, 1, "train")
+    data = place_questions(N_LABELLED, 1, "train")
     fit_classes(model, data, FinetuneConfig(max_steps=max(2, FINETUNE_STEPS // config.shrink), batch_size=16), seed)
-    return class_accuracy(model, place_questions(500, HELD_OUT_SEED, "validation"))
+    return class_accuracy(model, place_questions(N_EXAMINED, HELD_OUT_SEED, "validation"))
 
 
-FINETUNE_STEPS = 200
+FINETUNE_STEPS, N_LABELLED, N_EXAMINED = 200, 1000, 500
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -270,7 +270,7 @@ def electra(config: FiguresConfig, run: RunConfig) -> None:
             rows.append([label, f"{share * config.gflops / config.shrink:.0f}", f"{steps:.0f}", accuracy])
     fresh = [classifier_accuracy(None, config, seed) for seed in range(config.n_seeds)]
     rows.append(["no pretraining", "0", "0", fresh])
-    counts = [place for _, place in place_questions(500, HELD_OUT_SEED, "validation")]
+    counts = [place for _, place in place_questions(N_EXAMINED, HELD_OUT_SEED, "validation")]
     rows.append(["most frequent place", "", "", max(map(counts.count, counts)) / len(counts)])
     columns = [
         Column("Pretrained on"),
