@@ -327,6 +327,26 @@ def test_pretrained_models_fill_gaps(name, tmp_path, capsys) -> None:
     assert shown.startswith("gap 1: ") and "world: " in shown and "bakers" in shown
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_your_own_text_is_pretrained_on_and_asked(name, tmp_path, capsys) -> None:
+    path = tmp_path / "my.txt"
+    path.write_text("\n\n".join(f"The number {n} comes before {n + 1}. Café {n}!" for n in range(60)))
+    flags = [*FLAGS, "--data", str(path), "--vocab-size", "320", "--out", str(tmp_path), "--device", "cpu"]
+    main(["pretrain", "--model", name, *flags])
+    assert "nats per target (uniform guessing: 5.768)" in capsys.readouterr().out
+    tokenizer = load_tokenizer(tmp_path / name)
+    ids = tokenizer("Café 7!")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Café 7!"
+    assert (ids[-1] == EOS_ID) == (name == "t5") and (ids[0] == BOS_ID) == (name != "t5")
+    asked = ["generate", "The number"] if name == "gpt2" else ["fill", "The [MASK] 5 comes", "--model", name]
+    main([*asked, "--out", str(tmp_path), "--device", "cpu"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("The number" if name == "gpt2" else "gap 1: ") and "world" not in shown
+    with pytest.raises(SystemExit):
+        main(["pretrain", *flags, "--vocab-size", "100"])
+    assert "vocab_size=100 must be at least 296: 40 special tokens and 256 bytes" in capsys.readouterr().err
+
+
 def test_pretraining_resumes_to_the_same_weights(tmp_path, capsys) -> None:
     def run(folder, *more: str) -> None:
         main(["pretrain", *FLAGS, "--save-every", "1", "--out", str(folder), "--device", "cpu", *more])

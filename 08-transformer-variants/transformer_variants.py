@@ -49,6 +49,7 @@ from bert_family import (
     sentence_order,
 )
 from building_from_scratch import check_known
+from byte_level_bpe import ByteLevelBPE
 from contrastive import clip_loss, info_nce
 from efficient_attention import (
     LinformerAttention,
@@ -84,6 +85,7 @@ from variant_pretraining import (
     VARIANTS,
     FillScore,
     FinetuneConfig,
+    MaskedBatches,
     Slot,
     Trained,
     VariantConfig,
@@ -98,7 +100,10 @@ from variant_pretraining import (
     score,
     slots,
     step_flops,
+    text_corpus,
+    train_tokenizer,
     word_world,
+    world_corpus,
 )
 from vision_transformer import (
     DigitsConfig,
@@ -230,6 +235,8 @@ class PretrainConfig:
     """Which model to pretrain, and how long."""
 
     model: str = "bert"  # bert, roberta, albert, electra, gpt2, t5, bart or vit (the last on images of digits)
+    data: str = "tiny-world"  # tiny-world, python-text, a text file, or a data set on the Hugging Face Hub
+    vocab_size: int = 1000  # tokens of the tokenizer that is trained for other data than tiny-world
     max_steps: int = 2000  # optimizer steps
     batch_size: int = 16  # documents in a step
     learning_rate: float = 0.0  # the peak; 0 means the rate that suits this kind of model
@@ -274,27 +281,30 @@ class BenchConfig:
 # Folders with a tokenizer
 
 
-def save_tokenizer(folder: Path, kind: str) -> None:
-    """Write TinyWorld's words as tokenizer.json, for Hugging Face's library: <bos> first, or <eos> last for T5."""
+def save_tokenizer(folder: Path, kind: str, trained: ByteLevelBPE | None = None) -> None:
+    """Write tokenizer.json for Hugging Face's library: TinyWorld's words, or a trained byte-level BPE.
+
+    It puts <bos> before a text, or <eos> after it for the encoder-decoders.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    vocabulary = word_world()[1]
-    tokenizer = Tokenizer(models.WordLevel(vocabulary.ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\w+>|\w+|[^\w\s]"), "removed", invert=True)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":"), decoders.Fuse()]
-    )
-    special = [*SPECIAL_TOKENS, *SENTINELS]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if trained is not None:
+        trained.save(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        tokenizer = Tokenizer(models.WordLevel(word_world()[1].ids, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\w+>|\w+|[^\w\s]"), "removed", invert=True)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":"), decoders.Fuse()]
+        )
+        special = [*SPECIAL_TOKENS, *SENTINELS]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     ends = kind in ("t5", "bart")
     template, token = ("$A <eos>", ("<eos>", EOS_ID)) if ends else ("<bos> $A", ("<bos>", BOS_ID))
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[token])
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk", "mask")}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-        **names,
-    }
+    inputs = ["input_ids", "attention_mask"]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, **names}
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode() + b"\n")
 
@@ -532,17 +542,22 @@ def show_slot(slot: Slot, models: dict[str, nn.Module]) -> None:
 
 
 def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMasking, run: RunConfig) -> None:
-    """Pretrain one kind of model on TinyWorld (vit: on images of digits) and save it as a Hugging Face folder."""
+    """Pretrain one kind of model, on TinyWorld or on your own text, and save it as a Hugging Face folder."""
     seed_everything(run.seed)
     folder, device = run.out / config.model, pick_device(run.device)
     if config.model == "vit":
         return pretrain_vit(run, folder, device)
-    variant = VARIANTS[config.model]
-    model = variant.build(sizes, len(word_world()[1])).to(device)
-    options = {"masking": masking} if config.model in ("bert", "roberta", "albert", "electra") else {}
-    batches = variant.batches(config.batch_size, run.seed, **options)
+    variant, tokenizer, corpus = VARIANTS[config.model], None, world_corpus()
+    if config.data != "tiny-world":
+        tokenizer = train_tokenizer(config.data, config.vocab_size)
+        corpus = text_corpus(config.data, "train", tokenizer, sizes.max_seq_len)
+    model = variant.build(sizes, corpus.vocab_size).to(device)
+    options = {"masking": masking} if variant.batches is MaskedBatches else {}
+    batches = variant.batches(config.batch_size, run.seed, corpus=corpus, **options)
     seconds = config.max_steps * step_flops(model, batches, variant.loss_fn) / (1e9 * GFLOPS_PER_SECOND)
-    announce(f"pretrain {config.model} on TinyWorld for {config.max_steps} steps", seconds)
+    announce(f"pretrain {config.model} on {config.data} for {config.max_steps} steps", seconds)
+    header = {"model": config.model, "sizes": asdict(sizes), "masking": asdict(masking), "seed": run.seed}
+    header |= {"data": config.data, "vocab_size": corpus.vocab_size}
     train_config = TrainConfig(
         batch_size=config.batch_size,
         max_steps=config.max_steps,
@@ -552,19 +567,36 @@ def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMaski
         save_every=config.save_every,
         resume=config.resume,
     )
-    header = {"model": config.model, "sizes": asdict(sizes), "masking": asdict(masking), "seed": run.seed}
     fit(model, batches, variant.loss_fn, train_config, out=folder / "training", header=header)
     parts = {folder: model.eval()}
     if isinstance(model, Electra):
         parts = {folder: model.discriminator, folder.with_name("electra-generator"): model.generator}
     for place, part in parts.items():
         part.save_pretrained(place)
-        save_tokenizer(place, config.model)
+        save_tokenizer(place, config.model, tokenizer)
         print(f"saved {shown(place)}")
-    print_scores({config.model: Trained(model, config.max_steps, 0.0, [])}, config.n_slots)
+    if tokenizer is None:
+        print_scores({config.model: Trained(model, config.max_steps, 0.0, [])}, config.n_slots)
+    else:
+        held_out = text_corpus(config.data, "validation", tokenizer, sizes.max_seq_len)
+        nats = held_out_loss(
+            model, variant.batches(config.batch_size, 777, corpus=held_out, **options), variant.loss_fn
+        )
+        print(f"held-out loss {nats:.3f} nats per target (uniform guessing: {math.log(corpus.vocab_size):.3f})")
     verb = "generate" if config.model == "gpt2" else "fill"
     example = "One morning" if verb == "generate" else "The [MASK] sing because they were sad."
-    print(f'\nNow ask it: python {shown(SCRIPT)} {verb} "{example}"{where(run)}')
+    chosen = "" if config.model in ("gpt2", "bert") else f" --model {config.model}"
+    print(f'\nNow ask it: python {shown(SCRIPT)} {verb} "{example}"{chosen}{where(run)}')
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Callable[[int], dict[str, Tensor]], loss_fn: Callable) -> float:
+    """Mean loss over the targets of ten batches, in nats."""
+    device, total, n_targets = next(model.parameters()).device, 0.0, 0
+    for step in range(10):
+        loss, count = loss_fn(model, {name: tensor.to(device) for name, tensor in batches(step).items()})
+        total, n_targets = total + loss.item(), n_targets + int(count)
+    return total / n_targets
 
 
 def where(run: RunConfig) -> str:

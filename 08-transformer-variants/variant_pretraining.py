@@ -38,7 +38,9 @@ from bert_family import (
     RobertaForMaskedLM,
     mask_tokens,
 )
+from byte_level_bpe import ByteLevelBPE
 from gpt2 import GPT2, GPT2Config, init_weights
+from python_text import load_texts
 from sequence_modeling import BOS_ID, EOS_ID, IGNORE, PAD_ID, Vocabulary, device_of
 from t5 import T5, Bart, BartConfig, EncoderDecoder, SpanConfig, T5Config, corrupt_spans, draw_spans
 from tiny_world import SPECIAL_TOKENS, World, WorldConfig, join
@@ -131,12 +133,55 @@ def document_group(group: int, seed: int, batch_size: int) -> tuple[list[list[in
     return sorted(documents, key=len), order
 
 
+class Corpus(NamedTuple):
+    """What a model is pretrained on: ids of documents, each from <bos> to <eos>, and which ids are no words."""
+
+    vocab_size: int
+    special_ids: frozenset[int]
+    sentinel_ids: list[int]
+    documents: Callable[[int, int, int], list[list[int]]]  # (step, seed, batch_size) -> the documents of that step
+
+
+def world_corpus() -> Corpus:
+    return Corpus(len(word_world()[1]), special_ids(), sentinel_ids(), training_documents)
+
+
+def text_corpus(data: str, split: str, tokenizer: ByteLevelBPE, max_seq_len: int) -> Corpus:
+    """Any texts that `load_texts` reads, cut into pieces that a model of max_seq_len can take."""
+    pieces, length = [], max_seq_len - 4
+    for text in load_texts(data, split):
+        ids = tokenizer.encode(text)
+        pieces += [ids[start : start + length] for start in range(0, len(ids), length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise ValueError(f"{data} has no text of two tokens or more on the {split} side; give more")
+
+    def documents(step: int, seed: int, batch_size: int) -> list[list[int]]:
+        picked = torch.randint(len(pieces), (batch_size,), generator=generator_of(seed, step, "texts")).tolist()
+        return [[BOS_ID, *pieces[index], EOS_ID] for index in picked]
+
+    n_special = len(SPECIAL_TOKENS) + len(SENTINELS)
+    first = len(SPECIAL_TOKENS)
+    return Corpus(len(tokenizer.vocab), frozenset(range(n_special)), list(range(first, n_special)), documents)
+
+
+def train_tokenizer(data: str, vocab_size: int) -> ByteLevelBPE:
+    """Topic 06's byte-level BPE of some texts, with the special tokens of this topic on the first ids."""
+    special = (*SPECIAL_TOKENS, *SENTINELS)
+    least = len(special) + 256
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {least}: {len(special)} special tokens and 256 bytes"
+        )
+    return ByteLevelBPE.train(load_texts(data), vocab_size, special)
+
+
 def padded(rows: Sequence[Sequence[int]], filler_id: int = PAD_ID) -> Tensor:
     """Rows of ids as one tensor (batch, seq), filled up on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler_id)
 
 
-def generator_of(*numbers: int) -> torch.Generator:
+def generator_of(*numbers: int | str) -> torch.Generator:
     """A generator whose stream is decided by these numbers alone."""
     return torch.Generator().manual_seed(random.Random(repr(numbers)).getrandbits(62))
 
@@ -147,14 +192,17 @@ def generator_of(*numbers: int) -> torch.Generator:
 class MaskedBatches:
     """Masked language modelling: documents with some tokens hidden, swapped or kept; targets there alone."""
 
-    def __init__(self, batch_size: int, seed: int, masking: MaskingConfig | None = None) -> None:
-        self.batch_size, self.seed, self.masking = batch_size, seed, masking or VariantMasking()
+    def __init__(
+        self, batch_size: int, seed: int, masking: MaskingConfig | None = None, corpus: Corpus | None = None
+    ) -> None:
+        self.batch_size, self.seed, self.corpus = batch_size, seed, corpus or world_corpus()
+        self.masking = masking or VariantMasking()
 
     def __call__(self, step: int) -> Batch:
-        token_ids = padded(training_documents(step, self.seed, self.batch_size))  # (batch, seq)
-        vocab_size = len(word_world()[1])
-        generator = generator_of(self.seed, step)
-        inputs, targets = mask_tokens(token_ids, vocab_size, MASK_ID, special_ids(), self.masking, generator)
+        corpus, generator = self.corpus, generator_of(self.seed, step)
+        token_ids = padded(corpus.documents(step, self.seed, self.batch_size))  # (batch, seq)
+        sizes = (corpus.vocab_size, MASK_ID, corpus.special_ids)
+        inputs, targets = mask_tokens(token_ids, *sizes, self.masking, generator)
         draws = torch.randint(2**31, (len(token_ids),), generator=generator)  # (batch); decide an ELECTRA's samples
         return {"inputs": inputs, "targets": targets, "real": token_ids != PAD_ID, "draws": draws}
 
@@ -162,11 +210,11 @@ class MaskedBatches:
 class CausalBatches:
     """Language modelling: every token of a document, <eos> too, from those before it."""
 
-    def __init__(self, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, batch_size: int, seed: int, corpus: Corpus | None = None) -> None:
+        self.batch_size, self.seed, self.corpus = batch_size, seed, corpus or world_corpus()
 
     def __call__(self, step: int) -> Batch:
-        token_ids = padded(training_documents(step, self.seed, self.batch_size), IGNORE)  # (batch, seq_and_one)
+        token_ids = padded(self.corpus.documents(step, self.seed, self.batch_size), IGNORE)  # (batch, seq_and_one)
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]  # (batch, seq)
         return {"inputs": inputs.clamp(min=PAD_ID), "targets": targets}
 
@@ -174,13 +222,16 @@ class CausalBatches:
 class SpanBatches:
     """Span corruption: documents with gaps, and what was in the gaps."""
 
-    def __init__(self, batch_size: int, seed: int, spans: SpanConfig | None = None) -> None:
-        self.batch_size, self.seed, self.spans = batch_size, seed, spans or VariantSpans()
+    def __init__(
+        self, batch_size: int, seed: int, spans: SpanConfig | None = None, corpus: Corpus | None = None
+    ) -> None:
+        self.batch_size, self.seed, self.corpus = batch_size, seed, corpus or world_corpus()
+        self.spans = spans or VariantSpans()
 
     def __call__(self, step: int) -> Batch:
-        generator, sentinels = generator_of(self.seed, step), sentinel_ids()
+        generator, sentinels = generator_of(self.seed, step), self.corpus.sentinel_ids
         sources, targets = [], []
-        for token_ids in training_documents(step, self.seed, self.batch_size):
+        for token_ids in self.corpus.documents(step, self.seed, self.batch_size):
             text = token_ids[1:-1]  # T5 has no <bos>, and every text ends
             source, target = corrupt_spans(text, draw_spans(len(text), self.spans, generator), sentinels)
             sources.append([*source, EOS_ID])
