@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import pearsonr
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenization_experiments as topic
 from sequence_modeling import EOS_ID, IGNORE, bits_per_byte
@@ -94,7 +95,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     tables += "embeddings pmi vectors analogies"
     assert set(results) == set(tables.split())
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
-    assert drawn == {"sizes", "scripts", "numbers", "glitch", "pmi", "pca"}
+    assert drawn == {"cuts", "sizes", "scripts", "numbers", "glitch", "pmi", "pca"}
     assert all(path.stat().st_size < 150_000 for path in (tmp_path / "figures").glob("*.svg"))
     assert all(len(cell) == 2 for row in results["sampling"]["rows"] for cell in row[1:])
     assert all(bits > 1 for row in results["sizes"]["rows"] for bits in row[-1])  # untrained, but finite
@@ -226,9 +227,13 @@ def test_a_trained_model_beats_a_uniform_one_and_more_arithmetic_helps() -> None
     train, unseen, floor = world_corpus(300, 10)
     tokenizer = ByteLevelBPE.train(train, 400, SPECIAL_TOKENS)
     bits = []
-    for gflops in (0.2, 4.0):
+    for gflops in (0.5, 4.0):
         model, losses = train_on_texts(400, train, tokenizer.encode, gflops, CPU)
         assert losses[0] == pytest.approx(math.log(400), abs=0.3)
+        seq_len = round(topic.ROW_BYTES / bytes_per_token(tokenizer.encode, train[:200]))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(topic.BATCH_SIZE, seq_len, dtype=torch.long))
+        assert len(losses) == round(gflops * 1e9 / 3 / counter.get_total_flops())
         bits.append(text_bits(model, tokenizer.encode, unseen))
     uniform = math.log2(400) / bytes_per_token(tokenizer.encode, unseen)
     assert floor < bits[1] < bits[0] < uniform

@@ -255,7 +255,7 @@ def test_shape_comments_are_true(checked_shapes) -> None:
 
 
 def test_three_methods_find_the_classes_of_the_world(tmp_path, capsys) -> None:
-    main(["--n-documents", "1500", "--max-steps", "600", "--out", str(tmp_path)])
+    main(["--n-documents", "1000", "--max-steps", "400", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     sgns, glove, pmi = map(float, next(line for line in lines if line.startswith("mean")).split()[1:])
     assert sgns > 0.6 and glove > 0.4 and pmi > 0.7

@@ -99,10 +99,10 @@ class FiguresConfig:
     only: tuple[str, ...] = ()  # experiments to run; none means all
     n_seeds: int = 3  # seeds 0, 1, ... of every comparison
     n_bytes: int = 600_000  # of Python text: tokenizers and models learn from it
-    text_gflops: float = 100.0  # arithmetic of one training on Python text, in units of 1e9 operations
+    text_gflops: float = 80.0  # arithmetic of one training on Python text, in units of 1e9 operations
     world_gflops: float = 30.0  # the same on TinyWorld
-    sum_gflops: float = 80.0  # the same on sums
-    n_held_out: int = 120  # held-out texts
+    sum_gflops: float = 60.0  # the same on sums
+    n_held_out: int = 80  # held-out texts
     n_documents: int = 4000  # TinyWorld documents
     vector_steps: int = 1500  # training steps of skip-gram
     speed_bytes: int = 1_000_000  # of text that the speed of tokenizers is measured on
@@ -358,6 +358,7 @@ SCRIPTS = {
     "Japanese": "水は冷たいです。姉は庭で本を読みます。明日私たちは町へ行きます。私は彼の名前を知っています。",
     "Korean": "물이 차갑다. 내 언니는 정원에서 책을 읽는다. 내일 우리는 도시에 간다. 나는 그의 이름을 안다.",
 }
+EXAMPLE = "Returns the tokenized café, 12345 bytes"  # cut by every tokenizer in the chapter's first figure
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -427,6 +428,28 @@ def kinds(config: FiguresConfig, run: RunConfig) -> None:
     columns += [Column(f"characters lost, {name}", "", ".0%") for name in ("words", "WordPiece", "Unigram")]
     config.save("scripts", columns, rows, "kinds", 1)
     save_figure(plot_scripts(rows), config.folder / "scripts.svg")
+    save_figure(plot_cuts(EXAMPLE, tokenizers), config.folder / "cuts.svg")
+
+
+def plot_cuts(text: str, tokenizers: dict) -> Figure:
+    """The same text as each tokenizer cuts it: one box a token, grey where the tokenizer has none."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.4))
+    for row, tokenizer in enumerate(tokenizers.values()):
+        unknown = getattr(tokenizer, "unk_token", None)
+        tokens = tokenizer.tokens(text)
+        for at, (_, spelling, (start, end)) in enumerate(tokens):
+            color = "0.75" if spelling == unknown else f"C{at % 2}"
+            box = {"fc": color, "ec": "white", "lw": 1.2, "alpha": 0.45}
+            axis.add_patch(plt.Rectangle((start, row - 0.36), end - start, 0.72, **box))
+        axis.text(len(text) + 0.6, row, f"{len(tokens)} tokens", va="center", fontsize=8)
+        for at, char in enumerate(text):
+            axis.text(at + 0.5, row, char, ha="center", va="center", fontsize=8, family="monospace")
+    axis.set(xlim=(0, len(text) + 6), ylim=(len(tokenizers) - 0.4, -0.6))
+    axis.set_yticks(range(len(tokenizers)), list(tokenizers))
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
 
 
 def plot_scripts(rows: list[list]) -> Figure:
@@ -567,14 +590,15 @@ def numbers(config: FiguresConfig, run: RunConfig) -> None:
         "chunks learnt by BPE": lambda seed: in_learnt_chunks(MAX_SUM, 60, seed),
         "whole numbers": lambda _: lambda number: [number],
     }
-    rows, n_sums = [], 5 * config.n_held_out
+    rows, n_sums = [], 8 * config.n_held_out
     for name, cut_for in progress(cuts.items(), "sums"):
         right, sizes = [], []
         for seed in range(config.n_seeds):
             task = SumTask.build(cut_for(seed), MAX_SUM)
             right.append(sums_right(train_on_sums(task, config.sum_gflops, seeded_run(run, seed)), task, n_sums))
             sizes.append(float(len(task.vocabulary)))
-        rows.append([name, statistics.mean(sizes), task.batch([(57, 68)], [False])[0].shape[1], right])
+        n_tokens = 2 + sum(len(task.cut(number)) for number in ("57", "68", "125"))
+        rows.append([name, statistics.mean(sizes), n_tokens, right])
     columns = [Column("Numbers as"), Column("vocabulary", "", ".0f"), Column("tokens of 57+68=125", "", "d")]
     columns += [Column("held-out sums right", "", ".1%")]
     guess = ["always 99, the likeliest", "-", "-", 1 / (MAX_SUM + 1)]
@@ -926,7 +950,8 @@ def vectors(config: FiguresConfig, run: RunConfig) -> None:
             counts, vocab = cooccurrences(kept, window_size)
             generator = torch.Generator().manual_seed(seed)
             options = VectorConfig(max_steps=config.vector_steps, window_size=window_size)
-            tables = {"sgns": sgns_vectors(counts, options, generator).words}
+            exact = VectorConfig(max_steps=max(2, config.vector_steps // 5), learning_rate=0.05)
+            tables = {"sgns": minimise_expected_loss(counts, 5, 0.75, exact, generator).words}
             tables |= {
                 "glove": glove_vectors(counts, options, generator)[0],
                 "pmi": pmi_vectors(counts, options.d_model),
