@@ -7,6 +7,7 @@ Papers: McCandlish et al. 2018 (arXiv 1812.06162), the critical batch size; Yang
 learning rate for narrow and wide models; Hu et al. 2024 (arXiv 2404.06395), the schedule with a stable phase.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -37,6 +38,8 @@ from optimizers import (
 )
 from packing import Batch, language_model_loss
 from sequence_modeling import document_batches, document_losses, gap_to_floor
+from training_failures import PRECISIONS, Autopsy, autopsy, plot_autopsies, precision_gallery, precision_run
+from training_speed import BenchConfig, activation_megabytes, batching_works, step_works
 from training_transformers import TrainConfig, fit
 from transformer_architecture import (
     CausalTransformer,
@@ -59,6 +62,7 @@ from workbench import (
     save_figure,
     save_results,
     seed_everything,
+    time_in_turns,
 )
 
 SEQ_LEN = 64  # tokens in a row of every experiment here
@@ -76,13 +80,17 @@ class FiguresConfig:
     seconds: float = 5.0  # CPU seconds of training in the comparison of optimizers
     schedule_steps: int = 240  # steps in the comparison of schedules
     width_steps: int = 100  # steps of each model in the comparison of widths
-    target: float = 1.6  # held-out nats per token that every batch size has to reach
+    target: float = 1.5  # held-out nats per token that every batch size has to reach
     most_steps: int = 2000  # steps after which a batch size has failed
+    precision_steps: int = 60  # steps of each training in the precision gallery
+    spike_steps: int = 90  # steps before the ones that spoil a run in the autopsy of loss spikes
+    n_rounds: int = 7  # timed rounds of every way to make batches and steps
     folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
 
     def __post_init__(self) -> None:
-        check_range(self, "n_seeds", "most_steps", least=1)
-        check_range(self, "schedule_steps", "width_steps", least=10)
+        check_range(self, "n_seeds", "most_steps", "n_rounds", least=1)
+        check_range(self, "schedule_steps", "width_steps", "precision_steps", least=10)
+        check_range(self, "spike_steps", least=30)
         check_range(self, "n_documents", least=2)
         check_range(self, "seconds", "target", above=0)
         for name in self.only:
@@ -170,7 +178,7 @@ def shown_gap(gap: float) -> float | str:
 
 
 GRID = (0.25, 0.5, 1.0, 2.0)  # learning rates that every optimizer is tried with, as multiples of its own
-OPTIMIZER_RATES = {"momentum": 1.6, "adamw": 0.016, "adafactor": 0.16, "lion": 4e-3, "lamb": 0.04, "muon": 0.064}
+OPTIMIZER_RATES = {"momentum": 1.6, "adamw": 0.016, "adafactor": 0.16, "lion": 8e-3, "lamb": 0.04, "muon": 0.064}
 LION_BETA2 = 0.99  # as Chen et al. 2023; the others have the default
 
 
@@ -384,7 +392,7 @@ def plot_widths(gaps: dict[tuple, dict[float, float]]) -> Figure:
 
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-BATCH_RATES = (4e-3, 8e-3, 1.6e-2)
+BATCH_RATES = (2e-3, 4e-3, 8e-3)  # learning rates tried for one row; for B rows sqrt(B) times as high
 NOISE_PARTS, NOISE_ROWS = 64, 2  # micro-batches of a measurement of the noise scale, and rows in each
 N_EXAMINED = 60  # held-out documents that say whether the target is reached
 
@@ -395,7 +403,7 @@ def held_out_loss(model: nn.Module) -> float:
 
 
 def steps_to_target(batch_size: int, rate: float, seed: int, config: FiguresConfig, run: RunConfig) -> float:
-    """Steps of AdamW at a constant rate (after 10 of warm-up) until the held-out loss is at the target.
+    """Steps of AdamW at a constant rate (after 5 of warm-up) until the held-out loss is at the target.
 
     The loss is examined about every tenth of the steps so far, and between two examinations interpolated on a
     logarithmic axis of steps. Infinite if most_steps do not suffice or the loss is not finite.
@@ -405,7 +413,7 @@ def steps_to_target(batch_size: int, rate: float, seed: int, config: FiguresConf
     batches = batches_of(training_rows(seed, N_ROWS), batch_size)
     before, next_look = (1, math.log(model.vocab_size)), 8
     for step in range(config.most_steps):
-        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 10, 10))
+        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 5, 5))
         if step + 1 == next_look:
             now, next_look = (next_look, held_out_loss(model)), math.ceil(1.1 * next_look)
             if not math.isfinite(now[1]):
@@ -454,7 +462,7 @@ def noise_along_training(rate: float, seed: int, config: FiguresConfig, run: Run
     optimizer, rows = build_optimizer(model, "adamw", rate), training_rows(seed, N_ROWS)
     batches, next_look = batches_of(rows, 8), 1
     for step in range(config.most_steps):
-        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 10, 10))
+        take_step(model, batches(step), optimizer, schedule_factor("constant", step, config.most_steps + 5, 5))
         if step + 1 == next_look:
             next_look = math.ceil(1.5 * next_look)
             found.append((held_out_loss(model), measure_noise(model, rows, N_ROWS // 2).scale))
@@ -470,9 +478,15 @@ def batch(config: FiguresConfig, run: RunConfig) -> None:
     and 32 rows; the noise scale grows along the run and at its end is within a factor of 3 of it.
     """
     tried = [(size, rate) for size in BATCH_SIZES for rate in BATCH_RATES]
-    grid = {pair: steps_to_target(*pair, TUNING_SEED, config, run) for pair in progress(tried, "tuning")}
-    best = {size: min(BATCH_RATES, key=lambda rate, size=size: grid[size, rate]) for size in BATCH_SIZES}
-    columns = [Column("rows in a batch", "", "d"), *(Column(f"{rate:g}", "steps", ".0f") for rate in BATCH_RATES)]
+    grid = {
+        (size, rate): steps_to_target(size, rate * math.sqrt(size), TUNING_SEED, config, run)
+        for size, rate in progress(tried, "tuning")
+    }
+    best = {
+        size: math.sqrt(size) * min(BATCH_RATES, key=lambda rate, size=size: grid[size, rate]) for size in BATCH_SIZES
+    }
+    columns = [Column("rows in a batch, B", "", "d")]
+    columns += [Column(f"rate {rate:g} √B", "steps", ".0f") for rate in BATCH_RATES]
     rows = [[size, *(shown_steps(grid[size, rate]) for rate in BATCH_RATES)] for size in BATCH_SIZES]
     config.save("batch-grid", columns, rows, "batch", n_seeds=1)
     seeds = range(config.n_seeds)
@@ -485,7 +499,7 @@ def batch(config: FiguresConfig, run: RunConfig) -> None:
     least, fewest = np.exp(np.log(fits).mean(axis=0))
     columns = [
         Column("rows in a batch", "", "d"),
-        Column("learning rate", "", "g"),
+        Column("learning rate", "", ".3g"),
         Column("steps", "", ".0f"),
         Column("rows in all", "", ".0f"),
         Column("steps by the fitted curve", "", ".0f"),
@@ -607,6 +621,106 @@ def plot_schedules(config: FiguresConfig, logs: dict[str, list[list[dict]]], flo
     return figure
 
 
+# What goes wrong, and what things cost: training_failures and training_speed measure it
+
+
+def precision(config: FiguresConfig, run: RunConfig) -> None:
+    """What fp16 and bf16 lose, number by number, and what that does to a training.
+
+    Predicted before the first run: fp16 without a loss scale ends at least a tenth further from the floor than fp32,
+    weights in bf16 furthest of all; bf16 products and fp16 with a scaler within the spread of fp32.
+    """
+    gallery = precision_gallery(config.precision_steps, run)
+    rows = [[what, sound, wrong if math.isfinite(wrong) else str(wrong)] for what, sound, wrong in gallery]
+    columns = [Column("what", digits="s"), Column("as it should be"), Column("in few bits")]
+    config.save("precision-gallery", columns, rows, "precision", n_seeds=1)
+    settings = TrainConfig(max_steps=config.precision_steps, warmup_steps=config.precision_steps // 6)
+    rows = []
+    for name in progress(PRECISIONS, "precisions"):
+        found = [
+            precision_run(name, settings, dataclasses.replace(run, seed=seed), config.n_documents)
+            for seed in range(config.n_seeds)
+        ]
+        rows.append([name, [gap for gap, _ in found], [skipped for _, skipped in found]])
+    columns = [Column("precision", digits="s"), Column("gap to the floor", "nats per token", ".3f")]
+    columns += [Column("skipped steps", "", ".1f")]
+    config.save("precision", columns, rows, "precision")
+
+
+SPIKES: dict[str, tuple[str, float, float]] = {  # name: cause, beta2, limit of the gradient norm
+    "bad batches": ("batch", 0.95, 1.0),
+    "bad batches, no clipping": ("batch", 0.95, 0.0),
+    "bad batches, beta2 0.999": ("batch", 0.999, 1.0),
+    "bad batches, beta2 0.999, no clipping": ("batch", 0.999, 0.0),
+    "rate times 10": ("rate", 0.95, 1.0),
+    "rate times 10, no clipping": ("rate", 0.95, 0.0),
+}
+
+
+def spikes(config: FiguresConfig, run: RunConfig) -> None:
+    """Three bad steps in the middle of a run: which monitor moves first, and what keeps the damage small.
+
+    Predicted before the first run: after bad batches clipping and the shorter memory of beta2 = 0.95 both help, and
+    without both the loss rises most. With a rate that is too high the relative update moves in the same step, loss and
+    gradient norm one step later; clipping changes nothing there, because Adam divides the size of the gradient out.
+    """
+    found: dict[str, list[Autopsy]] = {}
+    for name, (cause, beta2, clip) in progress(SPIKES.items(), "spikes"):
+        settings = {"max_steps": config.spike_steps + 30, "warmup_steps": min(20, config.spike_steps // 2)}
+        train_config = TrainConfig(**settings, schedule="constant", beta2=beta2, grad_clip=clip)
+        found[name] = [
+            autopsy(cause, train_config, config.spike_steps, dataclasses.replace(run, seed=seed))
+            for seed in range(config.n_seeds)
+        ]
+    monitors = list(found["bad batches"][0].series)
+    rows = [
+        [
+            name,
+            [each.peak() for each in autopsies],
+            [each.cost() for each in autopsies],
+            *(shown_alarms([each.alarm(monitor) for each in autopsies]) for monitor in monitors),
+        ]
+        for name, autopsies in found.items()
+    ]
+    columns = [Column("three bad steps", digits="s"), Column("highest loss after", "nats above before", ".2f")]
+    columns += [Column("mean loss of 25 steps after", "nats above before", ".3f")]
+    columns += [Column(f"alarm of {monitor}", "steps", "s") for monitor in monitors]
+    config.save("spikes", columns, rows, "spikes")
+    save_figure(plot_autopsies({name: each[0] for name, each in found.items()}), config.folder / "spikes.svg")
+
+
+def shown_alarms(alarms: list[float]) -> str:
+    """Steps from the first bad one to the alarm, seed by seed; a dash where none came."""
+    return " ".join(f"{alarm:.0f}" if math.isfinite(alarm) else "-" for alarm in alarms)
+
+
+def throughput(config: FiguresConfig, run: RunConfig) -> None:
+    """Seconds of the same work done in other ways, in turns, as speed beside the plain way.
+
+    Predicted before the first run: 4 micro-batches 0.7 of the speed of one batch; bf16 slower on a CPU without matrix
+    units for it; checkpointing 0.75, for one forward pass more beside three; bucketed and packed batches of the same
+    documents 1.5 times the speed of padded ones or more.
+    """
+    settings, shape = TrainConfig(), ModelConfig()
+    timed = time_in_turns(step_works(shape, settings, run), config.n_rounds)
+    kept = dict(zip(("plain", "checkpointed"), activation_megabytes(shape, settings, run), strict=True))
+    rows = [[name, *speeds(timed[name], timed["plain"]), kept.get(name, "")] for name in timed]
+    columns = [Column("a step of 8 rows", digits="s"), Column("speed", "of plain", ".2f"), Column("range", digits="s")]
+    config.save("step-speed", [*columns, Column("activations kept", "MB", ".2f")], rows, "throughput", n_seeds=1)
+    works = batching_works(BenchConfig(config.n_rounds), shape, settings, run)
+    timed = time_in_turns({name: work for name, (work, _) in works.items()}, config.n_rounds)
+    rows = [[name, share, *speeds(timed[name], timed["padded"])] for name, (_, share) in works.items()]
+    columns = [Column("batches of documents", digits="s"), Column("real tokens", "", ".1%")]
+    columns += [Column("speed", "of padded", ".2f"), Column("range", digits="s")]
+    config.save("batching-speed", columns, rows, "throughput", n_seeds=1)
+
+
+def speeds(seconds: list[float], plain: list[float]) -> tuple[float, str]:
+    """Median over the rounds of how fast this is beside the plain way, and the range."""
+    ratios = sorted(other / own for own, other in zip(seconds, plain, strict=True))
+    return float(np.median(ratios)), f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+
+
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
     "muon": (muon, 1),
     "memory": (memory, 5),
@@ -614,6 +728,9 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] =
     "width": (width, 330),
     "batch": (batch, 330),
     "schedules": (schedules, 220),
+    "precision": (precision, 150),
+    "spikes": (spikes, 120),
+    "throughput": (throughput, 60),
 }
 
 
