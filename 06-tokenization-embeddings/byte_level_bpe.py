@@ -191,32 +191,64 @@ def merge_all(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...
 # Byte-level BPE
 
 
-class ByteLevelBPE:
-    """Byte pair encoding over UTF-8 bytes, as in GPT-2: every text has tokens, and decoding gives it back.
-
-    Special tokens have the first ids. Text never becomes a special token unless `encode` is told to allow it.
+class ByteVocabulary:
+    """Tokens that are strings of bytes, and the way from ids back to text.
 
     Args:
         vocab: spelling in GPT-2's byte characters -> id
-        merges: pairs of spellings, the most important first
-        special_tokens: those of `vocab` that no text may produce
-        rule: how a text is cut into words first, such as GPT2_RULE or DIGITS_RULE
+        special_tokens: those of `vocab` that stand for no bytes
     """
 
-    def __init__(
-        self,
-        vocab: dict[str, int],
-        merges: list[tuple[str, str]],
-        special_tokens: tuple[str, ...] = (),
-        rule: str = GPT2_RULE,
-    ):
+    def __init__(self, vocab: dict[str, int], special_tokens: tuple[str, ...] = ()):
         check_vocab(vocab, special_tokens)
         missing = [char for char in BYTE_CHARS if char not in vocab]
         if missing:
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is {missing[0]!r}")
-        self.vocab, self.merges, self.special_tokens = vocab, merges, special_tokens
-        self.rule, self.pattern = rule, Rule(rule)
+        self.vocab, self.special_tokens = vocab, special_tokens
         self.spellings = {token_id: spelling for spelling, token_id in vocab.items()}
+        self.byte_ids = [vocab[char] for char in BYTE_CHARS]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; those of a special token are its own spelling."""
+        check_ids([token_id], self.spellings)
+        spelling = self.spellings[token_id]
+        if spelling in self.special_tokens:
+            return spelling.encode()
+        return bytes(CHAR_BYTES[char] for char in spelling)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.token_bytes(token_id) for token_id in ids)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD, special tokens their spelling or nothing."""
+        return "".join(self.stream(ids, skip_special))
+
+    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
+        """The text of ids as they come: each piece holds whole characters, and the pieces joined equal `decode`."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in ids:
+            data = self.token_bytes(token_id)
+            if skip_special and self.spellings[token_id] in self.special_tokens:
+                data = b""
+            piece = decoder.decode(data)
+            if piece:
+                yield piece
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            yield rest
+
+
+class BytePairMerges(ByteVocabulary):
+    """The merges of a vocabulary, and how they join the bytes of one word.
+
+    Args:
+        vocab, special_tokens: see ByteVocabulary
+        merges: pairs of spellings, the most important first
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: tuple[str, ...] = ()):
+        super().__init__(vocab, special_tokens)
+        self.merges = merges
         self.ranks: dict[tuple[int, int], tuple[int, int]] = {}  # pair of ids -> rank and id of the merged token
         self.joins: list[tuple[int, int, int]] = []  # rank -> the pair and the merged token
         for rank, (left, right) in enumerate(merges):
@@ -228,25 +260,6 @@ class ByteLevelBPE:
         spelled = [token for token in special_tokens if token in made]
         if spelled:
             raise ValueError(f"text could produce the special token {spelled[0]!r}: a byte or a merge is spelled so")
-        self.byte_ids = [vocab[char] for char in BYTE_CHARS]
-        self.word_ids = lru_cache(maxsize=2**16)(self.merge_word)
-
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int,
-        special_tokens: tuple[str, ...] = (),
-        min_frequency: int = 0,
-        rule: str = GPT2_RULE,
-    ) -> "ByteLevelBPE":
-        """Learn from texts. Raises ValueError if `vocab_size` leaves no room for 256 bytes and the special tokens."""
-        least = 256 + len(special_tokens)
-        if vocab_size < least:
-            raise ValueError(f"vocab_size must be >= {least} (256 bytes and {len(special_tokens)} special tokens)")
-        words = count_words(texts, rule)
-        first = [*special_tokens, *sorted(BYTE_CHARS)]
-        return cls(*train_merges(words, vocab_size, first, min_frequency), special_tokens, rule)
 
     def merge_word(self, word: bytes) -> tuple[int, ...]:
         """The ids of one word: join the pair of lowest rank, the leftmost of equals, until no pair can be joined.
@@ -286,6 +299,75 @@ class ByteLevelBPE:
                 heapq.heappush(waiting, rank)
         return tuple(token_id for token_id in ids if token_id >= 0)
 
+    def merge_with_dropout(self, word: bytes, dropout: float, generator: random.Random) -> list[int]:
+        """As `merge_word`, but at each step every possible merge is passed over with probability `dropout`.
+
+        The library `tokenizers` drops less: whenever it meets a merge that others made void, it takes back the drops.
+        """
+        ids = [self.byte_ids[byte] for byte in word]
+        while True:
+            offers = [
+                (*self.ranks[pair], at)
+                for at, pair in enumerate(itertools.pairwise(ids))
+                if pair in self.ranks and generator.random() >= dropout
+            ]
+            if not offers:
+                return ids
+            _, new_id, at = min(offers, key=lambda offer: (offer[0], offer[2]))
+            ids[at : at + 2] = [new_id]
+
+
+BPE_OPTIONS = {  # of the model in a tokenizer.json; with all bytes in the vocabulary nothing is unknown
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+class ByteLevelBPE(BytePairMerges):
+    """Byte pair encoding over UTF-8 bytes, as in GPT-2: every text has tokens, and decoding gives it back.
+
+    Special tokens have the first ids. Text never becomes a special token unless `encode` is told to allow it.
+
+    Args:
+        vocab: spelling in GPT-2's byte characters -> id
+        merges: pairs of spellings, the most important first
+        special_tokens: those of `vocab` that no text may produce
+        rule: how a text is cut into words first, such as GPT2_RULE or DIGITS_RULE
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        special_tokens: tuple[str, ...] = (),
+        rule: str = GPT2_RULE,
+    ):
+        super().__init__(vocab, merges, special_tokens)
+        self.rule, self.pattern = rule, Rule(rule)
+        self.word_ids = lru_cache(maxsize=2**16)(self.merge_word)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: tuple[str, ...] = (),
+        min_frequency: int = 0,
+        rule: str = GPT2_RULE,
+    ) -> "ByteLevelBPE":
+        """Learn from texts. Raises ValueError if `vocab_size` leaves no room for 256 bytes and the special tokens."""
+        least = 256 + len(special_tokens)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be >= {least} (256 bytes and {len(special_tokens)} special tokens)")
+        words = count_words(texts, rule)
+        first = [*special_tokens, *sorted(BYTE_CHARS)]
+        return cls(*train_merges(words, vocab_size, first, min_frequency), special_tokens, rule)
+
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Token ids of a text. Only the special tokens in `allowed_special` are recognised, the longest first."""
         check_text(text)
@@ -303,21 +385,8 @@ class ByteLevelBPE:
         check_text(text)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must lie between 0 and 1, got {dropout}")
-        ids: list[int] = []
-        for word in cut_words(self.pattern, text):
-            word_ids = [self.byte_ids[byte] for byte in word.encode()]
-            while True:
-                offers = [
-                    (*self.ranks[pair], at)
-                    for at, pair in enumerate(itertools.pairwise(word_ids))
-                    if pair in self.ranks and generator.random() >= dropout
-                ]
-                if not offers:
-                    break
-                _, new_id, at = min(offers, key=lambda offer: (offer[0], offer[2]))
-                word_ids[at : at + 2] = [new_id]
-            ids.extend(word_ids)
-        return ids
+        words = (word.encode() for word in cut_words(self.pattern, text))
+        return [token_id for word in words for token_id in self.merge_with_dropout(word, dropout, generator)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes, valid UTF-8 or not."""
@@ -345,68 +414,24 @@ class ByteLevelBPE:
             start += len(part)
         return found
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; those of a special token are its own spelling."""
-        check_ids([token_id], self.spellings)
-        spelling = self.spellings[token_id]
-        if spelling in self.special_tokens:
-            return spelling.encode()
-        return bytes(CHAR_BYTES[char] for char in spelling)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.token_bytes(token_id) for token_id in ids)
-
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD, special tokens their spelling or nothing."""
-        return "".join(self.stream(ids, skip_special))
-
-    def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
-        """The text of ids as they come: each piece holds whole characters, and the pieces joined equal `decode`."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in ids:
-            data = self.token_bytes(token_id)
-            if skip_special and self.spellings[token_id] in self.special_tokens:
-                data = b""
-            piece = decoder.decode(data)
-            if piece:
-                yield piece
-        rest = decoder.decode(b"", final=True)
-        if rest:
-            yield rest
-
-    def to_json(self) -> dict:
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        first = level
-        if self.rule != GPT2_RULE:
-            split = {"type": "Split", "pattern": {"Regex": self.rule}, "behavior": "Isolated", "invert": False}
-            first = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": self.vocab,
-            "merges": [list(pair) for pair in self.merges],
-        }
-        return tokenizer_json(model, self.vocab, self.special_tokens, pre_tokenizer=first, decoder=level)
-
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_json(), ensure_ascii=False).encode())
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        cutter = level
+        if self.rule != GPT2_RULE:
+            split = {"type": "Split", "pattern": {"Regex": self.rule}, "behavior": "Isolated", "invert": False}
+            cutter = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
+        model = {"type": "BPE", **BPE_OPTIONS, "vocab": self.vocab, "merges": [list(pair) for pair in self.merges]}
+        content = tokenizer_json(model, self.vocab, self.special_tokens, pre_tokenizer=cutter, decoder=level)
+        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> "ByteLevelBPE":
         """Read a tokenizer.json with a byte-level BPE model. Raises ValueError with the reason if it cannot."""
         content, special_tokens = read_tokenizer_json(path, "BPE")
         model = content["model"]
-        for option, usual in {"ignore_merges": False, "byte_fallback": False, "dropout": None}.items():
-            expect(path, option, model.get(option, usual), usual)
-        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
-            expect(path, option, model.get(option) or None, None)
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+            expect(path, option, model.get(option) or BPE_OPTIONS[option], BPE_OPTIONS[option])
         expect(path, "normalizer", content["normalizer"], None)
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         broken = [number for number, pair in enumerate(merges) if len(pair) != 2]

@@ -26,6 +26,8 @@ from byte_level_bpe import (
     GPT2_PATTERN,
     GPT2_RULE,
     ByteLevelBPE,
+    BytePairMerges,
+    ByteVocabulary,
     count_words,
     cut_words,
     merge_all,
@@ -72,6 +74,7 @@ from tokenizer_basics import (
 )
 from unigram import (
     Unigram,
+    UnigramModel,
     best_cuts,
     digamma,
     edges_of,
@@ -106,6 +109,8 @@ __all__ = [  # the whole topic under one name: from tokenization_embeddings impo
     "BYTE_PIECES",
     "Batch",
     "ByteLevelBPE",
+    "BytePairMerges",
+    "ByteVocabulary",
     "CHAR_BYTES",
     "CHAT_TEMPLATE",
     "COURSE_SPECIAL_TOKENS",
@@ -123,6 +128,7 @@ __all__ = [  # the whole topic under one name: from tokenization_embeddings impo
     "Span",
     "Token",
     "Unigram",
+    "UnigramModel",
     "WordCutter",
     "WordPiece",
     "WordTokenizer",

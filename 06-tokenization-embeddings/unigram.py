@@ -27,26 +27,13 @@ from tokenizer_basics import (
 )
 
 
-class Unigram(WordCutter):
-    """A tokenizer that takes the likeliest of all segmentations (Kudo 2018): pieces are independent, each with a
-    log-probability. Blanks are spelled as the metaspace character, one before every word.
+class UnigramModel(WordCutter):
+    """Pieces with log-probabilities, and the segmentations of a text: the likeliest, the n best, random ones.
 
-    Args:
-        pieces: (spelling, log-probability in nats) in the order of their ids
-        special_tokens: those of the pieces that no text may produce
-        unk_token: stands for characters without a piece; its log-probability is 10 nats below the least
-        byte_fallback: spell characters without a piece by the BYTE_PIECES of their UTF-8 instead
-        normalizer: the stage before
+    A subclass says with `words` how a text is cut into words. Arguments: see Unigram.
     """
 
-    metaspace = "\u2581"
     unk_penalty = 10.0  # nats
-    spelling = {"type": "Metaspace", "replacement": metaspace, "prepend_scheme": "always", "split": True}
-    byte_score = -1000.0  # nats, of a byte piece: so low that the text "<0x41>" is cut into its characters
-
-    @staticmethod
-    def words(text: str) -> list[tuple[str, list[int]]]:
-        return metaspace_words(text)
 
     def __init__(
         self,
@@ -68,32 +55,6 @@ class Unigram(WordCutter):
         self.max_piece_chars = max(map(len, self.scores), default=1)
         self.unk_score = min(score for _, score in pieces) - self.unk_penalty
         self.cut = lru_cache(maxsize=2**16)(self.best_pieces)
-
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int,
-        special_tokens: tuple[str, ...] = ("<unk>",),
-        unk_token: str = "<unk>",
-        byte_fallback: bool = False,
-        normalizer: Normalizer = NO_NORMALIZER,
-    ) -> "Unigram":
-        """Learn pieces by expectation maximisation and pruning (Kudo 2018, section 3.2); see `train_unigram`."""
-        words: Counter[str] = Counter()
-        for text in texts:
-            words.update(word for word, _ in metaspace_words(normalizer(checked(text))))
-        if not words:
-            raise ValueError("the corpus is empty; give at least one word")
-        first = [(token, 0.0) for token in special_tokens]
-        if byte_fallback:  # with the characters of the byte pieces' names, so that these names as text have pieces too
-            first += [(piece, cls.byte_score) for piece in BYTE_PIECES]
-            words.update(dict.fromkeys("<>x0123456789ABCDEF", 1))
-        least = len({char for word in words for char in word}) + len(first)
-        if vocab_size < least:
-            raise ValueError(f"vocab_size must be >= {least} (characters, special tokens and byte pieces)")
-        pieces = train_unigram(words, vocab_size, vocab_size - len(first))
-        return cls([*first, *pieces], special_tokens, unk_token, byte_fallback, normalizer)
 
     def best_pieces(self, word: str) -> tuple[tuple[str, int, int], ...]:
         """The likeliest segmentation of a word (Viterbi): spelling, first and last character of each piece."""
@@ -134,7 +95,7 @@ class Unigram(WordCutter):
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
         found: list[tuple[float, list[int]]] = [(0.0, [])]
-        for word, _ in metaspace_words(self.normalizer(checked(text))):
+        for word, _ in self.words(self.normalizer(checked(text))):
             ways = n_best_cuts(edges_of(word, self.scores, self.max_piece_chars, self.unk_score), n_samples)
             spelled = []
             for score, cuts in ways:
@@ -152,7 +113,7 @@ class Unigram(WordCutter):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}; encode gives the best segmentation")
         ids: list[int] = []
-        for word, _ in metaspace_words(self.normalizer(checked(text))):
+        for word, _ in self.words(self.normalizer(checked(text))):
             edges = edges_of(word, self.scores, self.max_piece_chars, self.unk_score)
             heated = [[(start, score / temperature) for start, score in into] for into in edges]
             alpha = forward_scores(heated)
@@ -164,6 +125,53 @@ class Unigram(WordCutter):
                 end = start
             ids.extend(self.vocab[piece] for piece, _, _ in self.known_pieces(reversed(pieces)))
         return ids
+
+
+class Unigram(UnigramModel):
+    """A tokenizer that takes the likeliest of all segmentations (Kudo 2018): pieces are independent, each with a
+    log-probability. Blanks are spelled as the metaspace character, one before every word.
+
+    Args:
+        pieces: (spelling, log-probability in nats) in the order of their ids
+        special_tokens: those of the pieces that no text may produce
+        unk_token: stands for characters without a piece; its log-probability is 10 nats below the least
+        byte_fallback: spell characters without a piece by the BYTE_PIECES of their UTF-8 instead
+        normalizer: the stage before
+    """
+
+    metaspace = "\u2581"
+    spelling = {"type": "Metaspace", "replacement": metaspace, "prepend_scheme": "always", "split": True}
+    byte_score = -1000.0  # nats, of a byte piece: so low that the text "<0x41>" is cut into its characters
+
+    @staticmethod
+    def words(text: str) -> list[tuple[str, list[int]]]:
+        return metaspace_words(text)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: tuple[str, ...] = ("<unk>",),
+        unk_token: str = "<unk>",
+        byte_fallback: bool = False,
+        normalizer: Normalizer = NO_NORMALIZER,
+    ) -> "Unigram":
+        """Learn pieces by expectation maximisation and pruning (Kudo 2018, section 3.2); see `train_unigram`."""
+        words: Counter[str] = Counter()
+        for text in texts:
+            words.update(word for word, _ in metaspace_words(normalizer(checked(text))))
+        if not words:
+            raise ValueError("the corpus is empty; give at least one word")
+        first = [(token, 0.0) for token in special_tokens]
+        if byte_fallback:  # with the characters of the byte pieces' names, so that these names as text have pieces too
+            first += [(piece, cls.byte_score) for piece in BYTE_PIECES]
+            words.update(dict.fromkeys("<>x0123456789ABCDEF", 1))
+        least = len({char for word in words for char in word}) + len(first)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be >= {least} (characters, special tokens and byte pieces)")
+        pieces = train_unigram(words, vocab_size, vocab_size - len(first))
+        return cls([*first, *pieces], special_tokens, unk_token, byte_fallback, normalizer)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, with every metaspace as a blank and without the one put before the first word."""
