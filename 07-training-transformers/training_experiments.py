@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
+import training_failures
 from optimizers import (
     OPTIMIZERS,
     QUINTIC_STEPS,
@@ -167,11 +168,23 @@ def held_out_gap(model: nn.Module, n_documents: int) -> tuple[float, float]:
 
 
 def best_rate(outcomes: dict[float, Outcome]) -> float:
-    return min(outcomes, key=lambda rate: outcomes[rate].gap)
+    """The lowest rate whose gap is within one standard error of the least: one seed cannot tell those apart."""
+    best = min(outcomes.values(), key=lambda outcome: outcome.gap)
+    return min(rate for rate, outcome in outcomes.items() if outcome.gap <= best.gap + best.standard_error)
 
 
 def shown_gap(gap: float) -> float | str:
     return gap if math.isfinite(gap) else "diverged"
+
+
+def plain_ticks(axis: plt.Axes) -> None:
+    """A logarithmic y axis with its ticks written out."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = [lead * 10.0**power for power in range(-3, 4) for lead in (1, 1.5, 2, 3, 4, 5, 7)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
 
 
 # Optimizers at equal CPU time
@@ -252,9 +265,10 @@ def plot_optimizers(logs: dict[str, list[list[dict]]], floor: float, seconds: fl
         steps = np.mean([[row["step"] for row in log[:n_rows]] for log in runs], axis=0)[-len(averaged) :]
         axes[0].plot(seconds * steps / np.mean([log[-1]["step"] for log in runs]), averaged, label=name)
         axes[1].plot(steps, averaged, label=name)
-    axes[0].set(xlabel="CPU seconds", ylabel="training loss above the floor (nats)", yscale="log")
+    axes[0].set(xlabel="CPU seconds", ylabel="training loss above the floor (nats)")
     axes[1].set(xlabel="steps")
     axes[1].legend(frameon=False)
+    plain_ticks(axes[0])
     return figure
 
 
@@ -383,8 +397,9 @@ def plot_widths(gaps: dict[tuple, dict[float, float]]) -> Figure:
             best = min(finite, key=finite.get)
             axis.plot(best, finite[best], "o", color=line.get_color())
         axis.set(title=kind, xlabel="learning rate", xscale="log")
-    axes[0].set(ylabel="gap to the floor (nats per token)", yscale="log")
+    axes[0].set(ylabel="gap to the floor (nats per token)")
     axes[1].legend(frameon=False)
+    plain_ticks(axes[0])
     return figure
 
 
@@ -545,8 +560,9 @@ def plot_batches(
         right.plot(*zip(*found, strict=True), "o-", ms=3, label=f"noise scale, seed {index}")
     right.axhline(fewest / least, color="black", ls="--", label="critical batch size")
     right.invert_xaxis()
-    right.set(xlabel="held-out loss (nats per token)", ylabel="rows", yscale="log")
+    right.set(xlabel="held-out loss (nats per token)", ylabel="rows")
     right.legend(frameon=False, fontsize=8)
+    plain_ticks(right)
     return figure
 
 
@@ -616,8 +632,9 @@ def plot_schedules(config: FiguresConfig, logs: dict[str, list[list[dict]]], flo
         averaged = smooth(np.mean([[row["loss"] - floor for row in log] for log in runs], axis=0), 5)
         right.plot([row["step"] for row in runs[0]][-len(averaged) :], averaged, label=name)
     left.set(xlabel="step", ylabel="share of the full rate")
-    right.set(xlabel="step", ylabel="training loss above the floor (nats)", yscale="log")
+    right.set(xlabel="step", ylabel="training loss above the floor (nats)")
     right.legend(frameon=False)
+    plain_ticks(right)
     return figure
 
 
@@ -701,7 +718,7 @@ def throughput(config: FiguresConfig, run: RunConfig) -> None:
     units for it; checkpointing 0.75, for one forward pass more beside three; bucketed and packed batches of the same
     documents 1.5 times the speed of padded ones or more.
     """
-    settings, shape = TrainConfig(), ModelConfig()
+    settings, shape = TrainConfig(), training_failures.MODEL
     timed = time_in_turns(step_works(shape, settings, run), config.n_rounds)
     kept = dict(zip(("plain", "checkpointed"), activation_megabytes(shape, settings, run), strict=True))
     rows = [[name, *speeds(timed[name], timed["plain"]), kept.get(name, "")] for name in timed]

@@ -16,7 +16,7 @@ from optimizers import Adafactor, AdamW, Muon
 from packing import BucketedBatches, PackedBatches, PackedTransformer, language_model_loss
 from sequence_modeling import BOS_ID, IGNORE
 from training_transformers import TrainConfig, WorldBatches, backward_in_parts, checkpoint_activations
-from transformer_architecture import ModelConfig, tiny_world
+from transformer_architecture import ModelConfig, saved_bytes, tiny_world
 from workbench import (
     RunConfig,
     announce,
@@ -60,6 +60,16 @@ def step_works(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -
         "bf16": work(model, dtype="bf16"),
         "checkpointed": work(thrifty),
     }
+
+
+def activation_megabytes(model_config: ModelConfig, config: TrainConfig, run: RunConfig) -> tuple[float, float]:
+    """Megabytes that a forward pass keeps for its backward pass, plain and with checkpointed activations."""
+    seed_everything(run.seed)
+    model = PackedTransformer(model_config, len(tiny_world()[1])).to(pick_device(run.device))
+    inputs = WorldBatches(config, run.seed)(0)["inputs"].to(pick_device(run.device))
+    plain = saved_bytes(model, inputs) / 1e6
+    checkpoint_activations(model)
+    return plain, saved_bytes(model, inputs) / 1e6
 
 
 def batching_works(

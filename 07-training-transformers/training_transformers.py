@@ -103,6 +103,7 @@ class TrainConfig:
     beta2: float = 0.95  # memory of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the matrix products; weights and sums stay fp32
+    loss_scale: float = 2.0**16  # first scale of the fp16 loss; it then adapts
     checkpoint_activations: bool = False  # keep only each block's input, compute the rest again
     ema_decay: float = 0.0  # average the weights with this memory and end with the average; 0: off
     compile: str = ""  # backend of torch.compile, such as inductor; empty: off
@@ -122,7 +123,7 @@ class TrainConfig:
         check_range(self, *names, least=1)
         check_range(self, "micro_batch_size", "warmup_steps", "cooldown_steps", "eval_every", least=0)
         check_range(self, "grad_clip", "budget", "weight_decay", least=0)
-        check_range(self, "learning_rate", above=0)
+        check_range(self, "learning_rate", "loss_scale", above=0)
         check_range(self, "ema_decay", "beta1", "beta2", least=0, below=1)
         for name, known in (("optimizer", OPTIMIZERS), ("dtype", DTYPES), ("clock", CLOCKS)):
             check_name(name, getattr(self, name), known)
@@ -308,7 +309,7 @@ class TrainingState:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
-        self.scaler = LossScaler() if config.dtype == "fp16" else None
+        self.scaler = LossScaler(config.loss_scale) if config.dtype == "fp16" else None
         self.step, self.n_skipped, self.skipped_in_a_row = 0, 0, 0
 
     @property
@@ -755,8 +756,29 @@ def evaluate(run: RunConfig) -> None:
     print_result(task.evaluate(model.to(pick_device(run.device)).eval()), run.out)
 
 
-def demo(model_config: ModelConfig, data: DataConfig, config: TrainConfig, run: RunConfig) -> None:
+BREAK_NAMES = (  # the keys of BREAKS in training_failures, which measures them
+    *("schedule-per-micro-batch", "mean-of-means", "step-per-micro-batch", "norm-after-zero-grad"),
+    *("decay-layernorm", "no-bias-correction"),
+)
+
+
+@dataclass(frozen=True)
+class BreakConfig:
+    """Which failure the demo switches on."""
+
+    break_: Literal["none", *BREAK_NAMES] = "none"  # the failure to show
+
+
+def demo(broken: BreakConfig, model_config: ModelConfig, data: DataConfig, config: TrainConfig, run: RunConfig) -> None:
     """Train a language model; then train it again, kill it with SIGKILL on the way, let it go on, and compare."""
+    if broken.break_ != "none":
+        from training_failures import BREAKS  # here, because it imports this module
+
+        measure, n_trainings = BREAKS[broken.break_]
+        announce(f"showing the failure {broken.break_!r}", 5 + 0.006 * n_trainings * config.max_steps)
+        for what, sound, wrong in measure(model_config, config, run):
+            print(f"{what}: {sound:.4f} as it should be, {wrong:.4f} with --break {broken.break_}")
+        return
     config = dataclasses.replace(config, resume=False)
     announce(f"training a small language model for {config.max_steps} steps, twice", 50)
     whole, killed = (dataclasses.replace(run, out=run.out / name) for name in ("demo-whole", "demo-killed"))
@@ -863,7 +885,7 @@ def main(argv: list[str] | None = None) -> None:
 
     training = (ModelConfig, DataConfig, TrainConfig, RunConfig)
     verbs = {
-        "demo": (demo, *training),
+        "demo": (demo, BreakConfig, *training),
         "train": (train, *training),
         "evaluate": (evaluate, RunConfig),
         "range": (find_rate, RangeConfig, *training),
