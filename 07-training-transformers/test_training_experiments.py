@@ -60,8 +60,8 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     own = ("muon", "memory", "optimizers", "width", "batch", "schedules")
     figures(FiguresConfig(own, **TINY, target=5.5, folder=tmp_path / "figures"), run)
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
-    tables = "newton-schulz optimizer-memory optimizer-grid optimizers width-grid width batch-grid batch "
-    tables += "noise-scale schedules"
+    tables = "newton-schulz optimizer-memory optimizer-grid optimizers optimizer-starts width-grid width "
+    tables += "batch-grid batch noise-scale schedules"
     assert set(results) == set(tables.split())
     drawn = {path.stem: path.stat().st_size for path in (tmp_path / "figures").glob("*.svg")}
     assert set(drawn) == {"newton_schulz", *own} - {"muon", "memory"} and max(drawn.values()) < 120_000
@@ -100,6 +100,13 @@ def test_a_run_that_diverges_has_an_infinite_gap_and_is_never_chosen(run, small)
     assert outcome.gap == math.inf and topic.shown_gap(outcome.gap) == "diverged"
     assert 0 < sound.gap < 6 and sound.n_steps == 12
     assert best_rate({1e38: outcome, 7e-3: sound}) == 7e-3
+
+
+def test_of_rates_that_one_seed_cannot_tell_apart_the_lowest_is_chosen() -> None:
+    gaps = {0.1: 0.9, 0.2: 0.51, 0.4: 0.5, 0.8: 0.503, 1.6: math.inf}
+    for error, chosen in ((0.02, 0.2), (0.004, 0.4), (1.0, 0.1)):
+        outcomes = {rate: topic.Outcome(gap, error, 10, []) for rate, gap in gaps.items()}
+        assert best_rate(outcomes) == chosen
 
 
 def test_a_mistake_is_no_divergence(run, small, monkeypatch) -> None:
