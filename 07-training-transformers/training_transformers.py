@@ -880,7 +880,8 @@ def find_rate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    from training_experiments import FiguresConfig, figures  # here, because they import this module
+    from speedrun import SpeedrunConfig, speedrun  # here, because they import this module, or one that does
+    from training_experiments import FiguresConfig, figures
     from training_speed import BenchConfig, bench
 
     training = (ModelConfig, DataConfig, TrainConfig, RunConfig)
@@ -889,6 +890,7 @@ def main(argv: list[str] | None = None) -> None:
         "train": (train, *training),
         "evaluate": (evaluate, RunConfig),
         "range": (find_rate, RangeConfig, *training),
+        "speedrun": (speedrun, SpeedrunConfig, RunConfig),
         "bench": (bench, BenchConfig, ModelConfig, TrainConfig, RunConfig),
         "figures": (figures, FiguresConfig, RunConfig),
     }
