@@ -235,9 +235,7 @@ class Experts(nn.Module):
     chains, one after the other.
     """
 
-    def __init__(
-        self, tables: dict[str, Counts], alphabet: Alphabet, leave_out: bool = True, d_hidden: int = 48
-    ) -> None:
+    def __init__(self, tables: dict[str, Counts], alphabet: Alphabet, leave_out: bool = True) -> None:
         super().__init__()
         chains = [[name for name in chain if name in tables] for chain in CHAINS]
         chains = [chain for chain in chains if chain]
@@ -294,15 +292,17 @@ class Experts(nn.Module):
         seen = torch.stack([part.sum(dim=1) for part in terms.split(self.lengths, dim=1)], dim=1)  # (tokens, experts)
         return torch.log(seen + rest / self.vocab_size)  # (tokens, experts)
 
-    def learn_trust(self, done_share: Callable[[], float], generator: torch.Generator, batch_size: int = 2048) -> None:
+    def learn_trust(self, done_share: Callable[[], float], generator: torch.Generator, batch_size: int = 512) -> None:
         """Fit trusts and discounts to the training text, each paragraph left out, until done_share() reaches 1."""
         optimizer, table = torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.0, fused=True), self.table
         while (done := done_share()) < 1:
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - done)
             own = table.seen[torch.randint(len(table.seen), (batch_size,), generator=generator)]  # (tokens, contexts)
-            evidence, count = table.evidence[table.row[table.own_row[own]]], table.count[table.entry[own]]
+            count = table.count[table.entry[own]]  # (tokens, contexts)
             if self.leave_out:
                 evidence, count = left_out(table, own), count - table.own_count[own]
+            else:
+                evidence = table.evidence[table.row[table.own_row[own]]]
             loss = -self.target_log_probs(evidence, count).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -31,16 +31,7 @@ from optimizers import build_optimizer, schedule_factor
 from python_text import python_text
 from sequence_modeling import NGramModel, bits_per_byte, compressed_bits
 from transformer_architecture import CausalTransformer, ModelConfig, position_angles, rotate_halves
-from workbench import (
-    Column,
-    RunConfig,
-    announce,
-    check_range,
-    progress,
-    run_verbs,
-    save_results,
-    seed_everything,
-)
+from workbench import Column, RunConfig, announce, check_range, progress, run_verbs, save_results, seed_everything
 
 SEPARATOR = "\n\n"  # between paragraphs; its bytes are predicted and charged like all others
 
@@ -126,7 +117,7 @@ class Recipe:
     batch_size: int = 8
     learning_rate: float = 8e-3
     optimizer: str = "muon"
-    schedule: str = "wsd"  # wsd: from the middle on down to 0
+    schedule: str = "wsd"  # wsd: falls to 0 during the last seven tenths
     beta2: float = 0.95
     weight_decay: float = 0.0
     baseline: bool = False  # nanogpt_like instead of Corrector
@@ -137,7 +128,7 @@ class Recipe:
     thinned: bool = True  # train on every ninth paragraph in a row, as held-out text shows every tenth
     learn_residual: bool = True  # train the transformer; False: the experts alone
     count_share: float = 0.25  # share of the budget after which no further context is counted
-    trust_share: float = 0.07  # share of the budget for learning the experts' trusts
+    trust_share: float = 0.1  # share of the budget for learning the experts' trusts
 
 
 OURS = Recipe()
@@ -149,7 +140,7 @@ NANOGPT = Recipe(
 TUNED = replace(NANOGPT, name="nanoGPT, tuned", d_model=96, n_layers=2, learning_rate=6e-3)
 ABLATIONS: dict[str, Recipe] = {
     "full recipe": OURS,
-    "experts alone, no transformer": replace(OURS, learn_residual=False, trust_share=0.3),
+    "experts alone, no transformer": replace(OURS, learn_residual=False, trust_share=0.8),
     "no experts": replace(OURS, use_experts=False),
     "experts not shown to the transformer": replace(OURS, show_experts=False),
     "own paragraph counted too": replace(OURS, leave_out=False),
@@ -333,16 +324,22 @@ class Trained:
 def logits_at(
     model: nn.Module | None, ids: Tensor, positions: Tensor, reading: Reading | None, order: Tensor | None = None
 ) -> Tensor:
-    """Logits for positions (batch, seq) of ids, whose order may be permuted; "before the text" stands a line break."""
-    before = positions - 1
+    """Logits (batch, seq, vocab) for positions (batch, seq) of a text whose symbols may be read in another order.
+
+    Each is predicted from the symbol before it; before the first stands symbol 0, the line break. (An index of -1 would
+    silently show it the last symbol of the text.)
+    """
+    before = positions - 1  # (batch, seq)
+    begins = before < 0
     if order is not None:
         positions, before = order[positions], order[before]
+    inputs = ids[before].masked_fill(begins, 0)  # (batch, seq)
     if reading is not None:
         log_probs, evidence = (part.unflatten(0, positions.shape) for part in reading(positions.flatten()))
         if model is None:
             return log_probs[..., reading.experts.longest]  # (batch, seq, vocab)
-        return model(ids[before], log_probs, evidence)  # (batch, seq, vocab)
-    return model(ids[before])  # (batch, seq, vocab)
+        return model(inputs, log_probs, evidence)  # (batch, seq, vocab)
+    return model(inputs)  # (batch, seq, vocab)
 
 
 def train_in(budget: float, recipe: Recipe, corpus: Corpus, seed: int, timer: Callable[[], float]) -> Trained:
@@ -566,11 +563,8 @@ def speedrun(config: SpeedrunConfig, run: RunConfig) -> None:
     for recipe in recipes:
         row, trained = measure(recipe, corpus, budget, run.seed, config.clock)
         rows.append(row)
-        print(
-            f"{recipe.name}: {row[1]:.3f} bits per byte after {trained.n_steps:,} steps, {trained.wall:.1f} s on the "
-            f"wall and {trained.cpu:.1f} s of CPU time",
-            flush=True,
-        )
+        seconds = f"{trained.wall:.1f} s on the wall, {trained.cpu:.1f} s of CPU time"
+        print(f"{recipe.name}: {row[1]:.3f} bits per byte after {trained.n_steps:,} steps, {seconds}", flush=True)
     command = f"python 07-training-transformers/speedrun.py --budget {config.budget} --which {config.which}"
     save_results(run.out / "results.json", "speedrun", COLUMNS, rows, [run.seed], command)
     print_rows(rows)

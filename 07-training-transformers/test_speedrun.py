@@ -117,6 +117,18 @@ def test_the_future_does_not_change_a_prediction(name: str, corpus, request) -> 
     assert (before[:, 7:] - after[:, 7:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["ours", "baseline"])
+def test_the_first_byte_does_not_see_the_last(name: str, corpus, request) -> None:
+    trained, ids = request.getfixturevalue(name), corpus.held_out_ids[:12]
+    trained.model.eval()
+    firsts = []
+    for last in range(3):
+        changed = torch.cat([ids[:-1], torch.tensor([last])])
+        with torch.no_grad():
+            firsts.append(trained.log_probs(changed, torch.arange(12)[None], trained.read(changed))[0, 0])
+    assert torch.equal(firsts[0], firsts[1]) and torch.equal(firsts[0], firsts[2])
+
+
 @pytest.mark.parametrize("length", [1, 2, 12, 13, 17, 18, 19, 100])
 def test_every_held_out_byte_is_charged_once(corpus, length: int) -> None:
     short = replace(corpus, held_out_ids=corpus.held_out_ids[:length], unknown_nats=0.0)
@@ -131,7 +143,8 @@ def test_the_sliding_window_by_definition(corpus, baseline, parity) -> None:
     for i in range(len(ids)):
         start = 0 if i < 12 else min(6 * ((i - 12) // 6 + 1), len(ids) - 12)
         row = torch.arange(start, start + 12)
-        log_probs = F.log_softmax(baseline.model(ids[row - 1][None])[0], dim=-1)
+        inputs = torch.tensor([ids[j - 1] if j else 0 for j in row.tolist()])
+        log_probs = F.log_softmax(baseline.model(inputs[None])[0], dim=-1)
         total -= log_probs[i - start, ids[i]].item()
     theirs = total / math.log(2) / len(ids)
     parity("held_out_bits", "one window for each byte", "output", held_out_bits(baseline, corpus), theirs, 1e-5)
