@@ -763,11 +763,11 @@ def speeds(seconds: list[float], plain: list[float]) -> tuple[float, str]:
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
     "muon": (muon, 1),
-    "memory": (memory, 5),
-    "optimizers": (optimizers, 480),
-    "width": (width, 330),
-    "batch": (batch, 330),
-    "schedules": (schedules, 220),
+    "memory": (memory, 3),
+    "optimizers": (optimizers, 330),
+    "width": (width, 200),
+    "batch": (batch, 200),
+    "schedules": (schedules, 180),
     "precision": (precision, 150),
     "spikes": (spikes, 120),
     "throughput": (throughput, 60),
