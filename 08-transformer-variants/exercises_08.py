@@ -33,6 +33,8 @@ def compare(
     for before, after in zip(args, given, strict=True):
         if isinstance(before, Tensor) and not torch.equal(before, after):
             return f"{case}: it changed its input; work on a copy"
+    if found is None:
+        return f"{case}: it returned nothing; {look}"
     difference = first_difference(found, expected, tolerance)
     return f"{case}: {difference}; {look}" if difference else None
 
