@@ -67,6 +67,20 @@ def test_every_model_reads_the_same_documents_and_no_step_repeats() -> None:
         assert restore_spans(source, target[:-1], sentinel_ids()) == row[1:]
 
 
+def test_short_texts_have_one_gap_of_any_place_and_length_and_long_ones_several() -> None:
+    first, lengths, places = sentinel_ids()[0], set(), []
+    for step in range(24):
+        batch = SpanBatches(8, 0)(step)
+        for source, target in zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True):
+            assert sum(index >= first for index in target) == 2  # the gap's sentinel, and the last
+            lengths.add(sum(index >= 0 for index in target) - 3)
+            places.append(source.index(first) / sum(index != PAD_ID for index in source))
+    assert lengths == {1, 2, 3, 4, 5, 6} and 0.4 < sum(places) / len(places) < 0.6
+    long = core.Corpus(300, frozenset(), list(range(260, 292)), lambda *_: [[BOS_ID, *range(100, 200), EOS_ID]])
+    target = SpanBatches(1, 0, corpus=long)(0)["targets"][0]
+    assert (target >= 260).sum() == 6  # 15 % in pieces of three
+
+
 def test_masked_batches_hide_words_alone() -> None:
     batch = MaskedBatches(8, 0, MaskingConfig(0.5))(0)
     chosen = batch["targets"] != IGNORE

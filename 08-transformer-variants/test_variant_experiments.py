@@ -43,9 +43,9 @@ def test_figures_runs_every_text_experiment_and_fills_the_chapter(tmp_path, monk
     assert len(rows) == 6 and all(len(rows[name][0]) == 2 for name in list(rows)[:4])
     best = rows["exact posterior"]
     for name in list(rows)[:4]:
-        steps, right, nats, gap, recall, answer = rows[name]
-        assert min(steps) >= 1 and min(gap) > 0 and min(nats) > best[2] and min(answer) > 0
-        assert gap[0] == pytest.approx(nats[0] - best[2])
+        steps, asked, right, nats, gap, recall, answer = rows[name]
+        assert min(steps) >= 1 and min(asked) > 0 and min(gap) > 0 and min(nats) > best[3] and min(answer) > 0
+        assert gap[0] == pytest.approx(nats[0] - best[3])
     likelihood = dict(results["likelihood"]["rows"])
     assert all(value > gap > 0 for value, gap in zip(*likelihood.values(), strict=True))
     assert [row[0] for row in results["masking"]["rows"]] == list(topic.MASKINGS)

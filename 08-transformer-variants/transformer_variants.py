@@ -202,7 +202,7 @@ CHOICES = (*VARIANTS, "vit")
 class DemoConfig:
     """The comparison of the demo."""
 
-    gflops: float = 120.0  # billions of floating-point operations for each of the three trainings
+    gflops: float = 90.0  # billions of floating-point operations for each of the three trainings
     batch_size: int = 8  # documents in a step
     n_slots: int = 100  # held-out documents with one word hidden, and questions about stories
 
@@ -576,7 +576,7 @@ def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMaski
         save_tokenizer(place, config.model, tokenizer)
         print(f"saved {shown(place)}")
     if tokenizer is None:
-        print_scores({config.model: Trained(model, config.max_steps, 0.0, [])}, config.n_slots)
+        print_scores({config.model: Trained(model, config.max_steps, 0.0, 0.0, [])}, config.n_slots)
     else:
         held_out = text_corpus(config.data, "validation", tokenizer, sizes.max_seq_len)
         nats = held_out_loss(

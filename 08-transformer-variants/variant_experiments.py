@@ -62,7 +62,7 @@ class FiguresConfig:
     only: tuple[str, ...] = ()  # experiments to run; none means all
     n_seeds: int = 3  # seeds 0, 1, ... of every comparison
     shrink: int = 1  # divide the length of every training by this, for a quick look
-    gflops: float = 220.0  # billions of floating-point operations of each pretraining
+    gflops: float = 120.0  # billions of floating-point operations of each pretraining
     n_slots: int = 150  # held-out documents with one word hidden
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
@@ -82,7 +82,7 @@ class FiguresConfig:
         save_results(self.folder / "results.json", name, columns, rows, range(n_seeds or self.n_seeds), command)
 
 
-SIZES = VariantConfig(n_layers=2)
+SIZES = VariantConfig()
 BATCH_SIZE = 8
 MASKINGS = {
     "80/10/10": VariantMasking(),
@@ -108,8 +108,8 @@ def objectives(config: FiguresConfig, run: RunConfig) -> None:
     save_figure(plot_families(), config.folder / "families.svg")
     places, stories = slots(config.n_slots), recall_slots(config.n_slots)
     names = {"bert": "encoder, masked (BERT)", "gpt2": "decoder, causal (GPT-2)", "t5": "encoder-decoder, spans (T5)"}
-    cells: dict[str, list[list[float]]] = {name: [[] for _ in range(6)] for name in names.values()}
-    cells["decoder, from the left alone"] = [[] for _ in range(6)]
+    cells: dict[str, list[list[float]]] = {name: [[] for _ in range(7)] for name in names.values()}
+    cells["decoder, from the left alone"] = [[] for _ in range(7)]
     found: dict[str, list] = {name: [] for name in cells}
     likelihood: list[list[float]] = [[], []]
     for seed in range(config.n_seeds):
@@ -124,20 +124,29 @@ def objectives(config: FiguresConfig, run: RunConfig) -> None:
             for row, (gaps, answers) in beliefs.items():
                 result, recall = score(gaps, places), score(answers, stories)
                 found[row].append(result)
-                values = (item.steps, result.accuracy, result.nats, result.gap, recall.accuracy, recall.nats)
+                values = (
+                    item.steps,
+                    item.n_targets / 1000,
+                    result.accuracy,
+                    result.nats,
+                    result.gap,
+                    recall.accuracy,
+                    recall.nats,
+                )
                 for column, value in zip(cells[row], values, strict=True):
                     column.append(float(value))
     best = found[names["bert"]][0]
     rows = [[name, *columns] for name, columns in cells.items()]
-    rows.append(["exact posterior", "", best.best_accuracy, best.best_nats, 0.0, 1.0, 0.0])
+    rows.append(["exact posterior", "", "", best.best_accuracy, best.best_nats, 0.0, 1.0, 0.0])
     n_tokens = len(word_world()[1])
     rows.append(
-        ["uniform guess", "", 1 / n_tokens, math.log(n_tokens), math.log(n_tokens) - best.best_nats, 1 / n_tokens]
+        ["uniform guess", "", "", 1 / n_tokens, math.log(n_tokens), math.log(n_tokens) - best.best_nats, 1 / n_tokens]
     )
     rows[-1].append(math.log(n_tokens))
     columns = [
         Column("Model"),
         Column("steps", "", ".0f"),
+        Column("tokens asked", "thousands", ".0f"),
         Column("right", "", ".1%"),
         Column("nats per gap", "", ".3f"),
     ]
@@ -250,7 +259,7 @@ def classifier_accuracy(trunk: nn.Module | None, config: FiguresConfig, seed: in
     return class_accuracy(model, place_questions(N_EXAMINED, HELD_OUT_SEED, "validation"))
 
 
-FINETUNE_STEPS, N_LABELLED, N_EXAMINED = 200, 1000, 500
+FINETUNE_STEPS, N_LABELLED, N_EXAMINED = 150, 1000, 500
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -283,7 +292,7 @@ def electra(config: FiguresConfig, run: RunConfig) -> None:
     save_figure(plot_electra(budgets, curves, fresh), config.folder / "electra.svg")
 
 
-SHARES = (0.25, 0.5, 1.0)
+SHARES = (0.5, 1.0)
 
 
 def plot_electra(budgets: list[float], curves: dict[str, list[list[float]]], fresh: list[float]) -> Figure:
