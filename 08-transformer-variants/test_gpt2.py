@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from scipy import stats
 from torch.nn import functional as F
 from transformers import GPT2Config as TheirConfig
@@ -96,6 +97,8 @@ def test_their_folder_loads_and_ours_loads_in_their_library(tmp_path, parity) ->
     assert {key: value.shape for key, value in read_weights(tmp_path / "ours").items()} == {
         key: value.shape for key, value in read_weights(tmp_path / "theirs").items()
     }  # the tied lm_head.weight is in neither
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # older readers refuse a file without it
     assert again.config.n_inner == 44 and again.generation_config.eos_token_id == 2
     round_trip = GPT2.from_pretrained(tmp_path / "ours")
     assert largest_difference(dict(round_trip.named_parameters()), dict(ours.named_parameters())) == 0
