@@ -182,4 +182,4 @@ def test_the_figures_of_failures_and_speed_run_at_any_size(tmp_path, monkeypatch
     kept = {row[0]: row[3] for row in results["step-speed"]["rows"]}
     assert kept["checkpointed"] < 0.5 * kept["plain"]
     shares = {row[0]: row[1] for row in results["batching-speed"]["rows"]}
-    assert shares["padded"] < 0.8 < 0.9 < shares["packed"] and shares["bucketed"] > 0.9
+    assert shares["padded"] < 0.8 < 0.9 < shares["packed"] and shares["bucketed"] > 0.85

@@ -369,7 +369,7 @@ def plot_autopsies(autopsies: dict[str, Autopsy]) -> Figure:
     """Loss and three monitors around the bad steps, one line for each condition."""
     first = next(iter(autopsies.values()))
     figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True)
-    units = {"loss": "loss (nats per token)", "attention entropy": "attention entropy (nats, lowest layer)"}
+    units = {"loss": "loss (nats per token)", "attention entropy": "lowest attention entropy (nats)"}
     for axis, name in zip(axes.flat, first.series, strict=True):
         for condition, each in autopsies.items():
             steps = range(each.planted - 30, len(each.series[name]))
@@ -378,5 +378,5 @@ def plot_autopsies(autopsies: dict[str, Autopsy]) -> Figure:
         axis.set(ylabel=units.get(name, name), yscale="linear" if name in units else "log")
     for axis in axes[1]:
         axis.set_xlabel("step after the first bad one")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
