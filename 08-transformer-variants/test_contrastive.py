@@ -1,6 +1,7 @@
 """Topic 08: contrastive losses against Hugging Face's CLIP, the bound on a known mutual information, and retrieval."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,17 +240,19 @@ def test_text_encoder_ignores_padding(parity) -> None:
 
 def test_training_learns_to_retrieve(checked_shapes) -> None:
     train, held_out = load_digits_images()
+    torch.manual_seed(0)
+    config = replace(TINY, d_model=32, max_steps=150, warmup_steps=10)
     with checked_shapes(topic) as checked:
-        model = DualEncoder(LETTERS, TINY)
-        losses = fit_pairs(model, pair_batches(train, torch.arange(100), TINY, generator()), TINY)
+        model = DualEncoder(LETTERS, config)
+        losses = fit_pairs(model, pair_batches(train, torch.arange(100), config, generator()), config)
         numbers = torch.arange(100)
         found = retrieval_accuracy(model, draw_pictures(held_out, numbers, generator(1)), numbers)
         masked_clip_loss(*pairs(), torch.tensor(1.0), torch.arange(5))
         information_bound(density_ratio(*gaussian_pairs(4, 0.5, 2, generator()), 0.5))
         unseen_captions(0)
     assert len(checked) >= 13
-    assert abs(losses[0] - math.log(20)) < 0.6 and losses[-1] < losses[0] - 0.3
-    assert found[0] >= 0.02  # chance: 0.01; this is thirty steps
+    assert sum(losses[-20:]) / 20 < math.log(20) - 0.3  # ln 20 is what knowing nothing costs
+    assert found[0] >= 0.03  # chance: 0.01
     assert model.log_scale.item() <= topic.MAX_LOG_SCALE
 
 
