@@ -736,7 +736,7 @@ def plot_glitch(panels: dict[tuple[str, str], Suspicion]) -> Figure:
     for axis, ((start, sign), one) in zip(axes.flat, panels.items(), strict=False):
         for unseen, color, marker in ((False, "C0", "."), (True, "C1", "x")):
             pairs = [(max(count, 0.5), score) for score, count in zip(*one, strict=True) if (count == 0) == unseen]
-            columns = zip(*pairs[:: 1 + len(pairs) // 250], strict=True) if pairs else ([], [])
+            columns = zip(*pairs[:: 1 + len(pairs) // 120], strict=True) if pairs else ([], [])
             axis.plot(*columns, marker, color=color, ms=4, label="never seen" if unseen else "seen")
         axis.set(xscale="log", xlabel="times seen in training (0 drawn at 0.5)", ylabel=sign)
         axis.set_title(f"embeddings {start}", fontsize=9)
