@@ -137,7 +137,7 @@ OURS = Recipe()
 NANOGPT = Recipe(
     "nanoGPT, its CPU settings", 128, 4, 4, 64, 12, 1e-3, "adamw", "cosine", 0.99, 0.1, baseline=True, use_experts=False
 )
-TUNED = replace(NANOGPT, name="nanoGPT, tuned", d_model=96, n_layers=2, learning_rate=6e-3)
+TUNED = replace(NANOGPT, name="nanoGPT, tuned", d_model=96, n_layers=2, learning_rate=1e-2)
 ABLATIONS: dict[str, Recipe] = {
     "full recipe": OURS,
     "experts alone, no transformer": replace(OURS, learn_residual=False, trust_share=0.8),
