@@ -32,6 +32,8 @@ from tokenization_experiments import (
     fertility,
     figures,
     first_tokens,
+    from_the_left,
+    from_the_right,
     in_learnt_chunks,
     least_sgns_loss,
     merged_words,
@@ -276,7 +278,9 @@ def test_the_same_text_in_every_script_ends_its_four_sentences() -> None:
 # Numbers
 
 
-def test_learnt_chunks_cut_some_numbers_and_keep_others_whole() -> None:
+def test_numbers_are_cut_as_the_rules_say() -> None:
+    assert from_the_left("12345") == ["12", "34", "5"] and from_the_right("12345") == ["1", "23", "45"]
+    assert from_the_left("7") == from_the_right("7") == ["7"] and from_the_right("1234") == ["12", "34"]
     chunks = in_learnt_chunks(99, 20, 0)
     assert all("".join(chunks(str(number))) == str(number) for number in range(199))
     assert {len(chunks(str(number))) for number in range(10, 100)} == {1, 2}  # some numbers are one token, some two

@@ -101,7 +101,7 @@ class FiguresConfig:
     n_bytes: int = 600_000  # of Python text: tokenizers and models learn from it
     text_gflops: float = 80.0  # arithmetic of one training on Python text, in units of 1e9 operations
     world_gflops: float = 30.0  # the same on TinyWorld
-    sum_gflops: float = 200.0  # the same on sums
+    sum_gflops: float = 60.0  # the same on sums
     n_held_out: int = 80  # held-out texts
     n_documents: int = 4000  # TinyWorld documents
     vector_steps: int = 1500  # training steps of skip-gram
@@ -480,6 +480,17 @@ def speed(config: FiguresConfig, run: RunConfig) -> None:
 Cut = Callable[[str], list[str]]  # a number in digits -> its tokens
 
 
+def from_the_left(number: str) -> list[str]:
+    """Two digits a token, counted from the front, as a rule that reads from left to right does."""
+    return [number[at : at + 2] for at in range(0, len(number), 2)]
+
+
+def from_the_right(number: str) -> list[str]:
+    """Two digits a token, counted from the units: a token then always stands for the same power of a hundred."""
+    odd = len(number) % 2
+    return [number[:1]] * odd + from_the_left(number[odd:])
+
+
 def in_learnt_chunks(max_sum: int, n_chunks: int, seed: int) -> Cut:
     """Numbers as byte pair encoding cuts them, trained on sums: some of their parts are tokens, others are not."""
     rng = random.Random(seed)
@@ -574,6 +585,8 @@ def numbers(config: FiguresConfig, run: RunConfig) -> None:
     """How numbers are cut against the share of held-out sums that are right; then what a blank before one costs."""
     cuts: dict[str, Callable[[int], Cut]] = {
         "single digits": lambda _: list,
+        "two digits, from the right": lambda _: from_the_right,
+        "two digits, from the left": lambda _: from_the_left,
         "chunks learnt by BPE": lambda seed: in_learnt_chunks(MAX_SUM, 60, seed),
         "whole numbers": lambda _: lambda number: [number],
     }
@@ -595,7 +608,7 @@ def numbers(config: FiguresConfig, run: RunConfig) -> None:
     for name, glued in (("part of the number, as in GPT-2", True), ("a token of its own", False)):
         tight, spaced = [], []
         for seed in range(config.n_seeds):
-            task = SumTask.build(list, MAX_SUM, SPACED, glued)
+            task = SumTask.build(from_the_right, MAX_SUM, SPACED, glued)
             model = train_on_sums(task, config.sum_gflops / 2, seeded_run(run, seed))
             tight.append(sums_right(model, task, n_sums))
             spaced.append(sums_right(model, task, n_sums, spaced=True))

@@ -135,11 +135,19 @@ def test_kill_at_twenty_random_moments_loses_one_interval_at_most_and_changes_no
     steps, rng, out = 20 * (3 * INTERVAL + 2), random.Random(0), tmp_path / "killed"
     log, folder, last = out / "log.csv", Checkpoints(out), 0
     train_tiny(tmp_path / "warm", 2)  # what PyTorch imports at the first step, the children need not import again
-    for _ in range(20):
+
+    def entries() -> set[str]:
+        return {path.name for path in out.glob("*step-*")}
+
+    for trial in range(20):
+        before = entries()
         child = in_child(lambda resume=last > 0: train_tiny(out, steps, resume=resume))
         target = last + INTERVAL + rng.randint(1, INTERVAL + 1)  # behind the next save, by up to one interval and one
-        wait_for(lambda target=target: log.exists() and log.read_bytes().count(b"\n") > target, child)
-        time.sleep(rng.uniform(0.0, 0.004))
+        if trial % 2:  # somewhere in a step
+            wait_for(lambda target=target: log.exists() and log.read_bytes().count(b"\n") > target, child)
+        else:  # somewhere in a save, under whatever name it writes
+            wait_for(lambda before=before: entries() - before, child)
+        time.sleep(rng.uniform(0.0, 0.008))
         os.kill(child, signal.SIGKILL)
         assert exit_code_of(child) == -signal.SIGKILL
         visible = [path.name for path in out.iterdir() if not path.name.startswith(".")]
@@ -147,7 +155,7 @@ def test_kill_at_twenty_random_moments_loses_one_interval_at_most_and_changes_no
         for step in folder.steps():
             read_checkpoint(folder.path(step))  # every visible one is whole
         reached = log.read_bytes().count(b"\n") - 1
-        last = folder.load()["step"]
+        last = folder.load()["step"] if folder.steps() else 0  # the first save may not have been finished
         assert last % INTERVAL == 0 and reached - INTERVAL <= last <= reached, (reached, last)
     assert exit_code_of(in_child(lambda: train_tiny(out, steps, resume=True))) == 0
     assert not list(out.glob(".step-*")), "half-written folders are swept away"

@@ -91,7 +91,7 @@ class TrainConfig:
     batch_size: int = 8  # rows of an optimizer step, over all micro-batches and processes
     micro_batch_size: int = 0  # rows in one forward pass; 0: all that a process has
     seq_len: int = 64  # tokens in a row
-    max_steps: int = 1600  # optimizer steps; with --budget only the length that the schedule is written for
+    max_steps: int = 600  # optimizer steps; with --budget only the length that the schedule is written for
     optimizer: Literal[OPTIMIZERS] = "adamw"  # the rule that turns gradients into steps
     learning_rate: float = 7e-3  # the peak
     schedule: Literal[SCHEDULES] = "cosine"  # how the learning rate goes up and down
