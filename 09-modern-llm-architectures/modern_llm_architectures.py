@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_mechanisms import causal_mask, document_mask
 from gpt2 import SamplingConfig, check_prompt, extend, init_weights
 from huggingface_folders import CONFIG, WEIGHTS, joined, load_weights, read_config, read_weights
 from latent_attention import LatentAttention
@@ -100,9 +101,11 @@ class CausalLM(nn.Module):
 
     Shapes: token_ids (batch, seq) to logits (batch, seq, vocab); position i sees the ids up to its own and predicts the
     next. With caches (from `new_caches`), token_ids holds only the new positions. is_real (batch, all positions so far)
-    is False at padding; positions are then counted without it, so that left padding changes nothing.
-    Raises ValueError for an id outside the vocabulary and for more than max_seq_len positions (a model with scaled
-    rotary positions or a window reads on).
+    is False at padding; positions are then counted without it, so that left padding changes nothing. document_ids
+    (batch, seq) numbers the documents of a packed row: each position sees its own document alone, and positions need
+    not start again in each, because rotary scores depend on the distance of two positions only.
+    Raises ValueError for an id outside the vocabulary, for more than max_seq_len positions (a model with scaled rotary
+    positions or a window reads on), and for document_ids together with caches or is_real.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -118,13 +121,27 @@ class CausalLM(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.token_emb.weight
 
-    def forward(self, token_ids: Tensor, caches: list[KVCache] | None = None, is_real: Tensor | None = None) -> Tensor:
-        return self.logits(self.hidden(token_ids, caches, is_real))  # (batch, seq, vocab)
+    def forward(
+        self,
+        token_ids: Tensor,
+        caches: list[KVCache] | None = None,
+        is_real: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self.logits(self.hidden(token_ids, caches, is_real, document_ids))  # (batch, seq, vocab)
 
-    def hidden(self, token_ids: Tensor, caches: list[KVCache] | None = None, is_real: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        token_ids: Tensor,
+        caches: list[KVCache] | None = None,
+        is_real: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """The stream after the last norm: (batch, seq, d_model)."""
         start, seq_len = len(caches[0]) if caches else 0, token_ids.shape[1]
         self.check(token_ids, start + seq_len, is_real)
+        if document_ids is not None and (caches or is_real is not None):
+            raise ValueError("document_ids number the documents of packed training rows; leave out caches and is_real")
         x = self.token_emb(token_ids)  # (batch, seq, d_model)
         if is_real is None:
             rotation = self.rotary.span(start, seq_len, x)
@@ -136,12 +153,18 @@ class CausalLM(nn.Module):
             cache = caches[layer] if caches else None
             window, n_keys = self.config.window_of(layer), cache.n_keys(seq_len) if cache else seq_len
             if (window, n_keys) not in masks:
-                masks[window, n_keys] = self.mask(seq_len, n_keys, window, is_real, x.device)
+                masks[window, n_keys] = self.mask(seq_len, n_keys, window, is_real, document_ids, x.device)
             x = block(x, rotation, masks[window, n_keys], cache)  # (batch, seq, d_model)
         return self.final_norm(x)  # (batch, seq, d_model)
 
-    def mask(self, n_query: int, n_key: int, window: int, is_real: Tensor | None, device) -> Tensor | None:
+    def mask(
+        self, n_query: int, n_key: int, window: int, is_real: Tensor | None, document_ids: Tensor | None, device
+    ) -> Tensor | None:
         made = attention_mask(n_query, n_key, is_real, window, self.config.n_sinks)
+        if document_ids is not None:
+            made = document_mask(document_ids) & (
+                causal_mask(n_key, device=device) if made is None else made.to(device)
+            )
         return made if made is None else made.to(device)
 
     def check(self, token_ids: Tensor, n_positions: int, is_real: Tensor | None) -> None:

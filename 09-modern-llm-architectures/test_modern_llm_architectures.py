@@ -178,6 +178,17 @@ def test_cached_equals_uncached_in_chunks_of_any_size(pair, parity) -> None:
     parity(f"CausalLM ({name})", "uncached", "invariant", torch.cat(parts, dim=1), whole, 1e-6)
 
 
+def test_documents_packed_in_one_row_do_not_see_each_other(pair, parity) -> None:
+    name, ours, _, _ = pair
+    first, second = some_ids(1, 5), some_ids(1, 8, seed=3)
+    row, numbers = torch.cat([first, second], dim=1), torch.tensor([[1] * 5 + [2] * 8])
+    apart = torch.cat([ours(first), ours(second)], dim=1)
+    parity(
+        f"CausalLM ({name}) packed", "each document alone", "invariant", ours(row, document_ids=numbers), apart, 1e-6
+    )
+    assert (ours(row) - apart)[:, 5:].abs().max() > 1e-3  # without the numbers the second reads the first
+
+
 def test_the_future_cannot_change_the_past(pair) -> None:
     _, ours, _, _ = pair
     token_ids = some_ids()
@@ -297,6 +308,12 @@ def test_shape_comments_hold(checked_shapes) -> None:
         CausalLM(ModelConfig(vocab_size=67, d_model=48, d_head=12, attention_cap=5.0))(some_ids())
     for module in modules:
         assert any(where.startswith(module.__file__) for where in checked), module
+
+
+def test_document_ids_are_for_packed_rows_only() -> None:
+    model, ids = CausalLM(ModelConfig()), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="leave out caches"):
+        model(ids, model.new_caches(), document_ids=ids)
 
 
 def test_an_untrained_model_knows_nothing() -> None:
