@@ -364,8 +364,8 @@ EXERCISES = [
     Exercise(
         name="llama3_frequencies",
         statement="Llama 3's scaled rotary frequencies. A pair that turns more than `high` times within the trained "
-        "length keeps its frequency, one that turns less than `low` times has it divided by factor; between, the two are "
-        "blended on a straight line in the number of turns.",
+        "length keeps its frequency, one that turns less than `low` times has it divided by factor; between, the two "
+        "are blended on a straight line in the number of turns.",
         signature="llama3_frequencies(frequencies, factor, low, high, trained_seq_len) -> (half)",
         hint="A pair of frequency f turns trained_seq_len * f / 2 pi times; a clamped ramp does the rest.",
         check=check_llama3_frequencies,
