@@ -81,6 +81,7 @@ from tiny_world import SPECIAL_TOKENS, join, words
 from training_transformers import TrainConfig, fit
 from transformer_architecture import check_length
 from variant_pretraining import (
+    HELD_OUT_SEED,
     SENTINELS,
     VARIANTS,
     FillScore,
@@ -580,7 +581,7 @@ def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMaski
     else:
         held_out = text_corpus(config.data, "validation", tokenizer, sizes.max_seq_len)
         nats = held_out_loss(
-            model, variant.batches(config.batch_size, 777, corpus=held_out, **options), variant.loss_fn
+            model, variant.batches(config.batch_size, HELD_OUT_SEED, corpus=held_out, **options), variant.loss_fn
         )
         print(f"held-out loss {nats:.3f} nats per target (uniform guessing: {math.log(corpus.vocab_size):.3f})")
     verb = "generate" if config.model == "gpt2" else "fill"
@@ -627,7 +628,7 @@ def finetune(config: FinetuneConfig, run: RunConfig) -> None:
         texts = read_classes(config.data)
         train, test = texts[len(texts) // 10 :], texts[: len(texts) // 10] or texts
     else:
-        train, test = acceptability(4000, run.seed, "train"), acceptability(500, 777, "validation")
+        train, test = acceptability(4000, run.seed, "train"), acceptability(500, HELD_OUT_SEED, "validation")
     names = tuple(sorted({name for _, name in train + test}))
     announce(
         f"fine-tune on {len(train)} texts of {len(names)} classes for {config.max_steps} steps", 0.06 * config.max_steps

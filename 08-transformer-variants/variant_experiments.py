@@ -9,6 +9,7 @@ Three objectives with the same data and the same FLOPs, beside the world's exact
 
 import copy
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from sequence_modeling import BOS_ID, device_of, document_losses, gap_to_floor
 from transformer_variants import BenchConfig, measure_speed, plot_families, plot_scores
 from variant_pretraining import (
     HELD_OUT_SEED,
+    FillScore,
     FinetuneConfig,
     Slot,
     Trained,
@@ -92,10 +94,11 @@ MASKINGS = {
 
 
 @functools.cache
-def trained(
-    name: str, config: FiguresConfig, run: RunConfig, seed: int, masking: str = "", share: float = 1.0
-) -> Trained:
-    """One model after its share of the budget; `masking` is a key of MASKINGS."""
+def trained(name: str, config: FiguresConfig, run: RunConfig, seed: int, masking: str, share: float) -> Trained:
+    """One model after its share of the budget; `masking` is a key of MASKINGS, or empty for the usual one.
+
+    No argument has a default, so that the same training is never named in two ways and done twice.
+    """
     options = {"masking": MASKINGS[masking]} if masking else {}
     return pretrain_for(name, SIZES, share * config.flops, BATCH_SIZE, seed, pick_device(run.device), **options)
 
@@ -103,39 +106,45 @@ def trained(
 # Three objectives
 
 
+LONGER = 3.0  # what an encoder gets as well, as a multiple of the budget: does it lack answers, or ability?
+FAMILIES = {  # row of the table -> kind of model, share of the budget
+    "encoder, masked (BERT)": ("bert", 1.0),
+    "decoder, causal (GPT-2)": ("gpt2", 1.0),
+    "encoder-decoder, spans (T5)": ("t5", 1.0),
+    f"encoder, {LONGER:g} times the FLOPs": ("bert", LONGER),
+}
+
+
 def objectives(config: FiguresConfig, run: RunConfig) -> None:
     """Fill-in, recall and the gap to the best that is possible, for the three families at equal FLOPs."""
     save_figure(plot_families(), config.folder / "families.svg")
     places, stories = slots(config.n_slots), recall_slots(config.n_slots)
-    names = {"bert": "encoder, masked (BERT)", "gpt2": "decoder, causal (GPT-2)", "t5": "encoder-decoder, spans (T5)"}
-    cells: dict[str, list[list[float]]] = {name: [[] for _ in range(7)] for name in names.values()}
-    cells["decoder, from the left alone"] = [[] for _ in range(7)]
-    found: dict[str, list] = {name: [] for name in cells}
+    left = "decoder, from the left alone"
+    cells: dict[str, list[list[float]]] = {name: [[] for _ in range(7)] for name in (*FAMILIES, left)}
+    found: dict[str, list[FillScore]] = {name: [] for name in cells}
     likelihood: list[list[float]] = [[], []]
-    for seed in range(config.n_seeds):
-        for kind, name in names.items():
-            item = trained(kind, config, run, seed)
-            beliefs = {name: (fill_in(item.model, places), fill_in(item.model, stories))}
-            if kind == "gpt2":
-                left = [torch.stack([causal_guess(item.model, slot) for slot in group]) for group in (places, stories)]
-                beliefs["decoder, from the left alone"] = tuple(left)
-                for column, value in zip(likelihood, causal_gap(item.model, config.n_slots), strict=True):
-                    column.append(value)
-            for row, (gaps, answers) in beliefs.items():
-                result, recall = score(gaps, places), score(answers, stories)
-                found[row].append(result)
-                values = (
-                    item.steps,
-                    item.n_targets / 1000,
-                    result.accuracy,
-                    result.nats,
-                    result.gap,
-                    recall.accuracy,
-                    recall.nats,
-                )
-                for column, value in zip(cells[row], values, strict=True):
-                    column.append(float(value))
-    best = found[names["bert"]][0]
+    for seed, (name, (kind, share)) in itertools.product(range(config.n_seeds), FAMILIES.items()):
+        item = trained(kind, config, run, seed, "", share)
+        beliefs = {name: (fill_in(item.model, places), fill_in(item.model, stories))}
+        if kind == "gpt2":
+            beliefs[left] = tuple(
+                torch.stack([causal_guess(item.model, slot) for slot in group]) for group in (places, stories)
+            )
+            for column, value in zip(likelihood, causal_gap(item.model, config.n_slots), strict=True):
+                column.append(value)
+        for row, (gaps, answers) in beliefs.items():
+            result, recall = score(gaps, places), score(answers, stories)
+            found[row].append(result)
+            values = (item.steps, item.n_targets / 1000, result.accuracy, result.nats, result.gap)
+            for column, value in zip(cells[row], (*values, recall.accuracy, recall.nats), strict=True):
+                column.append(float(value))
+    save_objectives(cells, likelihood, found[left][0], config)
+    save_figure(plot_scores({name: found[name] for name in FAMILIES}), config.folder / "objectives.svg")
+
+
+def save_objectives(
+    cells: dict[str, list[list[float]]], likelihood: list[list[float]], best: FillScore, config: FiguresConfig
+) -> None:
     rows = [[name, *columns] for name, columns in cells.items()]
     rows.append(["exact posterior", "", "", best.best_accuracy, best.best_nats, 0.0, 1.0, 0.0])
     n_tokens = len(word_world()[1])
@@ -156,7 +165,6 @@ def objectives(config: FiguresConfig, run: RunConfig) -> None:
     columns = [Column("Likelihood"), Column("value", "nats per token", ".3f")]
     rows = [["GPT-2, held-out documents", likelihood[0]], ["above the entropy floor", likelihood[1]]]
     config.save("likelihood", columns, rows, "objectives")
-    save_figure(plot_scores({name: found[name] for name in names.values()}), config.folder / "objectives.svg")
 
 
 def causal_gap(model: GPT2, n_documents: int) -> tuple[float, float]:
@@ -171,7 +179,7 @@ def causal_gap(model: GPT2, n_documents: int) -> tuple[float, float]:
 
 
 def posterior(config: FiguresConfig, run: RunConfig) -> None:
-    """BERT's beliefs beside the world's exact posterior: slots that are certain, slots that are open, calibration."""
+    """The longer trained BERT beside the exact posterior: slots that are certain, slots that are open, calibration."""
     places = slots(5 * config.n_slots)
     groups = {
         "certain: one token is possible": [slot for slot in places if len(slot.posterior) == 1],
@@ -180,7 +188,7 @@ def posterior(config: FiguresConfig, run: RunConfig) -> None:
         "all": places,
     }
     rows, points = [], []
-    models = [trained("bert", config, run, seed).model for seed in range(config.n_seeds)]
+    models = [trained("bert", config, run, seed, "", LONGER).model for seed in range(config.n_seeds)]
     for name, group in groups.items():
         if not group:
             continue
@@ -262,6 +270,12 @@ def classifier_accuracy(trunk: nn.Module | None, config: FiguresConfig, seed: in
 FINETUNE_STEPS, N_LABELLED, N_EXAMINED = 150, 1000, 500
 
 
+@functools.cache
+def fine_tuned(name: str, config: FiguresConfig, run: RunConfig, seed: int, masking: str, share: float) -> float:
+    """What the encoder of `trained` is worth to a classifier."""
+    return classifier_accuracy(trunk_of(trained(name, config, run, seed, masking, share).model), config, seed)
+
+
 def trunk_of(model: nn.Module) -> nn.Module:
     """A copy of the encoder that pretraining leaves: of an ELECTRA, the discriminator's."""
     return copy.deepcopy((model.discriminator if isinstance(model, Electra) else model).trunk)
@@ -272,8 +286,8 @@ def electra(config: FiguresConfig, run: RunConfig) -> None:
     rows, curves = [], {}
     for name, label in (("bert", "masked tokens (BERT)"), ("electra", "replaced tokens (ELECTRA)")):
         for share in SHARES:
-            items = [trained(name, config, run, seed, share=share) for seed in range(config.n_seeds)]
-            accuracy = [classifier_accuracy(trunk_of(item.model), config, seed) for seed, item in enumerate(items)]
+            items = [trained(name, config, run, seed, "", share) for seed in range(config.n_seeds)]
+            accuracy = [fine_tuned(name, config, run, seed, "", share) for seed in range(config.n_seeds)]
             curves.setdefault(label, []).append(accuracy)
             steps = statistics.mean(item.steps for item in items)
             rows.append([label, f"{share * config.gflops / config.shrink:.0f}", f"{steps:.0f}", accuracy])
@@ -314,12 +328,11 @@ def masking(config: FiguresConfig, run: RunConfig) -> None:
     """80/10/10 beside masks alone: the gaps themselves, what is said of tokens in plain view, and fine-tuning."""
     places, rows = slots(config.n_slots), []
     for name in MASKINGS:
-        items = [
-            trained("bert", config, run, seed, name if name != "80/10/10" else "") for seed in range(config.n_seeds)
-        ]
+        key = name if name != "80/10/10" else ""
+        items = [trained("bert", config, run, seed, key, 1.0) for seed in range(config.n_seeds)]
         hidden = [score(fill_in(item.model, places), places).nats for item in items]
         seen = [accuracy_in_view(item.model, places) for item in items]
-        tuned = [classifier_accuracy(trunk_of(item.model), config, seed) for seed, item in enumerate(items)]
+        tuned = [fine_tuned("bert", config, run, seed, key, 1.0) for seed in range(config.n_seeds)]
         rows.append([name, hidden, seen, tuned])
     columns = [Column("Hidden/swapped/kept"), Column("nats per gap", "", ".3f")]
     columns += [Column("copies a token in plain view", "", ".1%"), Column("right after fine-tuning", "", ".1%")]
@@ -345,7 +358,7 @@ def speed(config: FiguresConfig, run: RunConfig) -> None:
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]] = {  # name -> function, seconds
-    "objectives": (objectives, 360),
+    "objectives": (objectives, 420),
     "posterior": (posterior, 5),
     "electra": (electra, 240),
     "masking": (masking, 120),
@@ -359,3 +372,4 @@ def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the chapter's experiments; write their figures, results.json and the chapter's tables."""
     run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
     trained.cache_clear()
+    fine_tuned.cache_clear()

@@ -48,7 +48,7 @@ from training_transformers import Batch, TrainConfig, fit
 from transformer_architecture import MatmulCounter
 from workbench import check_name, check_range, shown
 
-HELD_OUT_SEED = 777  # of the documents that models are examined with
+HELD_OUT_SEED = 4242  # of the documents that models are examined with; no setting was chosen on them
 SENTINELS = tuple(f"<extra_{index}>" for index in range(32))
 MASK_ID = SPECIAL_TOKENS.index("<mask>")
 
@@ -352,8 +352,8 @@ VARIANTS = {
 }
 
 
-def step_flops(model: nn.Module, batches: Callable[[int], Batch], loss_fn: Callable, n_steps: int = 4) -> float:
-    """Mean FLOPs of one training step, forward and backward, counted on the first batches; padding costs too."""
+def step_flops(model: nn.Module, batches: Callable[[int], Batch], loss_fn: Callable, n_steps: int = GROUP) -> float:
+    """Mean FLOPs of one training step, forward and backward, counted on a group of batches; padding costs too."""
     with MatmulCounter() as counter:
         for step in range(n_steps):
             batch = {name: tensor.to(device_of(model)) for name, tensor in batches(step).items()}
