@@ -1,0 +1,281 @@
+"""Topic 10 - Process Launch: start processes, let them meet, notice that one died or hangs, and start them again.
+
+torchrun --nproc-per-node 2 --max-restarts 1 10-pretraining-llms/pretraining_llms.py parallel --scheme zero1
+
+`joined` reads the variables that torchrun sets; `run_processes` is a small torchrun for one machine, which forks and so
+starts within a tenth of a second. Both give a restarted process a clean table of addresses.
+"""
+
+import contextlib
+import datetime
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from data_parallel import COLLECTIVE_TIMEOUT, Team
+from workbench import check_range
+
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # 0, then 1 after the first restart
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # "True": whoever started us holds the table of addresses
+GRACE = 2.0  # seconds in which the others may say how they ended, once one process has failed
+
+
+# Meeting
+
+
+def attempt() -> int:
+    """How often these processes have been started before."""
+    return int(os.environ.get(ATTEMPT, "0"))
+
+
+def own_device() -> torch.device:
+    """The GPU of this process's place on its machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def joined(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, apart: bool = True) -> Iterator[Team]:
+    """Join the processes that were started with this one, while the block runs; yields the team.
+
+    apart: every attempt has its own part of the table of addresses. torchrun keeps one table through all restarts;
+    without a part of its own a restarted process finds the address at which its neighbour died, and tries to connect
+    to it until the time is up. Raises ValueError if WORLD_SIZE is set and the other variables are not.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team()
+        return
+    missing = [name for name in MEETING if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start several processes with torchrun")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    we_hold = rank == 0 and os.environ.get(AGENT_STORE) != "True"
+    store = dist.TCPStore(host, port, size, is_master=we_hold, timeout=timeout)
+    if apart:
+        store = dist.PrefixStore(f"attempt-{attempt()}", store)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(own_device())
+        backend = "cpu:gloo,cuda:nccl"  # counts and messages stay on the CPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield Team(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+# Failing on purpose
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong on purpose, in one process, at one step of the first attempt."""
+
+    kind: Literal["none", "kill", "raise", "exit", "hang"] = "none"
+    rank: int = 1
+    step: int = 1
+
+    def strike(self, team: Team, step: int) -> None:
+        """Fail, if it is time for it: die as of kill -9, raise, leave with exit code 3, or sleep for ever."""
+        if self.kind == "none" or team.rank != self.rank or step != self.step or attempt():
+            return
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "exit":
+            sys.exit(3)
+        while self.kind == "hang":
+            time.sleep(1)
+        raise RuntimeError(f"failing on purpose at step {step}")
+
+
+# Starting processes on this machine
+
+
+class ProcessFailed(RuntimeError):
+    """A process of a team ended before its work: its rank, and why, in one line; all the others have been ended."""
+
+    def __init__(self, rank: int, size: int, cause: str) -> None:
+        super().__init__(f"process {rank} of {size} {cause}")
+        self.rank, self.cause = rank, cause
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How processes are started on this machine."""
+
+    size: int = 2  # processes
+    timeout: float = 60.0  # seconds that a process waits for another one
+    max_restarts: int = 0  # how often all are started again after one failed
+    apart: bool = True  # every attempt has a table of addresses of its own; False shows why
+
+    def __post_init__(self) -> None:
+        check_range(self, "size", least=1)
+        check_range(self, "timeout", above=0)
+        check_range(self, "max_restarts", least=0)
+
+
+def run_processes(worker: Callable, launch: LaunchConfig, *args: Any) -> list[Any]:
+    """Call worker(team, *args) in `size` forked processes that can talk to each other; return their results by rank.
+
+    Results are tensors and plain values. When one process fails all others are ended, and everything starts again as
+    often as max_restarts allows. Raises ProcessFailed with the first cause, or ValueError if the cause is one; and
+    ValueError where processes cannot be forked (Windows) or must not be (CUDA): there torchrun starts them.
+    """
+    if launch.size == 1:
+        return [worker(Team(), *args)]
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
+        raise ValueError("processes cannot be forked here; start them with torchrun --nproc-per-node N")
+    with address_table() as port:  # one for all attempts, as torchrun has it
+        for number in itertools.count():
+            try:
+                return run_once(worker, launch, port, number, args)
+            except ProcessFailed as failure:
+                if number == launch.max_restarts:
+                    raise
+                print(f"{failure}; starting again ({number + 1} of {launch.max_restarts})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def address_table() -> Iterator[int]:
+    """Within the block a process of its own holds the table of addresses at this port.
+
+    Not this process: the table is served by a thread, and a process that is forked while a thread holds a lock waits
+    for that lock for ever.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    host = context.Process(target=hold_table, args=(theirs,), daemon=True)
+    host.start()
+    try:
+        yield ours.recv()
+    finally:
+        host.kill()
+        host.join()
+
+
+def hold_table(pipe: Connection) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    while True:
+        time.sleep(60)
+
+
+def run_once(worker: Callable, launch: LaunchConfig, port: int, number: int, args: tuple) -> list[Any]:
+    """One attempt: start all, wait until all are done or one failed, and leave no process behind."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=member, args=(rank, worker, launch, port, number, Path(folder), args), daemon=True)
+            for rank in range(launch.size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            waiting = {process.sentinel: process for process in processes}
+            while waiting:
+                for sentinel in wait(list(waiting)):
+                    if waiting.pop(sentinel).exitcode:
+                        raise first_failure(processes, Path(folder))
+            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(launch.size)]
+        finally:
+            for process in processes:
+                if process.pid is not None and process.is_alive():
+                    process.kill()  # not terminate: a process inside a collective does not listen
+            for process in processes:
+                if process.pid is not None:
+                    process.join()
+
+
+def member(
+    rank: int, worker: Callable, launch: LaunchConfig, port: int, number: int, folder: Path, args: tuple
+) -> None:
+    """The life of one process; what it returns or raises lies in the folder afterwards."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": launch.size, ATTEMPT: number, AGENT_STORE: True}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        with joined(datetime.timedelta(seconds=launch.timeout), launch.apart) as team:
+            result = worker(team, *args)
+        torch.save(result, folder / f"{rank}.pt")
+    except Exception as error:
+        text = " ".join(str(error).split())
+        record = {"time": time.monotonic(), "kind": type(error).__name__, "text": text, "all": traceback.format_exc()}
+        torch.save(record, folder / f"{rank}.error")
+        os._exit(1)  # at once: the destructors of a broken group may wait for its dead
+
+
+def first_failure(processes: list, folder: Path) -> Exception:
+    """The cause among the failures: a death without a word comes before what it made the others raise."""
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and any(process.is_alive() for process in processes):
+        time.sleep(0.02)
+    said = {}
+    for rank, process in enumerate(processes):
+        if process.exitcode and (folder / f"{rank}.error").exists():
+            said[rank] = torch.load(folder / f"{rank}.error", weights_only=True)
+        elif process.exitcode:
+            code = process.exitcode
+            cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+            return ProcessFailed(rank, len(processes), cause)
+    rank = min(said, key=lambda rank: said[rank]["time"])
+    first = said[rank]
+    if first["kind"] == "ValueError":
+        return ValueError(first["text"])
+    return ProcessFailed(rank, len(processes), f"raised {first['kind']}: {first['text'][:300]}")
+
+
+# What really left this process
+
+
+def kernel_bytes_sent() -> int | None:
+    """Payload bytes that this process's TCP connections have sent so far, as the kernel counts them; None if unknown.
+
+    Retransmitted bytes count once. Linux 4.19 and later (struct tcp_info); shared memory and NVLink are not seen.
+    """
+    if sys.platform != "linux":
+        return None
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:  # closed in between, or no TCP
+            continue
+        if len(info) < 216:  # an older kernel
+            continue
+        sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+        total += sent - again
+    return total or None
+
+
+def settled_bytes_sent() -> int | None:
+    """`kernel_bytes_sent` once it stands still: gloo's own thread may still be sending when a collective returns."""
+    before = kernel_bytes_sent()
+    for _ in range(100):
+        time.sleep(0.01)
+        now = kernel_bytes_sent()
+        if now == before:
+            break
+        before = now
+    return before
