@@ -135,7 +135,7 @@ def plot_traffic(n: int, d_head: int, counted: dict[int, dict[str, int]]) -> Fig
 
 def traffic(config, run) -> None:
     """The counter's table and figure."""
-    n, d_head = 512 // config.shrink, 64
+    n, d_head = max(16, 512 // config.shrink), 64
     counted = {2**power: counted_traffic(n, d_head, 2**power) for power in (12, 13, 14, 15, 16)}
     written_out = written_out_traffic(n, n, d_head)
     rows = [
