@@ -4,9 +4,10 @@ Our names are one vocabulary; those of the files differ from family to family an
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_folders import CONFIG, FileTensor, Layout, config_from_file
+from huggingface_folders import CONFIG, FileTensor, Layout, config_from_file, read_json
 from latent_attention import LatentConfig
 from llm_layers import RopeScaling
 from workbench import check_name, check_range
@@ -60,6 +61,7 @@ class ModelConfig:
     pad_id: int = 0  # token that fills batches
     bos_id: int = 1  # token that begins a document
     eos_id: int = 1  # token that ends it
+    more_eos_ids: tuple[int, ...] = ()  # other tokens that end it too, such as the end of a turn in a chat
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len")
@@ -164,8 +166,9 @@ def config_from_folder(given: dict) -> ModelConfig:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"{CONFIG} has {name}={given[name]!r}; it must be a whole number >= 1")
     given = family.defaults | {name: value for name, value in given.items() if value is not None}
-    if isinstance(given.get("eos_token_id"), list):  # several ends: generation stops at the first of them
-        given["eos_token_id"] = given["eos_token_id"][0]
+    more_ends: list[int] = []
+    if isinstance(given.get("eos_token_id"), list):  # several ends
+        given["eos_token_id"], *more_ends = whole_ids("eos_token_id", given["eos_token_id"])
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     given.setdefault("bos_token_id", given.get("eos_token_id", 0))
@@ -176,6 +179,7 @@ def config_from_folder(given: dict) -> ModelConfig:
     theta, scaling = scaling_from_folder(given, kind)
     config = config_from_file(ModelConfig, given, family.names, family.fixed)
     extra: dict[str, Any] = {"qk_norm": kind == "qwen3", "rope_theta": theta, "rope_scaling": scaling}
+    extra["more_eos_ids"] = tuple(more_ends)
     if kind == "qwen3" and windowed:
         types = given.get("layer_types") or [
             "full_attention" if layer < given.get("max_window_layers", 28) else "sliding_attention"
@@ -187,6 +191,22 @@ def config_from_folder(given: dict) -> ModelConfig:
     if kind == "deepseek_v3":
         extra["latent"] = config_from_file(LatentConfig, {"q_lora_rank": 0} | given, LATENT_NAMES, {})
     return replace(config, **extra)
+
+
+def whole_ids(name: str, ids: list) -> list[int]:
+    if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"{CONFIG} has {name}={ids!r}; a list there must hold at least one id >= 0")
+    return ids
+
+
+def with_generation_ends(given: dict, folder: Path | str) -> dict:
+    """A config.json with the ends that generation_config.json names, if there is one: chat models often have more.
+
+    transformers' `generate` obeys that file too.
+    """
+    path = Path(folder) / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.exists() else None
+    return given if ends is None else given | {"eos_token_id": ends}
 
 
 def experts_from_folder(given: dict, kind: str) -> ExpertConfig:
@@ -249,6 +269,8 @@ def to_words(config: ModelConfig, kind: str) -> dict:
     words = {"model_type": kind, "architectures": [family.architecture], "use_cache": True}
     words |= {theirs: getattr(config, ours) for ours, theirs in family.names.items()}
     words |= {name: allowed[0] for name, allowed in family.fixed.items()}
+    if config.more_eos_ids:
+        words["eos_token_id"] = [config.eos_id, *config.more_eos_ids]
     if kind in ("mistral", "qwen3", "mixtral"):
         words["sliding_window"] = config.window_size or None
     if kind == "qwen3":

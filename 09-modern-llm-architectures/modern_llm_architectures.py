@@ -2,7 +2,8 @@
 
 python 09-modern-llm-architectures/modern_llm_architectures.py         # train one, save it, load it in transformers
 python 09-modern-llm-architectures/modern_llm_architectures.py size    # what the published models cost
-python 09-modern-llm-architectures/modern_llm_architectures.py size --checkpoint path/to/a/folder
+python 09-modern-llm-architectures/modern_llm_architectures.py generate --checkpoint path/to/a/folder --prompt "Once"
+python 09-modern-llm-architectures/modern_llm_architectures.py --break switch-without-gate    # a failure, measured
 
 Touvron et al. 2023 (Llama 2, arXiv 2307.09288), Jiang et al. 2023 (Mistral, arXiv 2310.06825), Yang et al. 2025 (Qwen3,
 arXiv 2505.09388), Jiang et al. 2024 (Mixtral, arXiv 2401.04088), DeepSeek-AI 2024 (V3, arXiv 2412.19437).
@@ -10,9 +11,10 @@ arXiv 2505.09388), Jiang et al. 2024 (Mixtral, arXiv 2401.04088), DeepSeek-AI 20
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import causal_mask, document_mask
-from gpt2 import SamplingConfig, check_prompt, extend, init_weights
+from fast_decoding import DecodePlan, can_plan
+from gpt2 import SamplingConfig, check_prompt, init_weights, keep_likely
 from huggingface_folders import CONFIG, WEIGHTS, joined, load_weights, read_config, read_weights
 from latent_attention import LatentAttention
-from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout
+from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout, with_generation_ends
+from llm_generation import PromptConfig, encode_prompt, load_tokenizer, room_for, save_word_tokenizer, text_pieces
 from llm_layers import (
     GroupedQueryAttention,
     KVCache,
@@ -38,7 +42,7 @@ from llm_layers import (
 )
 from mixture_of_experts import MixtureOfExperts, SigmoidRouter, SoftmaxRouter, load_balance_loss
 from packing import language_model_loss
-from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, check_token_ids
+from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, check_token_ids, sample_ids
 from tiny_world import join
 from training_transformers import TrainConfig, WorldBatches, fit, world_losses
 from transformer_architecture import held_out_documents, tiny_world
@@ -47,6 +51,7 @@ from workbench import (
     announce,
     check_range,
     largest_difference,
+    pick_device,
     run_verbs,
     seed_everything,
     shown,
@@ -171,15 +176,18 @@ class CausalLM(nn.Module):
         if token_ids.is_meta:
             return
         check_token_ids(token_ids, self.config.vocab_size)
-        config = self.config
-        if n_positions > config.max_seq_len and not config.window_size and config.rope_scaling.kind != "dynamic":
-            raise ValueError(
-                f"{n_positions} positions exceed max_seq_len {config.max_seq_len}; shorten it or set rope_scaling"
-            )
+        self.check_length(n_positions)
         if is_real is not None and is_real.shape != (len(token_ids), n_positions):
             raise ValueError(
                 f"is_real has shape {tuple(is_real.shape)}, expected (batch, all positions so far) = "
                 f"{(len(token_ids), n_positions)}"
+            )
+
+    def check_length(self, n_positions: int) -> None:
+        config = self.config
+        if n_positions > config.max_seq_len and not config.window_size and config.rope_scaling.kind != "dynamic":
+            raise ValueError(
+                f"{n_positions} positions exceed max_seq_len {config.max_seq_len}; shorten it or set rope_scaling"
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -210,16 +218,50 @@ class CausalLM(nn.Module):
 
         Returns the new ids (batch, at most max_new_tokens); after its end a row holds pad_id. Call `eval()` first.
         """
+        return torch.cat([token_ids[:, :0], *self.stream(token_ids, sampling, is_real, generator)], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        token_ids: Tensor,
+        sampling: SamplingConfig,
+        is_real: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """As `generate`, one step after the other: ids (batch, 1), as soon as they are chosen.
+
+        The loop of topic 08's `extend`, for models with several ends, any of which ends a row.
+        """
         check_prompt(token_ids, is_real)
-        caches, seen = self.new_caches(), is_real
+        ends = torch.tensor([self.config.eos_id, *self.config.more_eos_ids], device=token_ids.device)
+        ended = torch.zeros(len(token_ids), 1, dtype=torch.bool, device=token_ids.device)  # (batch, 1)
+        steps = self.decoding(token_ids, token_ids.shape[1] + sampling.max_new_tokens, is_real)
+        for _ in range(sampling.max_new_tokens):
+            logits = steps(token_ids)  # (batch, vocab)
+            if sampling.temperature > 0:
+                logits = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)  # (batch, vocab)
+            chosen = sample_ids(logits, 1.0 if sampling.temperature > 0 else 0.0, generator)  # (batch, 1)
+            token_ids = chosen.masked_fill(ended, self.config.pad_id)  # (batch, *)
+            yield token_ids
+            ended = ended | torch.isin(token_ids, ends)  # (batch, 1)
+            if ended.all():
+                return
+
+    def decoding(self, prompt: Tensor, most: int, is_real: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """A function from the newest ids, the prompt first, to the logits (batch, vocab) of the next."""
+        caches, seen, plan = self.new_caches(), is_real, None
 
         def next_logits(new_ids: Tensor) -> Tensor:
-            nonlocal seen
+            nonlocal seen, plan
+            if len(caches[0]) and plan is None and can_plan(self):
+                plan = DecodePlan(self, caches, min(most, self.config.max_seq_len), is_real)
+            if plan is not None:
+                return self.logits(plan.step(new_ids))  # (batch, vocab)
             if seen is not None and len(caches[0]):
                 seen = F.pad(seen, (0, 1), value=True)
             return self.logits(self.hidden(new_ids, caches, seen)[:, -1])  # (batch, vocab): the last position alone
 
-        return extend(next_logits, token_ids, sampling, self.config.eos_id, self.config.pad_id, generator)
+        return next_logits
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
@@ -228,7 +270,7 @@ class CausalLM(nn.Module):
         Raises ValueError for another kind of model, for a setting that this family does not know, and for tensors that
         do not fit, naming them; nothing is half loaded.
         """
-        config = config_from_folder(read_config(folder))
+        config = config_from_folder(with_generation_ends(read_config(folder), folder))
         model = cls(config)
         load_weights(model, read_weights(folder), folder_layout(config))
         return model.eval()
@@ -254,9 +296,13 @@ class CausalLM(nn.Module):
 # The verbs
 
 
+Failure = Literal["none", "bool-minus-infinity", "window-of-ones", "full-size-experts", "switch-without-gate"]
+
+
 @dataclass(frozen=True)
 class DemoConfig:
-    max_steps: int = 1000  # optimizer steps
+    break_: Failure = "none"  # a failure to show and measure, in place of the demo
+    max_steps: int = 800  # optimizer steps
     learning_rate: float = 7e-3  # the peak
     d_model: int = 64  # width of the residual stream
     n_layers: int = 2  # blocks
@@ -264,12 +310,19 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "max_steps", "d_model", "n_layers", least=1)
+        check_range(self, "learning_rate", above=0)
         check_range(self, "n_documents", least=2)
 
 
 def demo(config: DemoConfig, run: RunConfig) -> None:
     """Train a small Qwen3 on TinyWorld, save it as a Hugging Face folder, and let transformers compute the same."""
-    announce(f"train a model of {config.n_layers} blocks for {config.max_steps} steps", 60)
+    if config.break_ != "none":
+        from modern_llm_failures import show  # here, because it imports this module
+
+        what, sound, wrong = show(config.break_)
+        print(f"{what}: {sound:.4g} as it should be, {wrong:.4g} with --break {config.break_}")
+        return
+    announce(f"train a model of {config.n_layers} blocks for {config.max_steps} steps", 0.055 * config.max_steps)
     seed_everything(run.seed)
     vocabulary, held_out = tiny_world()[1], held_out_documents(config.n_documents)
     d_head = max(2, config.d_model // 8 * 2)
@@ -288,8 +341,26 @@ def demo(config: DemoConfig, run: RunConfig) -> None:
     samples = model.generate(torch.full((3, 1), BOS_ID), SamplingConfig(60), generator=generator)
     for row in samples.tolist():
         print(f"  {join(vocabulary.decode(row[: row.index(EOS_ID)] if EOS_ID in row else row))}")
+    print_cache(model)
     model.save_pretrained(run.out)
+    save_word_tokenizer(run.out, vocabulary)
     print(f"saved in {shown(run.out)}; transformers' logits differ by {difference_from_library(model, run.out):.1e}")
+    print(f'go on: python {shown(Path(__file__))} generate --checkpoint {shown(run.out)} --prompt "One morning"')
+
+
+def print_cache(model: CausalLM) -> None:
+    """What the keys and values of this model weigh, counted in its caches, beside one key-value head for each query."""
+    from llm_calculators import kv_bytes_per_token
+
+    config, caches, n_read = model.config, model.new_caches(), 100
+    with torch.no_grad():
+        model(torch.full((1, n_read), BOS_ID), caches)
+    counted = sum(cache.n_bytes for cache in caches) / n_read
+    full = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads), bytes_per_number=4)
+    print(
+        f"its caches grow by {counted:.0f} bytes for each token (float32): {config.n_heads} query heads share "
+        f"{config.n_kv_heads} of keys and values; with {config.n_heads} it would be {full:.0f}"
+    )
 
 
 def difference_from_library(model: CausalLM, folder: Path) -> float:
@@ -300,6 +371,19 @@ def difference_from_library(model: CausalLM, folder: Path) -> float:
     token_ids = torch.arange(model.config.vocab_size)[:64][None]
     with torch.no_grad():
         return largest_difference(model(token_ids), theirs(token_ids).logits)
+
+
+def generate(prompt: PromptConfig, sampling: SamplingConfig, run: RunConfig) -> None:
+    """Continue a text with the model of a folder, word by word, until one of its ends or --max-new-tokens."""
+    model, tokenizer = CausalLM.from_pretrained(prompt.checkpoint), load_tokenizer(prompt.checkpoint)
+    model.to(pick_device(run.device))
+    ids = encode_prompt(prompt.prompt, tokenizer, model)
+    sampling = replace(sampling, max_new_tokens=room_for(model, len(ids), sampling.max_new_tokens))
+    token_ids = torch.tensor([ids], device=pick_device(run.device))
+    generator = torch.Generator(token_ids.device).manual_seed(run.seed)
+    for piece in text_pieces(model.stream(token_ids, sampling, generator=generator), ids, tokenizer):
+        print(piece, end="", flush=True)
+    print()
 
 
 @dataclass(frozen=True)
@@ -328,7 +412,17 @@ def size(config: SizeConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_verbs(__doc__, {"demo": (demo, DemoConfig, RunConfig), "size": (size, SizeConfig)}, argv)
+    from modern_llm_bench import BenchConfig, bench  # here, because they import this module
+    from modern_llm_experiments import FiguresConfig, figures
+
+    verbs = {
+        "demo": (demo, DemoConfig, RunConfig),
+        "generate": (generate, PromptConfig, SamplingConfig, RunConfig),
+        "size": (size, SizeConfig),
+        "bench": (bench, BenchConfig, RunConfig),
+        "figures": (figures, FiguresConfig, RunConfig),
+    }
+    run_verbs(__doc__, verbs, argv)
 
 
 if __name__ == "__main__":
