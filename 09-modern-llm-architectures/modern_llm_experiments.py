@@ -24,6 +24,7 @@ from gpt2 import TanhFeedForward, init_weights
 from latent_attention import LatentConfig
 from llm_calculators import count_parameters, kv_bytes_per_token
 from llm_config import ModelConfig
+from llm_diagrams import DIAGRAM_EXPERIMENTS
 from modern_llm_architectures import CausalLM
 from modern_llm_bench import BENCH_EXPERIMENTS
 from modern_llm_failures import FAILURE_EXPERIMENTS
@@ -295,6 +296,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]]
     **CONTEXT_EXPERIMENTS,
     **FAILURE_EXPERIMENTS,
     **BENCH_EXPERIMENTS,
+    **DIAGRAM_EXPERIMENTS,
 }
 
 

@@ -268,9 +268,9 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     flags = "--n-seeds 2 --shrink 200 --n-documents 4 --device cpu".split()
     main(["figures", *flags, "--folder", str(tmp_path / "figures"), "--out", str(tmp_path)])
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
-    assert set(results) == set(EXPERIMENTS)
+    assert set(results) == set(EXPERIMENTS) - {"sharing", "scaling"}  # figures without a table
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
-    assert drawn == {"ladder", "ladder-rates", "kv-quality", "router", "context"}
+    assert drawn >= {"ladder", "ladder-rates", "kv-quality", "router", "context"}
     ladder = results["ladder"]["rows"]
     assert [row[0] for row in ladder] == ["GPT-2", *(f"+ {change}" for change in CHANGES)]
     for old, new in zip(ladder, ladder[1:], strict=False):
