@@ -1,4 +1,4 @@
-"""Topic 10 - Pipeline Parallel: a model cut into stages, GPipe and 1F1B through PyTorch, and an exact simulator of both.
+"""Topic 10 - Pipeline Parallel: a model cut into stages, GPipe and 1F1B of PyTorch, and a simulator of both.
 
 torchrun --nproc-per-node 2 10-pretraining-llms/pretraining_llms.py parallel --scheme 1f1b
 

@@ -76,10 +76,9 @@ def joined(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, apart: bool = True)
         torch.cuda.set_device(own_device())
         backend = "cpu:gloo,cuda:nccl"  # counts and messages stay on the CPU
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        yield Team(rank, size)
-    finally:
-        dist.destroy_process_group()
+    yield Team(rank, size)
+    dist.barrier()  # whoever left before the others have connected would look dead to them
+    dist.destroy_process_group()  # not after an exception: it may wait for the dead, and it hides the cause from them
 
 
 # Failing on purpose
@@ -125,11 +124,12 @@ class LaunchConfig:
     timeout: float = 60.0  # seconds that a process waits for another one
     max_restarts: int = 0  # how often all are started again after one failed
     apart: bool = True  # every attempt has a table of addresses of its own; False shows why
+    slow: float = 0.0  # seconds by which the last process joins later than the others after a restart
 
     def __post_init__(self) -> None:
         check_range(self, "size", least=1)
         check_range(self, "timeout", above=0)
-        check_range(self, "max_restarts", least=0)
+        check_range(self, "max_restarts", "slow", least=0)
 
 
 def run_processes(worker: Callable, launch: LaunchConfig, *args: Any) -> list[Any]:
@@ -213,6 +213,8 @@ def member(
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
+        if number and rank == launch.size - 1:
+            time.sleep(launch.slow)
         with joined(datetime.timedelta(seconds=launch.timeout), launch.apart) as team:
             result = worker(team, *args)
         torch.save(result, folder / f"{rank}.pt")

@@ -1,0 +1,104 @@
+"""Proofs for process_launch: a process that dies or hangs ends the team with its name, and a restart finds its way."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from data_parallel import Team
+from process_launch import AGENT_STORE, ATTEMPT, Fault, LaunchConfig, ProcessFailed, attempt, joined, run_processes
+
+QUICK = LaunchConfig(2, timeout=20.0)
+
+
+def work(team: Team, fault: Fault) -> list:
+    """Three steps of adding up, with a failure on the way; the number of the attempt and the sum."""
+    total = 0.0
+    for step in range(1, 4):
+        total += team.add_up(team.rank + 1.0)[0]
+        fault.strike(team, step)
+    return [attempt(), total]
+
+
+def children() -> set[int]:
+    """The processes below this one that still run."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.add(int(path.parent.name))
+    return found
+
+
+def test_results_come_in_the_order_of_ranks() -> None:
+    assert run_processes(work, LaunchConfig(3), Fault()) == [[0, 18.0]] * 3
+    assert run_processes(rank_of, LaunchConfig(3)) == [0, 1, 2] and run_processes(rank_of, LaunchConfig(1)) == [0]
+
+
+def rank_of(team: Team) -> int:
+    return team.rank
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("kill", "was ended by SIGKILL"),
+        ("exit", "left with exit code 3"),
+        ("raise", "raised RuntimeError: failing on purpose at step 2"),
+    ],
+)
+def test_one_failure_ends_all_and_a_restart_goes_on(kind: str, cause: str, capfd) -> None:
+    before, started = children(), time.monotonic()
+    with pytest.raises(ProcessFailed, match=f"process 1 of 2 {cause}"):
+        run_processes(work, QUICK, Fault(kind, rank=1, step=2))
+    assert children() == before, "no process stays behind"
+    assert time.monotonic() - started < QUICK.timeout, "nobody waited for the dead"
+    again = dataclasses.replace(QUICK, max_restarts=1, slow=0.5)
+    assert run_processes(work, again, Fault(kind, rank=1, step=2)) == [[1, 9.0]] * 2
+    assert f"process 1 of 2 {cause}; starting again (1 of 1)" in capfd.readouterr().err
+
+
+def test_a_hanging_process_ends_all_when_the_time_is_up() -> None:
+    before, started = children(), time.monotonic()
+    with pytest.raises(ProcessFailed, match="process 0 of 2 raised RuntimeError: .*[Tt]imed? ?out"):
+        run_processes(work, LaunchConfig(2, timeout=2.0), Fault("hang", rank=1, step=1))
+    assert children() == before and time.monotonic() - started > 2.0
+
+
+def test_one_table_for_all_attempts_leads_a_restart_to_a_dead_address() -> None:
+    """The failure that `apart` prevents: process 0 finds where process 1 was, and process 1 comes a little later."""
+    launch = LaunchConfig(2, timeout=2.0, max_restarts=1, slow=0.7)
+    fault = Fault("kill", rank=1, step=2)
+    assert run_processes(work, dataclasses.replace(launch, timeout=20.0), fault) == [[1, 9.0]] * 2
+    with pytest.raises(ProcessFailed, match="(?i)connect|timeout|store"):
+        run_processes(work, dataclasses.replace(launch, apart=False), fault)
+
+
+def refuse(team: Team) -> None:
+    raise ValueError(f"the flag of process {team.rank} is wrong; use another")
+
+
+def test_a_mistake_of_the_user_stays_one() -> None:
+    with pytest.raises(ValueError, match=r"the flag of process [01] is wrong; use another"):
+        run_processes(refuse, QUICK)
+    with pytest.raises(ValueError, match="size must be finite and >= 1, got 0"):
+        LaunchConfig(0)
+
+
+def test_joined_reads_torchruns_variables(monkeypatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", ATTEMPT, AGENT_STORE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined() as team:
+        assert team == Team(0, 1) and attempt() == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match="WORLD_SIZE is set but RANK, MASTER_ADDR, MASTER_PORT is not; start"),
+        joined(),
+    ):
+        pass
