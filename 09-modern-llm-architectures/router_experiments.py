@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from equal_compute import SIZES, TRAINING, lasting, remembered, trained_gap
 from llm_calculators import count_parameters
 from llm_config import ExpertConfig, ModelConfig
-from mixture_of_experts import MixtureOfExperts, load_balance_loss, load_entropy, router_z_loss
+from mixture_of_experts import MixtureOfExperts, SwitchRouter, load_balance_loss, load_entropy, router_z_loss
 from modern_llm_architectures import CausalLM
 from packing import Batch, language_model_loss
 from training_transformers import WorldBatches
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DENSE = replace(SIZES, d_model=64, n_kv_heads=2, d_head=16, d_ff=128, use_bias=False)
 EXPERTS = ExpertConfig(n_experts=8, n_active_experts=2, d_expert=64)  # two of them are as wide as the dense network
+ONE_EXPERT = ExpertConfig(n_experts=8, n_active_experts=1, d_expert=128)  # one of them is
 DEAD = 0.1  # an expert with less than this share of its even load counts as dead
 
 
@@ -51,7 +52,20 @@ CONDITIONS: dict[str, tuple[ModelConfig, Cure]] = {
     "balance and z loss": (replace(DENSE, experts=EXPERTS), Cure(balance=0.01, z=0.001)),
     "sigmoid router, no cure": (replace(DENSE, experts=replace(EXPERTS, router="sigmoid")), Cure()),
     "bias, no loss": (replace(DENSE, experts=replace(EXPERTS, router="sigmoid")), Cure(bias_rate=0.01)),
+    "Switch router, no cure": (replace(DENSE, experts=ONE_EXPERT), Cure()),
+    "Switch router, balance loss": (replace(DENSE, experts=ONE_EXPERT), Cure(balance=0.01)),
+    "Switch router, balance and z loss": (replace(DENSE, experts=ONE_EXPERT), Cure(balance=0.01, z=0.001)),
 }
+
+
+def build(name: str) -> CausalLM:
+    """A fresh model of a condition; a router that picks one expert is Switch's, whose gate is not divided by itself."""
+    config, _ = CONDITIONS[name]
+    model = CausalLM(config)
+    if config.experts and config.experts.n_active_experts == 1:
+        for layer in expert_layers(model):
+            layer.router = SwitchRouter(config.d_model, config.experts.n_experts)
+    return model
 
 
 def expert_layers(model: nn.Module) -> list[MixtureOfExperts]:
@@ -95,11 +109,10 @@ def router_run(name: str, config: "FiguresConfig", run: RunConfig, seed: int) ->
     n_steps = config.steps("router_steps")
 
     def measure() -> dict[str, Any]:
-        model_config, cure = CONDITIONS[name]
         seed_everything(seed)
-        model, loss_fn = CausalLM(model_config), RouterLoss(cure)
+        model, loss_fn = build(name), RouterLoss(CONDITIONS[name][1])
         numbers = trained_gap(model, lasting(TRAINING, n_steps), config, run, seed, loss_fn)
-        return numbers | {"loads": loss_fn.loads} | (held_out_load(model) if model_config.experts else {})
+        return numbers | {"loads": loss_fn.loads} | (held_out_load(model) if expert_layers(model) else {})
 
     return remembered(config, run, f"router, {n_steps} steps, {name}, seed {seed}", measure)
 
@@ -110,16 +123,18 @@ def router(config: "FiguresConfig", run: RunConfig) -> None:
     for name, (model_config, _) in CONDITIONS.items():
         runs = [router_run(name, config, run, seed) for seed in range(config.n_seeds)]
         counted, gaps[name] = count_parameters(model_config), [item["gap"] for item in runs]
-        cells: list = ["", ""]
+        cells: list = ["", "", ""]
         if model_config.experts:
             loads[name] = [item["loads"] for item in runs]
-            cells = [[item["entropy"] for item in runs], [item["dead"] for item in runs]]
+            lowest = [float(smoothed(item["loads"]).min()) for item in runs]
+            cells = [[item["entropy"] for item in runs], lowest, [item["dead"] for item in runs]]
         rows.append([name, float(counted.active), float(counted.total), *cells, gaps[name]])
     columns = [
         Column("Model"),
         Column("active parameters", "", ",.0f"),
         Column("all parameters", "", ",.0f"),
         Column("load entropy", "1 is even", ".3f"),
+        Column("lowest on the way", "", ".3f"),
         Column("dead experts", "", ".0%"),
         Column("gap", "nats per token", ".3f"),
     ]
@@ -130,10 +145,11 @@ def router(config: "FiguresConfig", run: RunConfig) -> None:
 def plot_router(loads: dict[str, list[list[float]]], gaps: dict[str, list[float]]) -> Figure:
     """Left: load entropy over the steps, mean of the seeds. Right: gap to the floor, every seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    colors = {name: f"C{index}" for index, name in enumerate(gaps)}
+    colors = {name: f"C{index % 8}" for index, name in enumerate(gaps)}
     for name, runs in loads.items():
         curve = np.mean([smoothed(run) for run in runs], axis=0)
-        left.plot(range(1, len(curve) + 1), curve, color=colors[name], lw=1.2, label=name)
+        style = "--" if name.startswith("Switch") else "-"
+        left.plot(range(1, len(curve) + 1), curve, style, color=colors[name], lw=1.2, label=name)
     left.axhline(1.0, color="grey", ls=":", lw=1)
     left.set(xlabel="step", ylabel="load entropy (1 is even)")
     left.legend(frameon=False, fontsize=7, loc="lower right")

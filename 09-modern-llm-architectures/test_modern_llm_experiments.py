@@ -29,7 +29,7 @@ from llm_layers import RotaryTable, rotary_frequencies, rotate
 from mixture_of_experts import load_balance_loss
 from modern_llm_architectures import CausalLM, main
 from modern_llm_experiments import ATTENTIONS, CHANGES, EXPERIMENTS, WIDE, FiguresConfig, equal_parameters, rung
-from router_experiments import CONDITIONS, Cure, RouterLoss, expert_layers, held_out_load, smoothed
+from router_experiments import CONDITIONS, Cure, RouterLoss, build, expert_layers, held_out_load, smoothed
 from sequence_modeling import BOS_ID, IGNORE
 from training_transformers import WorldBatches
 from transformer_architecture import tiny_world
@@ -176,6 +176,17 @@ def test_a_collapsed_router_is_seen_as_one() -> None:
         layer.router.bias[:2] = 100.0
     load = held_out_load(model)
     assert load["entropy"] == pytest.approx(math.log(2) / math.log(8)) and load["dead"] == 0.75
+
+
+def test_one_active_expert_keeps_its_gate_and_two_are_weighed_against_each_other() -> None:
+    for name in ("Switch router, no cure", "softmax router, no cure"):
+        torch.manual_seed(0)
+        model = build(name)
+        loss, _ = RouterLoss(Cure())(model, batch())
+        loss.backward()
+        assert all(layer.router.weight.grad.norm() > 1e-6 for layer in expert_layers(model)), name
+        weights = expert_layers(model)[0].routing.weights
+        assert weights.shape[1] == 1 + ("softmax" in name) and ((weights.sum(dim=1) < 0.5).all() == ("Switch" in name))
 
 
 def test_smoothing_by_hand() -> None:
