@@ -201,7 +201,7 @@ class ModelSizes:
     """The shape of the model: a Llama, so that every program that runs Llamas runs it."""
 
     d_model: int = 128  # width of the residual stream
-    n_layers: int = 3  # blocks
+    n_layers: int = 2  # blocks
     n_heads: int = 4  # query heads
     n_kv_heads: int = 2  # heads of keys and values
     d_ff: int = 352  # hidden width of the feed-forward networks
@@ -226,16 +226,16 @@ class PretrainConfig(TrainConfig):
 
     batch_size: int = 8  # rows of an optimizer step, over all micro-batches and processes
     seq_len: int = 128  # tokens in a row
-    max_steps: int = 6000  # optimizer steps; with --budget only the length that the schedule is written for
+    max_steps: int = 4500  # optimizer steps; with --budget only the length that the schedule is written for
     optimizer: str = "muon"  # the rule that turns gradients into steps
-    learning_rate: float = 1e-2  # the peak
+    learning_rate: float = 4e-3  # the peak
     schedule: str = "wsd"  # how the learning rate goes up and down
     warmup_steps: int = 100  # steps of rising learning rate
-    cooldown_steps: int = 3000  # last steps, in which it falls to the end
+    cooldown_steps: int = 2250  # last steps, in which it falls to the end
     min_lr_ratio: float = 0.0  # last learning rate, as a fraction of the peak
     log_every: int = 50  # steps between rows of the log
-    eval_every: int = 1000  # steps between evaluations; 0: only at the end
-    save_every: int = 1000  # steps between checkpoints
+    eval_every: int = 500  # steps between evaluations; 0: only at the end
+    save_every: int = 500  # steps between checkpoints
 
 
 @dataclass(frozen=True)
@@ -384,9 +384,16 @@ def training_facts(
 
 
 def command_line() -> str:
-    """How this process was called, without the folders of this machine."""
-    script = Path(sys.argv[0])
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    """How this process was called, from the root of the repository; where it wrote to does not matter."""
+    arguments, kept = iter(sys.argv[1:]), []
+    for argument in arguments:
+        if argument == "--out":
+            next(arguments, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    n_processes, script = os.environ.get("LOCAL_WORLD_SIZE"), Path(sys.argv[0])
+    runner = f"torchrun --nproc-per-node {n_processes}" if n_processes else "python"
+    return " ".join([runner, f"{script.parent.name}/{script.name}", *kept])
 
 
 def save_course_model(model: CausalLM, source: SourceConfig, out: Path, report: dict[str, Any]) -> Path:

@@ -341,7 +341,7 @@ class ShardConfig:
     data: str = "tiny-world"  # tiny-world, python-text, a file or folder, or a data set on the Hugging Face Hub
     split: str = "train"  # side of the split by content: train or validation
     column: str = "text"  # field of the text in .jsonl, .csv and data sets
-    n_documents: int = 250_000  # most documents to write
+    n_documents: int = 180_000  # most documents to write
     shard_tokens: int = 4_000_000  # ids in one file, about
     tokenizer: Path | None = None  # folder of another tokenizer.json of the course's kind
 

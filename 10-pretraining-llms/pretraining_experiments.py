@@ -1,0 +1,181 @@
+"""Topic 10 - Pretraining Experiments: what the chapter's `figures` and `bench` run.
+
+python 10-pretraining-llms/pretraining_llms.py figures                  # all of them
+python 10-pretraining-llms/pretraining_llms.py figures course packing   # two of them
+python 10-pretraining-llms/pretraining_llms.py bench
+"""
+
+import csv
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import nn
+
+from corpus_experiments import CORPUS_EXPERIMENTS, CorpusFiguresConfig
+from course_model import FOLDER, REPORT, load_course_model, make_shards
+from llm_calculators import forward_flops
+from optimizers import build_optimizer
+from packing import language_model_loss
+from parallel_experiments import EXPERIMENTS as PARALLEL_EXPERIMENTS
+from shards import PACKINGS, ShardBatches, ShardConfig
+from workbench import (
+    Column,
+    RunConfig,
+    announce,
+    check_folder,
+    check_name,
+    describe_machine,
+    run_experiments,
+    save_figure,
+    save_results,
+    speed_ratio,
+    time_in_turns,
+)
+
+# The course model: its curve, its report, and what packing wastes
+
+
+def course(config, run: RunConfig) -> None:
+    """The committed model's own log and report, as figure and tables; nothing is trained."""
+    report = json.loads((FOLDER / REPORT).read_text(encoding="utf-8"))
+    with open(FOLDER / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    save_figure(plot_course(rows, report), config.folder / "course.svg")
+    columns = [Column("Kind"), Column("Entropy floor", "nats per token", ".3f")]
+    columns += [Column("Gap above it", "nats per token", ".4f"), Column("Standard error", "", ".4f")]
+    gaps = [[kind, *numbers] for kind, numbers in report["gaps"].items()]
+    save_results(config.folder / "results.json", "course-gaps", columns, gaps, [0], report["command"])
+    columns = [Column("Questions"), Column("Exactly right", "", ".1%")]
+    answers = [[topic, share] for topic, share in report["answers"].items()]
+    answers += [["documents of its own that are possible", report["possible_samples"]]]
+    save_results(config.folder / "results.json", "course-answers", columns, answers, [0], report["command"])
+
+
+def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
+    """Training loss and held-out gap over the run, left; the gap by kind at its end, right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2))
+    floor = report["gaps"]["all"][0]
+    steps, losses = (np.array([float(row[name]) for row in rows]) for name in ("step", "loss"))
+    left.plot(steps, losses - floor, color="0.75", lw=0.8, label="training batches, loss minus floor")
+    held = [(float(row["step"]), float(row["gap"])) for row in rows if row.get("gap")]
+    left.plot(*zip(*held, strict=True), "o-", color="C0", label="held-out documents")
+    left.set(yscale="log", xlabel="step", ylabel="gap to the floor (nats per token)", ylim=(0.005, 5))
+    left.legend(frameon=False, loc="upper right")
+    kinds = sorted((kind for kind in report["gaps"] if kind != "all"), key=lambda kind: report["gaps"][kind][1])
+    right.barh(kinds, [report["gaps"][kind][1] for kind in kinds], color="C0")
+    right.axvline(report["gaps"]["all"][1], color="black", ls="--", lw=1)
+    right.set(xlabel="gap at the end; dashed: all documents")
+    figure.tight_layout()
+    return figure
+
+
+def packing(config, run: RunConfig) -> None:
+    """What the two packings waste, and how many documents they cut, at three row lengths."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_shards(ShardConfig(n_documents=5000), Path(folder))
+        for seq_len, name in itertools.product((64, 128, 512), PACKINGS):
+            made = ShardBatches(corpus, 1, seq_len, run.seed, name)
+            n_pieces = sum(len(row) for _, row in made.rows)
+            rows.append([f"{name}, {seq_len}", 1 - made.used_share, (n_pieces - len(corpus)) / len(corpus)])
+    columns = [Column("Packing, row length"), Column("Padding", "share of positions", ".2%")]
+    columns += [Column("Cuts", "per document", ".1%")]
+    command = "python 10-pretraining-llms/pretraining_llms.py figures packing"
+    save_results(config.folder / "results.json", "packing", columns, rows, [run.seed], command)
+
+
+# The verbs
+
+
+EXPERIMENTS: dict[str, tuple[Callable, float]] = {
+    "course": (course, 2),
+    "packing": (packing, 5),
+    **CORPUS_EXPERIMENTS,
+    **PARALLEL_EXPERIMENTS,
+}
+
+
+@dataclass(frozen=True)
+class FiguresConfig(CorpusFiguresConfig):
+    """Which experiments, and their sizes."""
+
+    only: tuple[str, ...] = ()  # names of experiments; none means all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.only:
+            check_name("experiment", name, EXPERIMENTS)
+        check_folder(self.folder)
+
+
+def figures(config: FiguresConfig, run: RunConfig) -> None:
+    """Run the chapter's experiments, or only those named, and fill its tables and figures."""
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
+
+
+def bench(run: RunConfig) -> None:
+    """Time a training step of the course model beside transformers' Llama, and what the batches cost."""
+    announce("timing training steps in turns", 40)
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs = load_course_model()[0].train(), AutoModelForCausalLM.from_pretrained(FOLDER).train()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_shards(ShardConfig(n_documents=3000), Path(folder))
+        batches = ShardBatches(corpus, 8, 128, run.seed)
+        works = {
+            "ours": step_work(ours, language_model_loss, batches),
+            "theirs": step_work(theirs, their_loss, batches),
+            "batch": lambda: batches(int(torch.randint(100, ()))),
+            "matmul": matmul_work(n=512),
+        }
+        seconds = time_in_turns(works, 9)
+    print(describe_machine())
+    print(f"training step beside transformers' Llama: {speed_ratio(seconds['ours'], seconds['theirs'])}")
+    fastest, n_tokens = min(seconds["ours"]), 8 * 128
+    flops = 3 * sum(forward_flops(ours.config, 128).values()) * n_tokens
+    peak = 2 * 512**3 * 10 / min(seconds["matmul"])
+    print(f"{n_tokens / fastest:,.0f} tokens/s, {flops / fastest / 1e9:.1f} GFLOP/s: {flops / fastest / peak:.0%} of")
+    print(f"the {peak / 1e9:.0f} GFLOP/s of a product of 512 x 512 matrices in the same run (the optimizer included)")
+    print(f"making a batch takes {min(seconds['batch']) / fastest:.1%} of a step")
+
+
+def step_work(model: nn.Module, loss_fn: Callable, batches: ShardBatches) -> Callable[[], None]:
+    """One step of training with AdamW, on the same batch each time."""
+    optimizer, batch = build_optimizer(model, "adamw", 1e-4), batches(0)
+
+    def work() -> None:
+        loss, count = loss_fn(model, batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work
+
+
+def their_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same loss from transformers' model: a mask between documents is given to it as it is, all four axes."""
+    numbers = batch["document_ids"]  # (batch, seq)
+    same = numbers[:, None, :, None] == numbers[:, None, None, :]  # (batch, 1, seq, seq)
+    mask = same & torch.ones(same.shape[-2:], dtype=torch.bool).tril()  # (batch, 1, seq, seq)
+    logits = model(input_ids=batch["inputs"], attention_mask=mask).logits  # (batch, seq, vocab)
+    targets = batch["targets"]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, (targets >= 0).sum()
+
+
+def matmul_work(n: int) -> Callable[[], None]:
+    a, b = torch.randn(n, n), torch.randn(n, n)
+
+    def work() -> None:
+        for _ in range(10):
+            a @ b
+
+    return work
