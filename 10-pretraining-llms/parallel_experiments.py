@@ -138,8 +138,6 @@ def train_in_team(team: Team, config: ParallelConfig, run: RunConfig) -> dict[st
     checkpoints = ShardedCheckpoints(run.out / "checkpoints", team)
     header = {"scheme": config.scheme, "model": dataclasses.asdict(config.model), "seed": run.seed}
     header |= {"training": dataclasses.asdict(config.training)}
-    header["training"].pop("max_steps")  # the schedule's length, which must stay, stands in the next line
-    header["schedule_steps"] = config.max_steps
     first = 0
     found = any(team.gather(bool(checkpoints.files.steps())))
     if config.resume or (attempt() and found):

@@ -9,6 +9,7 @@ appears whole or not at all, and every file has its SHA-256 in a manifest.
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -43,7 +44,7 @@ from sharded_parallel import Sharded
 from workbench import shown, write_atomically
 
 MOMENTS = ("mean", "square")  # what AdamW keeps of every number
-MAY_CHANGE = ("scheme_size", "max_steps", "save_every", "resume", "keep_last")  # settings that a resumed run may change
+MAY_CHANGE = ("save_every", "resume", "keep_last")  # settings that a resumed run may have otherwise
 
 
 # What a scheme's state is, as tensors that know which part of the whole they are
@@ -235,7 +236,8 @@ class ShardedCheckpoints:
                 continue
             if damaged and self.team.rank == 0:
                 print(f"warning: {'; '.join(damaged)}; going back to step {step}", file=sys.stderr)
-            check_header(read_manifest(folder)["header"], header, MAY_CHANGE)
+            plain = json.loads(json.dumps(header))  # as it was written: a tuple became a list
+            check_header(read_manifest(folder)["header"], plain, MAY_CHANGE)
             reader = PlainReader(folder)
             check_contents(reader.read_metadata(), tensors, folder)
             with alone_without_warning():

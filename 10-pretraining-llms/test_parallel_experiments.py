@@ -1,0 +1,143 @@
+"""Proofs for parallel_experiments: a killed run comes to the same bits, also under torchrun; the failures show."""
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel_experiments
+from llm_calculators import count_parameters
+from parallel_experiments import (
+    EXPERIMENTS,
+    ParallelConfig,
+    expected_bytes,
+    measure_all_reduce,
+    parallel,
+    published_budgets,
+    show_parameter_order,
+    train_in_team,
+    zero_table,
+)
+from process_launch import LaunchConfig, run_processes
+from training_cost import RUNS
+from workbench import RunConfig
+
+TINY = ParallelConfig(
+    scheme="zero1", max_steps=6, batch_size=4, seq_len=16, d_model=16, n_layers=2, save_every=2, timeout=40.0
+)
+
+
+def test_killed_and_restarted_comes_to_the_same_bits_and_goes_on_with_four(tmp_path, parity, capfd) -> None:
+    whole = run_processes(train_in_team, LaunchConfig(2), TINY, RunConfig(out=tmp_path / "whole"))[0]
+    config = dataclasses.replace(TINY, fault="kill", fault_step=5)
+    launch = LaunchConfig(2, timeout=40.0, max_restarts=1)
+    again = run_processes(train_in_team, launch, config, RunConfig(out=tmp_path / "killed"))[0]
+    assert again["first"] == 4 and len(again["losses"]) == 2, "from the checkpoint of step 4"
+    parity(
+        "zero1, killed at step 5", "the run that never stopped", "invariant", again["weights"], whole["weights"], 0.0
+    )
+    parity(
+        "zero1, killed at step 5", "the run that never stopped", "invariant", again["losses"], whole["losses"][4:], 0.0
+    )
+    os.rename(tmp_path / "killed" / "checkpoints" / "step-000006", tmp_path / "later")
+    more = dataclasses.replace(TINY, resume=True, save_every=0)
+    four = run_processes(train_in_team, LaunchConfig(4), more, RunConfig(out=tmp_path / "killed"))[0]
+    assert four["first"] == 4
+    parity("zero1, 2 processes, then 4", "2 processes", "trajectory", four["losses"], whole["losses"][4:], 1e-5)
+
+
+def test_a_folder_in_use_and_other_settings_are_refused(tmp_path) -> None:
+    run, own = RunConfig(out=tmp_path), dataclasses.replace(TINY, size=1)
+    parallel(own, run)
+    with pytest.raises(ValueError, match="has checkpoints; go on with --resume, or choose another --out"):
+        parallel(own, run)
+    with pytest.raises(ValueError, match="cannot resume: .*batch_size was 4, is 8"):
+        parallel(dataclasses.replace(own, batch_size=8, resume=True), run)
+    with pytest.raises(ValueError, match="process 1 of 2 left with exit code 3; the others were ended"):
+        parallel(dataclasses.replace(TINY, fault="exit", fault_step=1), RunConfig(out=tmp_path / "another"))
+    with pytest.raises(ValueError, match="d_model=12 must be divisible by 8"):
+        ParallelConfig(d_model=12)
+
+
+def test_exchanged_weights_train_apart_without_an_error(tmp_path, capsys) -> None:
+    show_parameter_order(dataclasses.replace(TINY, scheme="ddp", save_every=0), RunConfig(out=tmp_path))
+    same, wrong = re.findall(r"differ by (\S+)", capsys.readouterr().out)
+    assert float(same) == 0.0 and float(wrong) > 1e-3
+
+
+def test_torchrun_starts_again_and_finishes(tmp_path) -> None:
+    """The smoke test of the whole path: torchrun, gloo, a process that dies, a restart, the last checkpoint."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from parallel_experiments import ParallelConfig, parallel\nfrom workbench import RunConfig, run_verbs\n"
+        "run_verbs('smoke', {'demo': (parallel, ParallelConfig, RunConfig)})\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", port, "--monitor-interval", "0.5", str(script)]
+    command += ["--scheme", "zero1", "--max-steps", "6", "--batch-size", "4", "--seq-len", "16", "--d-model", "16"]
+    command += [
+        "--n-layers",
+        "2",
+        "--save-every",
+        "2",
+        "--fault",
+        "kill",
+        "--fault-step",
+        "5",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    folders = os.pathsep.join(str(path) for path in Path(parallel_experiments.__file__).parents[1].glob("[0-9][0-9]-*"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("went on from step 4") == 1 and "zero1, 2 processes: loss" in done.stdout
+    resumed = dataclasses.replace(TINY, resume=True)
+    last = run_processes(train_in_team, LaunchConfig(2), resumed, RunConfig(out=tmp_path / "run"))[0]
+    whole = run_processes(train_in_team, LaunchConfig(2), TINY, RunConfig(out=tmp_path / "whole"))[0]
+    assert last["first"] == 6 and all(
+        torch.equal(last["weights"][name], whole["weights"][name]) for name in whole["weights"]
+    )
+
+
+# What the chapter's tables are made of
+
+
+class Recorder:
+    """Where an experiment would write its table."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list] = {}
+
+    def save(self, name: str, columns: list, rows: list, experiment: str, n_seeds: int = 0) -> None:
+        assert experiment in EXPERIMENTS and all(len(row) == len(columns) for row in rows)
+        self.tables[name] = rows
+
+
+def test_the_tables_that_need_no_run_are_whole() -> None:
+    recorder = Recorder()
+    published_budgets(recorder, RunConfig())
+    zero_table(recorder, RunConfig())
+    assert [row[0] for row in recorder.tables["published-budgets"]] == [run.model for run in RUNS]
+    held = [row[1] for row in recorder.tables["zero-memory"]]
+    assert held == sorted(held, reverse=True) and held[0] == pytest.approx(16 * 8.03)
+
+
+def test_a_measured_message_is_as_long_as_the_formula_says() -> None:
+    ring = run_processes(measure_all_reduce, LaunchConfig(2), "ring", 50_000)
+    star = run_processes(measure_all_reduce, LaunchConfig(3), "star", 50_000)
+    if sys.platform == "linux":
+        assert [result["sent"] for result in ring] == pytest.approx([200_000] * 2, rel=0.02)
+        assert star[0]["sent"] == pytest.approx(2 * 200_000, rel=0.02)
+    config = ParallelConfig(max_steps=3)
+    n_weights = count_parameters(config.model).total
+    assert expected_bytes(config, 2) == 3 * 4 * n_weights and expected_bytes(config, 1) == 0
