@@ -37,7 +37,7 @@ from training_transformers import TrainConfig, fit
 from transformer_architecture import ModelConfig, held_out_documents, start_as_identity
 from workbench import Column, RunConfig, check_range, pick_device, progress, save_figure, save_results, seed_everything
 
-MODEL = ModelConfig(max_seq_len=512, d_model=48, d_ff=192)  # about 115,000 weights with the vocabulary below
+MODEL = ModelConfig(max_seq_len=512, d_model=48, d_ff=192)  # 100,800 weights with the vocabulary below
 
 
 @dataclass(frozen=True)

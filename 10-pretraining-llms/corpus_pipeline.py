@@ -27,6 +27,7 @@ from pathlib import Path
 from corpus_filters import NgramLanguage, QualityClassifier, RuleConfig, failed_rule, mask_private, normalise
 from deduplication import Decontaminator, MinHashConfig, NearDuplicates, text_key
 from dirty_corpus import (
+    N_EVALUATION,
     TO_REMOVE,
     DirtConfig,
     Page,
@@ -36,7 +37,7 @@ from dirty_corpus import (
     python_pages,
     world_page,
 )
-from python_text import load_texts, text_field
+from python_text import load_texts, read_file, text_field
 from shards import stream_texts
 from tiny_world import World
 from workbench import RunConfig, announce, check_name, check_range, locked, progress, shown, write_atomically
@@ -149,13 +150,15 @@ def language_model(n_pages: int = 150, seed: int = 501) -> NgramLanguage:
 
 
 def quality_model(trusted: Sequence[str], crawl: Sequence[str], kept: float) -> tuple[QualityClassifier, float]:
-    """The classifier, and the score from which on a page is kept: a fifth of the trusted texts sets it.
+    """The classifier, and the score from which on a page is kept: every fifth of the trusted texts sets it.
 
-    Only four fifths are learnt from, since texts that a classifier was trained on score higher than others.
+    The others are learnt from: texts that a classifier was trained on score higher than new ones. Every fifth, since
+    trusted texts often come sorted by source, and a threshold from one source would drop the others.
     """
-    cut = max(1, len(trusted) // 5)
-    model = QualityClassifier.train(trusted[cut:], crawl)
-    return model, model.threshold(trusted[:cut], kept)
+    held = trusted[::5]
+    learnt = [text for place, text in enumerate(trusted) if place % 5] or held
+    model = QualityClassifier.train(learnt, crawl)
+    return model, model.threshold(held, kept)
 
 
 # The pipeline
@@ -225,7 +228,8 @@ class Pipeline:
 
     def build_quality(self, sample: list[Record]) -> Stage:
         """The other side of the classifier: what the first pages of the crawl look like after the stages before."""
-        trusted = load_texts(self.config.trusted) if self.config.trusted else trusted_pages(len(sample))
+        given = self.config.trusted
+        trusted = all_texts(given, "train", self.config.column) if given else trusted_pages(len(sample))
         before = [name for name in ("normalise", "language", "rules") if name in self.names]
         stages = [getattr(self, f"build_{name}")(sample) for name in before]
         crawl = []
@@ -263,9 +267,9 @@ class Pipeline:
 
     def build_decontaminate(self, sample: list[Record]) -> Stage:
         if self.config.evaluation:
-            texts = load_texts(self.config.evaluation, "validation")
+            texts = all_texts(self.config.evaluation, "validation", self.config.column)
         else:
-            texts = [document.text for document in evaluation_documents(DirtConfig(self.config.n_pages).n_leaks)]
+            texts = [document.text for document in evaluation_documents(N_EVALUATION)]
         decontaminator = Decontaminator(texts)
         return lambda text: (text, None if decontaminator.shared(text) is None else "shares a run of words")
 
@@ -380,6 +384,14 @@ def read_records(config: CorpusConfig, seed: int) -> Iterator[Record]:
         found = ((text, config.data) for text in stream_texts(config.data, "train", config.column))
     for number, (text, source) in enumerate(itertools.islice(found, config.max_texts or None)):
         yield Record(number, text, source)
+
+
+def all_texts(name_or_path: str, split: str, column: str) -> list[str]:
+    """Every text of a local file; of a data set those of the split."""
+    path = Path(name_or_path)
+    if path.is_file() and path.suffix not in (".parquet", ".arrow", ".json"):
+        return read_file(path, column)
+    return load_texts(name_or_path, split, column)
 
 
 def read_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:

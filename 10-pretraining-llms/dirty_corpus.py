@@ -38,6 +38,7 @@ LABELS = {  # label -> what a page with it is, and what should become of it
     "foreign": "another language: remove",
 }
 TO_REMOVE = ("leaked", "exact", "near", "junk", "salad", "foreign")
+N_EVALUATION = 60  # documents of the evaluation set
 EVALUATION_SEED = 2  # of TinyWorld's validation side
 
 
@@ -72,7 +73,7 @@ class DirtConfig:
     junk_share: float = 0.2  # pages of junk
     salad_share: float = 0.1  # pages of word salad and spam
     foreign_share: float = 0.15  # pages in French and German
-    n_leaks: int = 60  # documents of the evaluation set that are in the crawl
+    n_leaks: int = N_EVALUATION  # documents of the evaluation set that are in the crawl
     leak_copies: int = 1  # different pages that each of them is in
     canaries: tuple[tuple[str, int], ...] = ()  # (secret sentence, how often it occurs)
     copied_canaries: bool = False  # a canary's occurrences are copies of one page; otherwise each is on its own page
@@ -82,7 +83,7 @@ class DirtConfig:
         check_range(self, "python_share", "damaged_share", "private_share", least=0, most=1)
         names = ("exact_share", "near_share", "junk_share", "salad_share", "foreign_share")
         check_range(self, *names, least=0, most=10)
-        check_range(self, "n_leaks", least=0, most=self.n_pages)
+        check_range(self, "n_leaks", least=0)
         check_range(self, "leak_copies", least=1)
         if self.damaged_share + self.private_share > 1:
             raise ValueError("damaged_share + private_share must be <= 1: a page has one of the two")
