@@ -416,28 +416,12 @@ class ByteLevelBPE(BytePairMerges):
 
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        cutter = level
-        if self.rule != GPT2_RULE:
-            split = {"type": "Split", "pattern": {"Regex": self.rule}, "behavior": "Isolated", "invert": False}
-            cutter = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
-        model = {"type": "BPE", **BPE_OPTIONS, "vocab": self.vocab, "merges": [list(pair) for pair in self.merges]}
-        content = tokenizer_json(model, self.vocab, self.special_tokens, pre_tokenizer=cutter, decoder=level)
-        write_atomically(path, json.dumps(content, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps(bpe_content(self), ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> "ByteLevelBPE":
         """Read a tokenizer.json with a byte-level BPE model. Raises ValueError with the reason if it cannot."""
-        content, special_tokens = read_tokenizer_json(path, "BPE")
-        model = content["model"]
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
-            expect(path, option, model.get(option) or BPE_OPTIONS[option], BPE_OPTIONS[option])
-        expect(path, "normalizer", content["normalizer"], None)
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        broken = [number for number, pair in enumerate(merges) if len(pair) != 2]
-        if broken:
-            raise ValueError(f"{path}: merge {broken[0]} is no pair: {model['merges'][broken[0]]!r}")
-        return cls(model["vocab"], merges, special_tokens, rule_of(path, content["pre_tokenizer"]))
+        return cls(*read_bpe(path))
 
     @classmethod
     def load_gpt2(cls, vocab_path: Path, merges_path: Path, special_tokens: tuple[str, ...] = ()) -> "ByteLevelBPE":
@@ -455,6 +439,32 @@ def count_words(texts: Iterable[str], rule: str = GPT2_RULE) -> dict[tuple[str, 
     if not words:
         raise ValueError("the corpus is empty; give at least one word")
     return {tuple(BYTE_CHARS[byte] for byte in word.encode()): count for word, count in words.items()}
+
+
+def bpe_content(tokenizer: ByteLevelBPE) -> dict:
+    """What the Hugging Face library's tokenizer.json holds for this tokenizer."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    cutter = level
+    if tokenizer.rule != GPT2_RULE:
+        split = {"type": "Split", "pattern": {"Regex": tokenizer.rule}, "behavior": "Isolated", "invert": False}
+        cutter = {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}
+    merges = [list(pair) for pair in tokenizer.merges]
+    model = {"type": "BPE", **BPE_OPTIONS, "vocab": tokenizer.vocab, "merges": merges}
+    return tokenizer_json(model, tokenizer.vocab, tokenizer.special_tokens, pre_tokenizer=cutter, decoder=level)
+
+
+def read_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], tuple[str, ...], str]:
+    """Vocabulary, merges, special tokens and rule of a tokenizer.json. Raises ValueError that says what is wrong."""
+    content, special_tokens = read_tokenizer_json(path, "BPE")
+    model = content["model"]
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        expect(path, option, model.get(option) or BPE_OPTIONS[option], BPE_OPTIONS[option])
+    expect(path, "normalizer", content["normalizer"], None)
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    broken = [number for number, pair in enumerate(merges) if len(pair) != 2]
+    if broken:
+        raise ValueError(f"{path}: merge {broken[0]} is no pair: {model['merges'][broken[0]]!r}")
+    return model["vocab"], merges, special_tokens, rule_of(path, content["pre_tokenizer"])
 
 
 def rule_of(path: Path, pre_tokenizer: dict | None) -> str:

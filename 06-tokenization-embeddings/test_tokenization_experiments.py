@@ -39,6 +39,7 @@ from tokenization_experiments import (
     merged_words,
     n_symbols,
     random_sums,
+    share_without_carry,
     sums_right,
     suspicions,
     text_bits,
@@ -70,7 +71,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     monkeypatch.setattr(topic, "WORLD_SIZES", (264, 2048))
     monkeypatch.setattr(topic, "VECTOR_SETTINGS", {"window 4": (4, None), "dropped": (4, 1e-3)})
     monkeypatch.setattr(topic, "ROW_BYTES", 48)
-    monkeypatch.setattr(topic, "MAX_SUM", 9)
+    monkeypatch.setattr(topic, "SPANS", ((10, 40), (1, 9)))
     monkeypatch.setattr(topic, "RELATIONS", {"plural of a job": topic.RELATIONS["plural of a job"]})
     for name in ("measure_training_speed", "measure_encoding_speed"):
         columns = topic.TRAINING_COLUMNS if "training" in name else topic.ENCODING_COLUMNS
@@ -281,34 +282,42 @@ def test_the_same_text_in_every_script_ends_its_four_sentences() -> None:
 def test_numbers_are_cut_as_the_rules_say() -> None:
     assert from_the_left("12345") == ["12", "34", "5"] and from_the_right("12345") == ["1", "23", "45"]
     assert from_the_left("7") == from_the_right("7") == ["7"] and from_the_right("1234") == ["12", "34"]
-    chunks = in_learnt_chunks(99, 20, 0)
+    chunks = in_learnt_chunks(((0, 99), (0, 99)), 20, 0)
     assert all("".join(chunks(str(number))) == str(number) for number in range(199))
     assert {len(chunks(str(number))) for number in range(10, 100)} == {1, 2}  # some numbers are one token, some two
 
 
 def test_sums_keep_held_out_pairs_out_and_mask_the_question() -> None:
-    train = set(random_sums(20, random.Random(0), 3000))
-    assert not train & set(random_sums(20, random.Random(1), 300, "validation"))
-    task = SumTask.build(list, 20)
+    spans = ((3, 20), (0, 14))
+    train = set(random_sums(spans, random.Random(0), 3000))
+    assert {first for first, _ in train} == {*range(3, 21)} and {second for _, second in train} == {*range(15)}
+    assert not train & set(random_sums(spans, random.Random(1), 300, "validation"))
+    task = SumTask.build(list, spans)
     inputs, targets = task.batch([(3, 14)], [False])
     question = task.vocabulary.encode("3+14=")
     assert inputs.tolist() == [[1, *question, *task.vocabulary.encode("17")]]
     assert targets.tolist() == [[IGNORE] * 5 + [*task.vocabulary.encode("17"), EOS_ID]]
-    spaced = SumTask.build(list, 20, 0.5)
+    spaced = SumTask.build(list, spans, 0.5)
     inputs, _ = spaced.batch([(3, 14)], [True])
     assert spaced.vocabulary.decode(inputs[0].tolist())[1:] == ["3", " +", " 1", "4", " =", " 1", "7"]
-    apart = SumTask.build(list, 20, 0.5, glued=False)
+    apart = SumTask.build(list, spans, 0.5, glued=False)
     inputs, _ = apart.batch([(3, 14)], [True])
     assert apart.vocabulary.decode(inputs[0].tolist())[1:] == [*"3 + 14 = 17"]
 
 
+def test_share_without_carry_by_hand() -> None:
+    """Of 8 + 1, 8 + 2, 9 + 1, 9 + 2 one has no carry; 95 + 5 carries twice and 95 + 14 once, into the hundreds."""
+    assert share_without_carry(((8, 9), (1, 2))) == 1 / 4
+    assert share_without_carry(((95, 95), (5, 14))) == 0.0 and share_without_carry(((100, 989), (1, 9))) == 0.5
+
+
 def test_single_digits_learn_sums_and_the_score_counts_whole_answers() -> None:
-    task = SumTask.build(list, 9)
+    task = SumTask.build(list, ((0, 9), (0, 9)))
     model = train_on_sums(task, 6.0, CPU, batch_size=16)
     assert sums_right(model, task, 60) > 0.25  # always the likeliest answer, 9: about 0.1
 
     def adder(inputs: torch.Tensor, wrong: bool = False) -> torch.Tensor:
-        _, targets = task.batch(random_sums(9, random.Random(1), 40, "validation"), [False] * 40)
+        _, targets = task.batch(random_sums(task.spans, random.Random(1), 40, "validation"), [False] * 40)
         return torch.nn.functional.one_hot(targets.clamp(min=0) + wrong * (targets == EOS_ID), 40).float()
 
     class Oracle(torch.nn.Module):
@@ -393,7 +402,7 @@ def test_correlation_equals_scipy_and_weights_are_repetitions() -> None:
 
 def test_shape_comments_are_true(checked_shapes) -> None:
     counts, _ = cooccurrences([list("abcab"), list("cba")], 2)
-    task = SumTask.build(list, 9)
+    task = SumTask.build(list, ((0, 9), (0, 9)))
     model = CausalTransformer(ModelConfig(d_model=16, n_heads=2, d_ff=16, n_layers=1), 40)
     with checked_shapes(topic) as checked:
         suspicions(model, [3, 4])
