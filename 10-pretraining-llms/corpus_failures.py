@@ -12,6 +12,7 @@ Lee et al. 2022 (arXiv 2107.06499): one sentence of 61 words occurs 60,000 times
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
@@ -28,15 +29,18 @@ from workbench import RunConfig, pick_device, seed_everything
 
 Row = tuple[str, float, float]  # what is measured, as it should be, with the failure
 SETTINGS = TrainConfig(batch_size=8, seq_len=96, max_steps=80, warmup_steps=20)
+LONGER = replace(SETTINGS, max_steps=300)  # to learn six documents by heart
 N_EXAMINED = 100  # held-out documents that a failure is examined with
 
 
-def trained(batches: Callable[[int], Batch], run: RunConfig) -> tuple[nn.Module, float]:
+def trained(
+    batches: Callable[[int], Batch], run: RunConfig, settings: TrainConfig = SETTINGS
+) -> tuple[nn.Module, float]:
     """The small model of the corpus experiments, and the mean loss that its log shows in the last ten steps."""
     seed_everything(run.seed)
     model = PackedTransformer(MODEL, len(vocabulary()))
     start_as_identity(model)
-    log = fit(model.to(pick_device(run.device)), batches, language_model_loss, SETTINGS)
+    log = fit(model.to(pick_device(run.device)), batches, language_model_loss, settings)
     return model.eval(), log[-1]["loss"]
 
 
@@ -67,14 +71,14 @@ def padding_in_labels(run: RunConfig) -> list[Row]:
 
 def below_the_floor(run: RunConfig) -> list[Row]:
     """The evaluation set is in the training text: its loss falls below the entropy, which no honest model can do."""
-    evaluation, documents = evaluation_documents(12), World().stream(run.seed + 2000, split="train")
+    evaluation, documents = evaluation_documents(6), World().stream(run.seed + 2000, split="train")
     rng = random.Random(run.seed)
     clean = [world_page(documents, rng) for _ in range(40)]
-    leaked = [text for document in evaluation for text in [document.text] * 40]
+    leaked = [text for document in evaluation for text in [document.text] * 100]
     gaps = []
     for texts in (clean, clean + leaked):
         batches = BucketedBatches(documents_of(texts), SETTINGS.batch_size, run.seed)
-        gaps.append(gap_on(trained(batches, run)[0], evaluation))
+        gaps.append(gap_on(trained(batches, run, LONGER)[0], evaluation))
     found = Decontaminator(document.text for document in evaluation)
     shares = [sum(found.shared(text) is not None for text in texts) / len(texts) for texts in (clean, clean + leaked)]
     return [("gap of the evaluation set, nats per token", *gaps), ("pages that share 13 words with it", *shares)]
@@ -103,7 +107,7 @@ def deduplicate_before_normalising(run: RunConfig) -> list[Row]:
 
 CORPUS_BREAKS: dict[str, tuple[Callable[[RunConfig], list[Row]], int]] = {  # name -> function, seconds
     "padding-in-labels": (padding_in_labels, 20),
-    "below-the-floor": (below_the_floor, 20),
+    "below-the-floor": (below_the_floor, 30),
     "search-by-letters": (search_by_letters, 5),
     "dedup-before-repair": (deduplicate_before_normalising, 5),
 }

@@ -64,7 +64,8 @@ def test_mojibake_is_repaired_only_where_the_whole_text_agrees() -> None:
         assert repair_mojibake(honest) == honest
 
 
-def test_decomposed_letters_are_composed() -> None:
+def test_decomposed_letters_are_composed_and_every_line_end_is_one_line_end() -> None:
+    assert normalise("a\r\nb\rc\nd") == "a\nb\nc\nd"
     assert normalise(unicodedata.normalize("NFD", "\u00e9t\u00e9")) == "\u00e9t\u00e9"
 
 

