@@ -1,7 +1,7 @@
 """Topic 08 - Pretraining the variants: one language, three kinds of transformer, three objectives, one budget.
 
 python 08-transformer-variants/transformer_variants.py pretrain --model bert    # train one of them on TinyWorld
-python 08-transformer-variants/transformer_variants.py fill "One [MASK] Zoe found a red ball in the hall." # and ask it
+python 08-transformer-variants/transformer_variants.py fill "One day [MASK] found a red ball in the cellar." # ask it
 
 Every model reads the same stream of documents; each objective turns them into inputs and targets of its own. A budget
 is a number of floating-point operations, counted in the matrix products that PyTorch really runs.

@@ -228,8 +228,8 @@ def plot_bound(sizes: list[int], means: dict[float, list[list[float]]]) -> Figur
         axis.axhline(information, color=f"C{index}", lw=0.8, ls=":")
         axis.plot(sizes, [statistics.mean(row) for row in rows], "o-", color=f"C{index}", label=f"I = {information:g}")
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="pairs in a batch, N", ylabel="ln N - InfoNCE (nats)", ylim=(0, 8.6))
-    axis.legend(frameon=False, ncols=2)
+    axis.set(xlabel="pairs in a batch, N", ylabel="ln N - InfoNCE (nats)", ylim=(0, 9.8))
+    axis.legend(frameon=False, ncols=5, loc="upper left", fontsize=8, columnspacing=1.0)
     return figure
 
 
