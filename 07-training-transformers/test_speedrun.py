@@ -323,8 +323,25 @@ def test_the_chapters_tables_have_a_row_for_each_recipe(corpus, tmp_path, monkey
     speedrun.speedrun_table(tmp_path, n_seeds=2, budget=0.2)
     speedrun.speedrun_ablation(tmp_path, n_seeds=2, budget=0.2, n_removal_seeds=1)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [len(row[1]) for row in results["speedrun"]["rows"][-3:]] == [2, 2, 2]
+    assert [row[-1] for row in results["speedrun"]["rows"][:-3]] == 4 * ["-"]
+    assert [row[0] for row in results["speedrun"]["rows"][-3:]] == [NANOGPT.name, "nanoGPT, tuned", "ours"]
+    for _, bits, _, _, _, share in results["speedrun"]["rows"][-3:]:
+        assert len(bits) == len(share) == 2 and all(0 < each < 1.2 for each in share)
     full, removed = results["speedrun-ablation"]["rows"]
     assert len(full[1]) == 2 and len(removed[1]) == 1
     assert sum(full[2]) == pytest.approx(0, abs=1e-9)
     assert removed[2][0] == pytest.approx(removed[1][0] - sum(full[1]) / 2)
+
+
+@pytest.mark.parametrize("recipe", [SMALL, SMALL_BASELINE])
+def test_a_budget_that_is_used_up_before_the_first_step_leaves_a_model_without_steps(corpus, recipe) -> None:
+    trained = train_in(1, recipe, corpus, 0, ticks())
+    assert trained.n_steps == 0 and held_out_bits(trained, corpus) < 9
+
+
+def test_experts_alone_end_with_their_budget(corpus) -> None:
+    """A context is counted to its end, which takes a while on the whole text: some of the budget has to be left."""
+    recipe = speedrun.ABLATIONS["experts alone, no transformer"]
+    assert recipe.count_share + recipe.trust_share < 1
+    trained = train_in(200, recipe, corpus, 0, ticks())
+    assert trained.model is None and 0.7 * 200 <= trained.seconds <= 200

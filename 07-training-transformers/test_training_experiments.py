@@ -29,6 +29,7 @@ from training_transformers import TrainConfig
 from workbench import BLOCK, RunConfig, render_table
 
 TINY = {"n_seeds": 2, "n_documents": 8, "seconds": 0.1, "schedule_steps": 10, "width_steps": 10, "most_steps": 16}
+TINY |= {"range_steps": 10}
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def shrink(monkeypatch) -> None:
     monkeypatch.setattr(topic, "GRID", (1.0,))
     monkeypatch.setattr(topic, "WIDTHS", (8, 16))
     monkeypatch.setattr(topic, "WIDTH_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(topic, "RANGE_WIDTHS", (8, 16))
     monkeypatch.setattr(topic, "BATCH_SIZES", (2, 8))
     monkeypatch.setattr(topic, "BATCH_RATES", (8e-3,))
     monkeypatch.setattr(topic, "SCHEDULE_RATES", (8e-3,))
@@ -57,14 +59,17 @@ def shrink(monkeypatch) -> None:
 def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypatch, run, small) -> None:
     shrink(monkeypatch)
     (tmp_path / "README.md").write_text("<!-- results:begin optimizers -->\n<!-- results:end -->\n")
-    own = ("muon", "memory", "optimizers", "width", "batch", "schedules")
+    own = ("muon", "memory", "optimizers", "width", "batch", "range", "schedules")
     figures(FiguresConfig(own, **TINY, target=5.5, folder=tmp_path / "figures"), run)
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
     tables = "newton-schulz optimizer-memory optimizer-grid optimizers optimizer-starts width-grid width "
-    tables += "batch-grid batch noise-scale schedules"
+    tables += "batch-grid batch noise-scale range schedules"
     assert set(results) == set(tables.split())
+    tuning = ("optimizer-grid", "width-grid", "batch-grid")
+    assert all(results[name]["seeds"] == ([100] if name in tuning else [0, 1]) for name in tables.split()[2:])
+    assert [row[0] for row in results["range"]["rows"]] == [8, 16] and len(results["range"]["rows"][0][1]) == 2
     drawn = {path.stem: path.stat().st_size for path in (tmp_path / "figures").glob("*.svg")}
-    assert set(drawn) == {"newton_schulz", *own} - {"muon", "memory"} and max(drawn.values()) < 120_000
+    assert set(drawn) == {"newton_schulz", *own} - {"muon", "memory", "range"} and max(drawn.values()) < 120_000
     by_name = {row[0]: row for row in results["optimizers"]["rows"]}
     assert set(by_name) == {"adamw", "muon"} and len(by_name["adamw"][2]) == 2
     assert 0 < by_name["adamw"][3] < by_name["adamw"][2][0]  # a standard error, and a gap above the floor

@@ -169,8 +169,21 @@ def test_a_rate_that_jumps_moves_the_update_before_the_loss(run) -> None:
     assert noisy.series["loss"][:50] == found.series["loss"][:50] and noisy.peak() < 1
 
 
+def test_the_table_of_failures_is_what_each_failure_shows(tmp_path, monkeypatch, run) -> None:
+    chosen = {name: BREAKS[name] for name in ("norm-after-zero-grad", "no-bias-correction")}
+    monkeypatch.setattr(training_failures, "BREAKS", chosen)
+    folder, seeded = tmp_path / "figures", dataclasses.replace(run, seed=0)
+    figures(FiguresConfig(("breaks",), break_steps=10, folder=folder), dataclasses.replace(run, seed=5))
+    result = json.loads((folder / "results.json").read_text())["breaks"]
+    settings = TrainConfig(max_steps=10, warmup_steps=1)
+    expected = [
+        [f"`{name}`", *row] for name, (measure, _) in chosen.items() for row in measure(SHAPE, settings, seeded)
+    ]
+    assert result["rows"] == expected and len(expected) == 4 and result["seeds"] == [0]
+
+
 def test_the_figures_of_failures_and_speed_run_at_any_size(tmp_path, monkeypatch, run) -> None:
-    monkeypatch.setattr(training_experiments, "SPIKES", {"bad batches": ("batch", 0.95, 1.0)})
+    monkeypatch.setattr(training_failures, "SPIKES", {"bad batches": ("batch", 0.95, 1.0)})
     sizes = {"n_seeds": 1, "precision_steps": 10, "spike_steps": 30, "n_rounds": 1, "n_documents": 4}
     monkeypatch.setattr(training_experiments, "PRECISIONS", {"fp32": PRECISIONS["fp32"]})
     monkeypatch.setattr(training_experiments, "BenchConfig", lambda n_rounds: BenchConfig(n_rounds, n_texts=64))

@@ -40,9 +40,17 @@ from optimizers import (
 from packing import Batch, language_model_loss
 from sequence_modeling import document_batches, document_losses, gap_to_floor
 from speedrun import speedrun_ablation, speedrun_table
-from training_failures import PRECISIONS, Autopsy, autopsy, plot_autopsies, precision_gallery, precision_run
-from training_speed import BenchConfig, activation_megabytes, batching_works, step_works
-from training_transformers import TrainConfig, fit
+from training_failures import (
+    PRECISIONS,
+    failure_rows,
+    plot_autopsies,
+    precision_gallery,
+    precision_run,
+    shown_alarms,
+    spike_autopsies,
+)
+from training_speed import BenchConfig, activation_megabytes, batching_works, speeds, step_works
+from training_transformers import TrainConfig, fit, range_test
 from transformer_architecture import (
     CausalTransformer,
     ModelConfig,
@@ -86,12 +94,14 @@ class FiguresConfig:
     most_steps: int = 2000  # steps after which a batch size has failed
     precision_steps: int = 60  # steps of each training in the precision gallery
     spike_steps: int = 90  # steps before the ones that spoil a run in the autopsy of loss spikes
+    break_steps: int = 40  # steps of each training in the table of failures
+    range_steps: int = 150  # steps of a learning-rate range test
     n_rounds: int = 7  # timed rounds of every way to make batches and steps
     folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
 
     def __post_init__(self) -> None:
         check_range(self, "n_seeds", "most_steps", "n_rounds", least=1)
-        check_range(self, "schedule_steps", "width_steps", "precision_steps", least=10)
+        check_range(self, "schedule_steps", "width_steps", "precision_steps", "break_steps", "range_steps", least=10)
         check_range(self, "spike_steps", least=30)
         check_range(self, "n_documents", least=2)
         check_range(self, "seconds", "target", above=0)
@@ -99,9 +109,13 @@ class FiguresConfig:
             check_name("experiment", name, EXPERIMENTS)
         check_folder(self.folder)
 
-    def save(self, name: str, columns: list[Column], rows: list[list], experiment: str, n_seeds: int = 0) -> None:
+    def save(
+        self, name: str, columns: list[Column], rows: list[list], experiment: str, seeds: Iterable[int] | None = None
+    ) -> None:
+        """Record a table, by default of seeds 0, 1, ... n_seeds - 1."""
         command = f"python 07-training-transformers/training_transformers.py figures {experiment}"
-        save_results(self.folder / "results.json", name, columns, rows, range(n_seeds or self.n_seeds), command)
+        seeds = range(self.n_seeds) if seeds is None else seeds
+        save_results(self.folder / "results.json", name, columns, rows, seeds, command)
 
 
 # What the experiments share: a small model, rows of TinyWorld, the distance to its entropy
@@ -235,7 +249,7 @@ def optimizers(config: FiguresConfig, run: RunConfig) -> None:
         [name, OPTIMIZER_RATES[name], *(shown_gap(outcome.gap) for outcome in tried.values())]
         for name, tried in grid.items()
     ]
-    config.save("optimizer-grid", columns, rows, "optimizers", n_seeds=1)
+    config.save("optimizer-grid", columns, rows, "optimizers", seeds=[TUNING_SEED])
     columns = [
         Column("optimizer", digits="s"),
         Column("learning rate", "", "g"),
@@ -311,7 +325,7 @@ def muon(config: FiguresConfig, run: RunConfig) -> None:
     for n_steps, values in enumerate(after):
         upper = values[start >= 0.01]
         rows.append([n_steps, *(float(np.interp(edge, start, values)) for edge in edges), upper.min(), upper.max()])
-    config.save("newton-schulz", columns, rows, "muon", n_seeds=1)
+    config.save("newton-schulz", columns, rows, "muon", seeds=[0])
     save_figure(plot_newton_schulz(start, after), config.folder / "newton_schulz.svg")
 
 
@@ -348,7 +362,7 @@ def memory(config: FiguresConfig, run: RunConfig) -> None:
         Column("GPT-2 small: state", "bytes per parameter", ".2f"),
         Column("GPT-2 small: weights, gradients and state", "GB", ".2f"),
     ]
-    config.save("optimizer-memory", columns, rows, "memory", n_seeds=1)
+    config.save("optimizer-memory", columns, rows, "memory", seeds=[0])
 
 
 # Learning rate and width
@@ -396,7 +410,7 @@ def width(config: FiguresConfig, run: RunConfig) -> None:
     columns = [Column("parametrisation", digits="s"), Column("width", "", "d")]
     columns += [Column(f"{rate:g}", "", ".3f") for rate in WIDTH_RATES]
     rows = [[*place, *(shown_gap(gap) for gap in by_rate.values())] for place, by_rate in gaps.items()]
-    config.save("width-grid", columns, rows, "width", n_seeds=1)
+    config.save("width-grid", columns, rows, "width", seeds=[TUNING_SEED])
     rows = []
     for kind, d_model in progress(places, "seeds"):
         rates = best[kind, d_model], best[kind, WIDTHS[0]]
@@ -424,6 +438,26 @@ def plot_widths(gaps: dict[tuple, dict[float, float]]) -> Figure:
     axes[1].legend(frameon=False)
     plain_ticks(axes[0])
     return figure
+
+
+RANGE_WIDTHS = (32, 64, 128)
+
+
+def ranges(config: FiguresConfig, run: RunConfig) -> None:
+    """The rate that a range test suggests, by width.
+
+    Predicted before the first run with three seeds: it falls by a factor of 2 to 8 from width 32 to 128, and differs
+    by less than a factor of 2 between seeds.
+    """
+    settings = TrainConfig(max_steps=config.range_steps, warmup_steps=0, schedule="constant")
+    rows = []
+    for d_model in progress(RANGE_WIDTHS, "range tests"):
+        suggested = []
+        for seed in range(config.n_seeds):
+            batches = batches_of(training_rows(seed, N_ROWS), settings.batch_size)
+            suggested.append(range_test(new_model(seed, run, d_model), batches, language_model_loss, settings)[2])
+        rows.append([d_model, suggested])
+    config.save("range", [Column("width", "", "d"), Column("suggested rate", "", ".4f")], rows, "range")
 
 
 # How large a batch is worth its samples
@@ -526,7 +560,7 @@ def batch(config: FiguresConfig, run: RunConfig) -> None:
     columns = [Column("rows in a batch, B", "", "d")]
     columns += [Column(f"rate {rate:g} √B", "steps", ".0f") for rate in BATCH_RATES]
     rows = [[size, *(shown_steps(grid[size, rate]) for rate in BATCH_RATES)] for size in BATCH_SIZES]
-    config.save("batch-grid", columns, rows, "batch", n_seeds=1)
+    config.save("batch-grid", columns, rows, "batch", seeds=[TUNING_SEED])
     seeds = range(config.n_seeds)
     steps = {
         size: [steps_to_target(size, rate, seed, config, run) for seed in seeds]
@@ -673,7 +707,7 @@ def precision(config: FiguresConfig, run: RunConfig) -> None:
     gallery = precision_gallery(config.precision_steps, run)
     rows = [[what, sound, wrong if math.isfinite(wrong) else str(wrong)] for what, sound, wrong in gallery]
     columns = [Column("what", digits="s"), Column("as it should be"), Column("in few bits")]
-    config.save("precision-gallery", columns, rows, "precision", n_seeds=1)
+    config.save("precision-gallery", columns, rows, "precision", seeds=[0])
     settings = TrainConfig(max_steps=config.precision_steps, warmup_steps=config.precision_steps // 6)
     rows = []
     for name in progress(PRECISIONS, "precisions"):
@@ -687,16 +721,6 @@ def precision(config: FiguresConfig, run: RunConfig) -> None:
     config.save("precision", columns, rows, "precision")
 
 
-SPIKES: dict[str, tuple[str, float, float]] = {  # name: cause, beta2, limit of the gradient norm
-    "bad batches": ("batch", 0.95, 1.0),
-    "bad batches, no clipping": ("batch", 0.95, 0.0),
-    "bad batches, beta2 0.999": ("batch", 0.999, 1.0),
-    "bad batches, beta2 0.999, no clipping": ("batch", 0.999, 0.0),
-    "rate times 10": ("rate", 0.95, 1.0),
-    "rate times 10, no clipping": ("rate", 0.95, 0.0),
-}
-
-
 def spikes(config: FiguresConfig, run: RunConfig) -> None:
     """Three bad steps in the middle of a run: which monitor moves first, and what keeps the damage small.
 
@@ -704,14 +728,7 @@ def spikes(config: FiguresConfig, run: RunConfig) -> None:
     without both the loss rises most. With a rate that is too high the relative update moves in the same step, loss and
     gradient norm one step later; clipping changes nothing there, because Adam divides the size of the gradient out.
     """
-    found: dict[str, list[Autopsy]] = {}
-    for name, (cause, beta2, clip) in progress(SPIKES.items(), "spikes"):
-        settings = {"max_steps": config.spike_steps + 30, "warmup_steps": min(20, config.spike_steps // 2)}
-        train_config = TrainConfig(**settings, schedule="constant", beta2=beta2, grad_clip=clip)
-        found[name] = [
-            autopsy(cause, train_config, config.spike_steps, dataclasses.replace(run, seed=seed))
-            for seed in range(config.n_seeds)
-        ]
+    found = spike_autopsies(config.spike_steps, range(config.n_seeds), run)
     monitors = list(found["bad batches"][0].series)
     rows = [
         [
@@ -729,9 +746,11 @@ def spikes(config: FiguresConfig, run: RunConfig) -> None:
     save_figure(plot_autopsies({name: each[0] for name, each in found.items()}), config.folder / "spikes.svg")
 
 
-def shown_alarms(alarms: list[float]) -> str:
-    """Steps from the first bad one to the alarm, seed by seed; a dash where none came."""
-    return " ".join(f"{alarm:.0f}" if math.isfinite(alarm) else "-" for alarm in alarms)
+def breaks(config: FiguresConfig, run: RunConfig) -> None:
+    """Each failure that --break switches on: its symptom and its end, as it should be and with the failure."""
+    columns = [Column("`--break`"), Column("measured", digits="s"), Column("as it should be", "", ".2f")]
+    rows = failure_rows(config.break_steps, dataclasses.replace(run, seed=0))
+    config.save("breaks", [*columns, Column("with the failure", "", ".2f")], rows, "breaks", seeds=[0])
 
 
 def throughput(config: FiguresConfig, run: RunConfig) -> None:
@@ -746,19 +765,13 @@ def throughput(config: FiguresConfig, run: RunConfig) -> None:
     kept = dict(zip(("plain", "checkpointed"), activation_megabytes(shape, settings, run), strict=True))
     rows = [[name, *speeds(timed[name], timed["plain"]), kept.get(name, "")] for name in timed]
     columns = [Column("a step of 8 rows", digits="s"), Column("speed", "of plain", ".2f"), Column("range", digits="s")]
-    config.save("step-speed", [*columns, Column("activations kept", "MB", ".2f")], rows, "throughput", n_seeds=1)
+    config.save("step-speed", [*columns, Column("activations kept", "MB", ".2f")], rows, "throughput", seeds=[0])
     works = batching_works(BenchConfig(config.n_rounds), shape, settings, run)
     timed = time_in_turns({name: work for name, (work, _) in works.items()}, config.n_rounds)
     rows = [[name, share, *speeds(timed[name], timed["padded"])] for name, (_, share) in works.items()]
     columns = [Column("batches of documents", digits="s"), Column("real tokens", "", ".1%")]
     columns += [Column("speed", "of padded", ".2f"), Column("range", digits="s")]
-    config.save("batching-speed", columns, rows, "throughput", n_seeds=1)
-
-
-def speeds(seconds: list[float], plain: list[float]) -> tuple[float, str]:
-    """Median over the rounds of how fast this is beside the plain way, and the range."""
-    ratios = sorted(other / own for own, other in zip(seconds, plain, strict=True))
-    return float(np.median(ratios)), f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    config.save("batching-speed", columns, rows, "throughput", seeds=[0])
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
@@ -767,12 +780,14 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] =
     "optimizers": (optimizers, 330),
     "width": (width, 200),
     "batch": (batch, 200),
+    "range": (ranges, 40),
     "schedules": (schedules, 180),
     "precision": (precision, 150),
     "spikes": (spikes, 120),
+    "breaks": (breaks, 30),
     "throughput": (throughput, 60),
     "speedrun": (lambda config, run: speedrun_table(config.folder, config.n_seeds), 750),
-    "speedrun_ablation": (lambda config, run: speedrun_ablation(config.folder, config.n_seeds), 1800),
+    "speedrun_ablation": (lambda config, run: speedrun_ablation(config.folder, config.n_seeds), 750),
 }
 
 

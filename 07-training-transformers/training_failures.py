@@ -10,7 +10,7 @@ Molybog et al. 2023 (arXiv 2304.09871), instabilities of Adam; Wortsman et al. 2
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from sequence_modeling import BOS_ID, FIRST_TOKENS
 from training_monitors import attention_entropy, loss_spikes
 from training_transformers import TrainConfig, WorldBatches, backward_in_parts, fit, gradient_norm, world_losses
 from transformer_architecture import ModelConfig, held_out_documents, start_as_identity, tiny_world
-from workbench import RunConfig, pick_device, seed_everything
+from workbench import RunConfig, pick_device, progress, seed_everything
 
 Row = tuple[str, float, float]  # what is measured, as it should be, with the failure
 MODEL = ModelConfig()  # of the gallery and the autopsy
@@ -222,6 +222,13 @@ BREAKS: dict[str, tuple[Callable[[ModelConfig, TrainConfig, RunConfig], list[Row
 }
 
 
+def failure_rows(n_steps: int, run: RunConfig) -> list[list]:
+    """A row for each number that a failure shows: its name, what is measured, as it should be, with the failure."""
+    config = TrainConfig(max_steps=n_steps, warmup_steps=n_steps // 10)
+    named = progress(BREAKS.items(), "failures")
+    return [[f"`{name}`", *row] for name, (measure, _) in named for row in measure(MODEL, config, run)]
+
+
 # The precision gallery
 
 
@@ -363,6 +370,31 @@ def autopsy(cause: str, config: TrainConfig, planted: int, run: RunConfig) -> Au
     ratios = [max(value for name, value in row.items() if name.startswith("update_ratio")) for row in rows]
     series = {"loss": [row["loss"] for row in rows], "gradient norm": [row["grad_norm"] for row in rows]}
     return Autopsy({**series, "relative update": ratios, "attention entropy": entropies}, planted)
+
+
+SPIKES: dict[str, tuple[str, float, float]] = {  # name: cause, beta2, limit of the gradient norm
+    "bad batches": ("batch", 0.95, 1.0),
+    "bad batches, no clipping": ("batch", 0.95, 0.0),
+    "bad batches, beta2 0.999": ("batch", 0.999, 1.0),
+    "bad batches, beta2 0.999, no clipping": ("batch", 0.999, 0.0),
+    "rate times 10": ("rate", 0.95, 1.0),
+    "rate times 10, no clipping": ("rate", 0.95, 0.0),
+}
+
+
+def spike_autopsies(n_steps: int, seeds: Iterable[int], run: RunConfig) -> dict[str, list[Autopsy]]:
+    """Every condition of SPIKES, once for each seed: the bad steps come after n_steps good ones."""
+    found: dict[str, list[Autopsy]] = {}
+    settings = {"max_steps": n_steps + 30, "warmup_steps": min(20, n_steps // 2), "schedule": "constant"}
+    for name, (cause, beta2, clip) in progress(SPIKES.items(), "spikes"):
+        config = TrainConfig(**settings, beta2=beta2, grad_clip=clip)
+        found[name] = [autopsy(cause, config, n_steps, dataclasses.replace(run, seed=seed)) for seed in seeds]
+    return found
+
+
+def shown_alarms(alarms: list[float]) -> str:
+    """Steps from the first bad one to the alarm, seed by seed; a dash where none came."""
+    return " ".join(f"{alarm:.0f}" if math.isfinite(alarm) else "-" for alarm in alarms)
 
 
 def plot_autopsies(autopsies: dict[str, Autopsy]) -> Figure:
