@@ -338,7 +338,7 @@ def render_cell(cell: str | float | list[float], digits: str) -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, list):
-        spread = f" ± {format(float(np.std(cell, ddof=1)), digits)}" if len(cell) > 1 else ""
+        spread = f" ± {format(float(np.std(cell, ddof=1)), digits.lstrip('+'))}" if len(cell) > 1 else ""
         return format(float(np.mean(cell)), digits) + spread
     return format(cell, digits)
 

@@ -186,7 +186,7 @@ def context(config: "FiguresConfig", run: RunConfig) -> None:
 
 def plot_context(runs: list[dict[str, Any]]) -> Figure:
     """Gap to the floor by place in a row of 512 tokens, mean of the seeds: before tuning and after."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for axis, methods, ending in ((axes[0], STRETCHES + WINDOWS, ""), (axes[1], STRETCHES, ", tuned")):
         for index, method in enumerate(methods):
             curve = np.mean([run[method + ending]["curve"] for run in runs], axis=0)
@@ -196,7 +196,7 @@ def plot_context(runs: list[dict[str, Any]]) -> Figure:
         axis.set(xlabel="place in the row (tokens)", yscale="log")
     axes[0].set(ylabel="gap to the floor (nats per token)", title="as trained, on rows of 64")
     axes[1].set(title="after a short tuning on rows of 512")
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False, fontsize=8)
     return figure
 
 

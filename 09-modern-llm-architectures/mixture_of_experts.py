@@ -182,8 +182,8 @@ def load_balance_loss(routings: list[Routing], counted: Tensor | None = None) ->
     """experts * sum over experts of (share of visits * active) * (mean probability), over all layers at once.
 
     Fedus et al. 2021, equations 4 to 6, as transformers generalises it to several active experts: `n_active_experts` if
-    the load is even, more if it is not. Only the probabilities carry a gradient, so it is the popular experts whose
-    probability falls.
+    the load is even; usually more if it is not, but less where the most visited experts have low probabilities.
+    Only the probabilities carry a gradient, so it is the popular experts whose probability falls.
 
     Shapes: logits (tokens, experts) each; counted (tokens), bool: the tokens that are no padding
     """
