@@ -192,7 +192,9 @@ def run_once(worker: Callable, launch: LaunchConfig, port: int, number: int, arg
             waiting = {process.sentinel: process for process in processes}
             while waiting:
                 for sentinel in wait(list(waiting)):
-                    if waiting.pop(sentinel).exitcode:
+                    process = waiting.pop(sentinel)
+                    process.join()  # its pipe closes a moment before its exit code can be read
+                    if process.exitcode:
                         raise first_failure(processes, Path(folder))
             return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(launch.size)]
         finally:
