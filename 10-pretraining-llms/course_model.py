@@ -324,9 +324,9 @@ def pretrain(sizes: ModelSizes, source: SourceConfig, config: PretrainConfig, ex
     n_matrix = 12 * sizes.n_layers * sizes.d_model**2 + 2048 * sizes.d_model  # 6 FLOPs of training for each and token
     announce(f"pretrain on {n_tokens:,} positions in {config.max_steps:,} steps", 30 + 6 * n_matrix * n_tokens / 6e10)
     with process_group():
-        before = time.perf_counter()
+        before = time.process_time()
         model, tokenizer, corpus, log = pretrain_model(sizes, source, config, run)
-        seconds = time.perf_counter() - before
+        seconds = time.process_time() - before
         if Team.here().rank == 0:
             report = examine(model, tokenizer, exam) if source.data == "tiny-world" and not source.shards else {}
             save_course_model(model, source, run.out, training_facts(model, corpus, config, log, seconds) | report)
@@ -377,7 +377,7 @@ def training_facts(
         "steps": n_steps,
         "positions": n_steps * config.batch_size * config.seq_len,
         "command": command_line(),
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
     }
@@ -415,6 +415,7 @@ def save_course_model(model: CausalLM, source: SourceConfig, out: Path, report: 
 def model_card(report: dict[str, Any], config: ModelConfig, folder: Path) -> str:
     """What a reader of the folder wants to know. Every number is the report's."""
     corpus, size = report["corpus"], (folder / WEIGHTS).stat().st_size
+    spent = f", {report['cpu_seconds'] / 60:.1f} minutes of CPU time" if "cpu_seconds" in report else ""
     lines = [
         "# The course model",
         "",
@@ -423,8 +424,8 @@ def model_card(report: dict[str, Any], config: ModelConfig, folder: Path) -> str
         "",
         f"    {report['command']}",
         "",
-        f"in {report['seconds'] / 60:.1f} minutes on {report['machine']}, {report['date']}: {report['steps']:,} steps, "
-        f"{report['positions']:,} positions. `log.csv` is the log of that run.",
+        f"in {report['steps']:,} steps, {report['positions']:,} positions{spent} ({report['machine']}, "
+        f"{report['date']}). `log.csv` is the log of that run.",
         "",
         f"**Data**: {corpus['source']}: {corpus['n_documents']:,} documents, {corpus['n_tokens']:,} tokens. The text "
         "is written by a grammar; it holds no person's data, and the people in it do not exist.",
