@@ -95,8 +95,8 @@ def row_nats(model: nn.Module, rows: Sequence[list[int]], batch_size: int = 64) 
         ids = [torch.tensor(rows[index]) for index in chosen]
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORE)  # (batch, seq_and_one)
         inputs, targets = padded[:, :-1].clamp(min=0), padded[:, 1:]  # (batch, seq)
-        logits = model(inputs.to(device)).double().transpose(1, 2).cpu()  # (batch, vocab, seq)
-        total = F.cross_entropy(logits, targets, reduction="none").sum(dim=1)  # (batch)
+        logits = model(inputs.to(device)).float().transpose(1, 2).cpu()  # (batch, vocab, seq)
+        total = F.cross_entropy(logits, targets, reduction="none").double().sum(dim=1)  # (batch)
         for index, value in zip(chosen, total.tolist(), strict=True):
             nats[index] = value
     return nats

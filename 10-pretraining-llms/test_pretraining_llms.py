@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 import pretraining_experiments
 import pretraining_llms as topic
 from course_model import FOLDER, load_course_model, make_shards
-from exercises_10 import EXERCISES
 from packing import language_model_loss
 from shards import ShardBatches, ShardConfig
 
@@ -36,21 +35,11 @@ def test_transformers_pays_the_same_for_a_packed_batch(tmp_path, parity) -> None
     assert count == their_count
 
 
-@pytest.mark.parametrize("name", topic.BREAKS)
-def test_every_failure_can_be_switched_on(name: str, tmp_path, capsys) -> None:
-    topic.main(["demo", "--break", name, "--out", str(tmp_path)])
+def test_a_failure_can_be_switched_on(tmp_path, capsys) -> None:
+    topic.main(["demo", "--break", "search-by-letters", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()[1:]
     pairs = [re.search(r": (-?[\d.]+) as it should be, (-?[\d.]+) with", line) for line in lines]
     assert pairs and any(float(pair[1]) != float(pair[2]) for pair in pairs)
-
-
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_exercises_accept_the_solution_and_reject_every_mistake(exercise) -> None:
-    assert exercise.verdict(exercise.solution) == "correct"
-    assert len(exercise.mistakes) >= 3
-    for name, wrong in exercise.mistakes.items():
-        assert exercise.verdict(wrong).startswith("not yet"), name
-    assert exercise.verdict(None).startswith("not yet")
 
 
 @pytest.mark.parametrize(
