@@ -72,11 +72,12 @@ def test_a_hanging_process_ends_all_when_the_time_is_up() -> None:
 
 def test_one_table_for_all_attempts_leads_a_restart_to_a_dead_address() -> None:
     """The failure that `apart` prevents: process 0 finds where process 1 was, and process 1 comes a little later."""
-    launch = LaunchConfig(2, timeout=2.0, max_restarts=1, slow=0.7)
-    fault = Fault("kill", rank=1, step=2)
-    assert run_processes(work, dataclasses.replace(launch, timeout=20.0), fault) == [[1, 9.0]] * 2
+    launch, fault = LaunchConfig(2, timeout=20.0, max_restarts=1, slow=0.7), Fault("kill", rank=1, step=2)
+    assert run_processes(work, launch, fault) == [[1, 9.0]] * 2
+    shared = dataclasses.replace(launch, timeout=2.0, apart=False)
     with pytest.raises(ProcessFailed, match="(?i)connect|timeout|store"):
-        run_processes(work, dataclasses.replace(launch, apart=False), fault)
+        for _ in range(10):  # of two addresses gloo lets one call the other: in about a quarter of the runs the new one
+            run_processes(work, shared, fault)
 
 
 def refuse(team: Team) -> None:
