@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import BLOCK, ROOT, course_map, glossary, relink, render_table
+from workbench import BLOCK, ROOT, course_map, glossary, relink, render_table, without_own_folders
 
 TOPICS = sorted(path for path in ROOT.glob("[0-9][0-9]-*") if path.is_dir())
 MODULES = sorted(path for topic in TOPICS for path in topic.glob("*.py"))
@@ -187,3 +187,10 @@ def test_notebook_is_executed_in_order_and_small(path: Path) -> None:
     assert not [cell["id"] for cell, output in outputs if output.get("name") == "stderr"]
     wanted = {cell["id"] for cell in code if "raises-exception" in cell["metadata"].get("tags", [])}
     assert {cell["id"] for cell, output in outputs if output["output_type"] == "error"} <= wanted
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebooks_name_no_folder_of_the_machine_that_ran_them(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text == without_own_folders(text)
+    assert not re.search(r"/(home|Users|root)/", text)

@@ -703,8 +703,13 @@ def notebooks(config: NotebookConfig) -> None:
         if not config.check:
             for cell in notebook.cells:  # timings would change with every run
                 cell.metadata.pop("execution", None)
-            write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
+            write_atomically(path, (without_own_folders(nbformat.writes(notebook)) + "\n").encode())
         print(f"executed {shown(path)}")
+
+
+def without_own_folders(text: str) -> str:
+    """The text of a notebook whose tracebacks name files from the repository or from site-packages on."""
+    return re.sub(r"/[\w./~-]*site-packages/", "site-packages/", text.replace(f"{ROOT}/", ""))
 
 
 @dataclasses.dataclass(frozen=True)
