@@ -226,12 +226,12 @@ class PretrainConfig(TrainConfig):
 
     batch_size: int = 8  # rows of an optimizer step, over all micro-batches and processes
     seq_len: int = 128  # tokens in a row
-    max_steps: int = 4500  # optimizer steps; with --budget only the length that the schedule is written for
+    max_steps: int = 4000  # optimizer steps; with --budget only the length that the schedule is written for
     optimizer: str = "muon"  # the rule that turns gradients into steps
     learning_rate: float = 4e-3  # the peak
     schedule: str = "wsd"  # how the learning rate goes up and down
     warmup_steps: int = 100  # steps of rising learning rate
-    cooldown_steps: int = 2250  # last steps, in which it falls to the end
+    cooldown_steps: int = 2000  # last steps, in which it falls to the end
     min_lr_ratio: float = 0.0  # last learning rate, as a fraction of the peak
     log_every: int = 50  # steps between rows of the log
     eval_every: int = 500  # steps between evaluations; 0: only at the end
@@ -322,7 +322,7 @@ def pretrain(sizes: ModelSizes, source: SourceConfig, config: PretrainConfig, ex
     """Pretrain a language model, and save it as a Llama folder with tokenizer, chat template and model card."""
     n_tokens = config.max_steps * config.batch_size * config.seq_len
     n_matrix = 12 * sizes.n_layers * sizes.d_model**2 + 2048 * sizes.d_model  # 6 FLOPs of training for each and token
-    announce(f"pretrain on {n_tokens:,} positions in {config.max_steps:,} steps", 30 + 6 * n_matrix * n_tokens / 6e10)
+    announce(f"pretrain on {n_tokens:,} positions in {config.max_steps:,} steps", 60 + 6 * n_matrix * n_tokens / 3.4e10)
     with process_group():
         before = time.process_time()
         model, tokenizer, corpus, log = pretrain_model(sizes, source, config, run)
