@@ -40,6 +40,8 @@ from workbench import (
     time_in_turns,
 )
 
+FIGURES = Path(__file__).parent / "figures"
+
 # The course model: its curve, its report, and what packing wastes
 
 
@@ -57,11 +59,26 @@ def course(config, run: RunConfig) -> None:
     answers = [[topic, share] for topic, share in report["answers"].items()]
     answers += [["documents of its own that are possible", report["possible_samples"]]]
     save_results(config.folder / "results.json", "course-answers", columns, answers, [0], report["command"])
+    save_lengths(config.folder, report)
+
+
+def save_lengths(folder: Path, report: dict) -> None:
+    """The committed run beside one of half its steps, whose report lies among the figures."""
+    half = json.loads((FIGURES / "report_of_half_the_steps.json").read_text(encoding="utf-8"))
+    asked = ("story", "scene", "new sums")
+    columns = [Column("Steps", digits=",d"), Column("Gap, all documents", "nats per token", ".4f")]
+    columns += [Column(f"Right: {topic}", digits=".1%") for topic in asked]
+    columns += [Column("Possible documents of its own", digits=".1%")]
+    rows = [
+        [run["steps"], run["gaps"]["all"][1], *(run["answers"][topic] for topic in asked), run["possible_samples"]]
+        for run in (half, report)
+    ]
+    save_results(folder / "results.json", "course-lengths", columns, rows, [0], half["command"])
 
 
 def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     """Training loss and held-out gap over the run, left; the gap by kind at its end, right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
     floor = report["gaps"]["all"][0]
     steps, losses = (np.array([float(row[name]) for row in rows]) for name in ("step", "loss"))
     left.plot(steps, losses - floor, color="0.75", lw=0.8, label="training batches, loss minus floor")
@@ -73,7 +90,6 @@ def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     right.barh(kinds, [report["gaps"][kind][1] for kind in kinds], color="C0")
     right.axvline(report["gaps"]["all"][1], color="black", ls="--", lw=1)
     right.set(xlabel="gap at the end; dashed: all documents")
-    figure.tight_layout()
     return figure
 
 
