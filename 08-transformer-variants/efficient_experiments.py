@@ -49,7 +49,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def kernel(config: "FiguresConfig", run: RunConfig) -> None:
     """Relative error of one kernel value against the angle of x and y: predicted, and measured with three features."""
-    d_head, n_features, n_draws = 16, 64, 2000 // config.shrink
+    d_head, n_features, n_draws = 16, 64, 20_000 // config.shrink
     rows = []
     first, second = torch.linalg.qr(torch.randn(d_head, 2, generator=seeded(1), dtype=torch.float64))[0].T
     for cosine in (-0.9, -0.5, 0.0, 0.5, 0.9):
@@ -317,7 +317,7 @@ def features(config: "FiguresConfig", run: RunConfig) -> None:
 
 
 EFFICIENT_EXPERIMENTS: dict[str, tuple[Callable[["FiguresConfig", RunConfig], None], int]] = {  # function, seconds
-    "kernel": (kernel, 5),
+    "kernel": (kernel, 40),
     "cost": (cost, 60),
     "lookup": (lookup, 240),
     "features": (features, 40),

@@ -8,22 +8,39 @@ import torch
 from torch import nn
 
 import variant_experiments as topic
-from sequence_modeling import BOS_ID
+from sequence_modeling import BOS_ID, IGNORE
 from transformer_variants import main, plot_families, plot_scores
 from variant_experiments import (
     EXPERIMENTS,
     FiguresConfig,
     accuracy_in_view,
     causal_gap,
+    hand_neighbours,
+    norms_first,
     place_questions,
-    plot_electra,
+    possible_texts,
+    start_with_sinusoids,
     trunk_of,
     widest,
 )
-from variant_pretraining import HELD_OUT_SEED, VARIANTS, FillScore, Slot, VariantConfig, pretrain_for, slots, word_world
+from variant_pretraining import (
+    HELD_OUT_SEED,
+    MASK_ID,
+    VARIANTS,
+    CausalBatches,
+    FillScore,
+    Slot,
+    VariantConfig,
+    guess_of_kind,
+    possible,
+    pretrain_for,
+    slots,
+    training_documents,
+    word_world,
+)
 from workbench import BLOCK, RunConfig, render_table
 
-MINE = ("objectives", "posterior", "electra", "masking", "speed")
+MINE = ("objectives", "diagnosis", "posterior", "electra", "masking", "speed")
 SMALL = VariantConfig(d_model=16, n_layers=2, n_heads=2, d_ff=24, max_seq_len=96)
 
 
@@ -36,16 +53,29 @@ def test_figures_runs_every_text_experiment_and_fills_the_chapter(tmp_path, monk
     flags = "--n-seeds 2 --shrink 2 --gflops 0.2 --n-slots 2".split()
     main(["figures", *MINE, *flags, "--folder", str(tmp_path / "figures"), "--out", str(tmp_path), "--device", "cpu"])
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
-    assert set(results) == {"objectives", "likelihood", "posterior", "electra", "masking", "speed"}
+    assert set(results) == {
+        "objectives",
+        "likelihood",
+        "diagnosis",
+        "posterior",
+        "worst",
+        "electra",
+        "masking",
+        "speed",
+    }
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
-    assert drawn == {"families", "objectives", "posterior", "electra"}
+    assert drawn == {"families", "objectives", "posterior"}
     rows = {row[0]: row[1:] for row in results["objectives"]["rows"]}
-    assert len(rows) == 6 and all(len(rows[name][0]) == 2 for name in list(rows)[:4])
+    assert len(rows) == 7 and all(len(rows[name][0]) == 2 for name in list(rows)[:4])
     best = rows["exact posterior"]
     for name in list(rows)[:4]:
         steps, asked, right, nats, gap, recall, answer = rows[name]
         assert min(steps) >= 1 and min(asked) > 0 and min(gap) > 0 and min(nats) > best[3] and min(answer) > 0
         assert gap[0] == pytest.approx(nats[0] - best[3])
+    assert 1 <= len(results["worst"]["rows"]) <= 5 and all("____" in row[0] for row in results["worst"]["rows"])
+    diagnosed = {row[0]: row[5] for row in results["diagnosis"]["rows"]}
+    assert diagnosed["encoder, as above"] == rows["encoder, masked (BERT)"][4]
+    assert len({tuple(gap) for gap in diagnosed.values()}) == 8  # every change changes something
     likelihood = dict(results["likelihood"]["rows"])
     assert all(value > gap > 0 for value, gap in zip(*likelihood.values(), strict=True))
     assert [row[0] for row in results["masking"]["rows"]] == list(topic.MASKINGS)
@@ -89,6 +119,80 @@ def test_a_place_is_the_last_that_the_story_gives() -> None:
         assert world.next_token(tokens[1:]) == {places[place]: 1.0}
     held_out = {tuple(ids) for ids, _ in place_questions(60, HELD_OUT_SEED, "validation")}
     assert not held_out & {tuple(ids) for ids, _ in texts}
+
+
+def test_possible_texts_are_half_documents_and_half_what_the_world_cannot_write() -> None:
+    texts = possible_texts(40, 3, "train")
+    assert [truth for _, truth in texts] == [1, 0] * 20
+    for ids, truth in texts:
+        assert ids[0] == BOS_ID and possible(word_world()[1].decode(ids[1:])) == bool(truth)
+
+
+def test_a_guess_of_the_right_kind_by_hand() -> None:
+    world, vocabulary = word_world()
+    texts = [Slot(["a", word], 1, {word: 1.0}) for word in (world.words["places"][2], world.names[0])]
+    place, person = guess_of_kind(texts).exp()
+    assert place[vocabulary.encode(world.words["places"])].tolist() == pytest.approx([1 / 4] * 4)
+    assert person[vocabulary.encode(world.names)].tolist() == pytest.approx([1 / len(world.names)] * len(world.names))
+    assert place.sum() == pytest.approx(1) and person.sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match="'the' is of no kind"):
+        guess_of_kind([Slot(["the"], 0, {})])
+
+
+def test_neighbours_are_handed_to_each_position_and_no_further() -> None:
+    torch.manual_seed(0)
+    model = VARIANTS["bert"].build(SMALL, len(word_world()[1]))
+    hand_neighbours(model)
+    layer, x = model.trunk.pos_emb, torch.randn(2, 7, 16)
+    changed = x.clone()
+    changed[:, 3] += 1
+    moved = (layer(changed) - layer(x)).abs().amax(dim=(0, 2)) > 1e-6
+    assert moved.tolist() == [False, False, True, True, True, False, False]
+    left, right = layer.both_proj.weight.split(16, dim=1)
+    assert torch.allclose(layer(x)[:, 0], x[:, 0] + layer.pos_emb.weight[0] + x[:, 1] @ right.T, atol=1e-5)
+    assert torch.allclose(layer(x)[:, 6], x[:, 6] + layer.pos_emb.weight[6] + x[:, 5] @ left.T, atol=1e-5)
+
+
+def test_pre_norm_leaves_the_stream_as_it_is() -> None:
+    model = VARIANTS["bert"].build(SMALL, len(word_world()[1]))
+    norms_first(model)
+    for block in model.trunk.blocks:
+        for layer in (block.self_attn.out_proj, block.ffn.down_proj):
+            nn.init.zeros_(layer.weight)
+    x = torch.randn(1, 5, 16)
+    assert all(torch.equal(block(x), x) for block in model.trunk.blocks)
+
+
+def test_a_decoder_may_be_asked_about_a_share_of_its_tokens() -> None:
+    whole, thin = CausalBatches(8, 5), CausalBatches(8, 5, asked=0.3)
+    n_asked = n_whole = 0
+    for step in range(20):
+        every, some = whole(step), thin(step)
+        kept = some["targets"] != IGNORE
+        assert torch.equal(every["inputs"], some["inputs"])
+        assert torch.equal(every["targets"][kept], some["targets"][kept])
+        n_asked, n_whole = n_asked + int(kept.sum()), n_whole + int((every["targets"] != IGNORE).sum())
+    assert 0.27 < n_asked / n_whole < 0.33  # about 4,000 tokens: a standard deviation is 0.007
+    masked = CausalBatches(8, 5, hidden=0.5)(0)
+    changed = masked["inputs"] != whole(0)["inputs"]
+    assert (masked["inputs"][changed] == MASK_ID).all() and torch.equal(masked["targets"], whole(0)["targets"])
+    assert not changed[:, 0].any() and 0.4 < changed[:, 1:].sum() / (whole(0)["targets"] != IGNORE).sum() < 0.6
+    assert (whole(0)["targets"] != IGNORE).sum() == sum(len(ids) - 1 for ids in training_documents(0, 5, 8))
+
+
+def test_sinusoids_stand_where_the_learned_positions_start_at_their_size() -> None:
+    seen = []
+    torch.manual_seed(0)
+    fresh = VARIANTS["bert"].build(SMALL, len(word_world()[1])).trunk.pos_emb.weight.std()
+
+    def prepare(model: nn.Module) -> None:
+        start_with_sinusoids(model)
+        seen.append(model.trunk.pos_emb.weight.detach().clone())
+
+    pretrain_for("bert", SMALL, 1e8, 4, 0, prepare=prepare)
+    (table,) = seen
+    assert table.std() == pytest.approx(fresh.item(), rel=1e-4)
+    assert table[:, 0] / table[1, 0] == pytest.approx(torch.arange(len(table)).sin() / math.sin(1), abs=1e-4)
 
 
 class Copier(nn.Module):
@@ -140,9 +244,6 @@ def test_figures_show_what_was_measured() -> None:
     axis = plot_scores({"a": [score, score], "b": [score._replace(nats=2.0)]}).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
     assert [bar.get_width() for bar in axis.patches] == [1.5, 2.0] and axis.lines[-1].get_xdata()[0] == 0.25
-    axis = plot_electra([1.0, 2.0], {"x": [[0.5, 0.7], [0.8, 1.0]]}, [0.2, 0.4]).axes[0]
-    assert list(axis.lines[0].get_ydata()) == pytest.approx([60, 90])
-    assert axis.lines[-1].get_ydata()[0] == pytest.approx(30)
     encoder, decoder, _ = (axis.images[0].get_array() for axis in plot_families(4).axes)
     assert encoder.min() == 1 and decoder.tolist() == torch.ones(4, 4).tril().tolist()
     chosen = widest(slots(40))

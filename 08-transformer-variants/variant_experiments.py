@@ -15,18 +15,22 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bert_family import BertConfig, BertForSequenceClassification, Electra
 from efficient_experiments import EFFICIENT_EXPERIMENTS
 from gpt2 import GPT2
 from sequence_modeling import BOS_ID, device_of, document_losses, gap_to_floor
+from transformer_architecture import SinusoidalPositions
 from transformer_variants import BenchConfig, measure_speed, plot_families, plot_scores
 from variant_pretraining import (
+    CLASSES,
     HELD_OUT_SEED,
     FillScore,
     FinetuneConfig,
@@ -34,11 +38,13 @@ from variant_pretraining import (
     Trained,
     VariantConfig,
     VariantMasking,
+    acceptable_tokens,
     bert_sizes,
     causal_guess,
     class_accuracy,
     fill_in,
     fit_classes,
+    guess_of_kind,
     pretrain_for,
     recall_slots,
     score,
@@ -136,14 +142,21 @@ def objectives(config: FiguresConfig, run: RunConfig) -> None:
             values = (item.steps, item.n_targets / 1000, result.accuracy, result.nats, result.gap)
             for column, value in zip(cells[row], (*values, recall.accuracy, recall.nats), strict=True):
                 column.append(float(value))
-    save_objectives(cells, likelihood, found[left][0], config)
+    save_objectives(cells, likelihood, found[left][0], stories, config)
     save_figure(plot_scores({name: found[name] for name in FAMILIES}), config.folder / "objectives.svg")
 
 
 def save_objectives(
-    cells: dict[str, list[list[float]]], likelihood: list[list[float]], best: FillScore, config: FiguresConfig
+    cells: dict[str, list[list[float]]],
+    likelihood: list[list[float]],
+    best: FillScore,
+    stories: list[Slot],
+    config: FiguresConfig,
 ) -> None:
     rows = [[name, *columns] for name, columns in cells.items()]
+    guess = guess_of_kind(stories)
+    share = sum(row.max().exp().item() for row in guess) / len(stories)  # right on average; a first choice is luck
+    rows.append(["a guess among the words of the right kind", "", "", "", "", "", share, score(guess, stories).nats])
     rows.append(["exact posterior", "", "", best.best_accuracy, best.best_nats, 0.0, 1.0, 0.0])
     n_tokens = len(word_world()[1])
     rows.append(
@@ -173,6 +186,76 @@ def causal_gap(model: GPT2, n_documents: int) -> tuple[float, float]:
     return sum(nats) / sum(len(document.tokens) for document in documents), gap_to_floor(nats, documents)[0]
 
 
+# Why the encoder falls behind
+
+
+def start_with_sinusoids(model: nn.Module) -> None:
+    """Give an encoder's learned positions the directions of topic 04's sinusoids, at the size that they start with."""
+    weight = model.trunk.pos_emb.weight
+    table = SinusoidalPositions(weight.shape[1], len(weight)).table.to(weight)  # (positions, d_model)
+    weight.data.copy_(table * (weight.std() / table.std()))
+
+
+def norms_first(model: nn.Module) -> None:
+    """Make an encoder's blocks pre-norm, as GPT-2's are."""
+    for block in model.trunk.blocks:
+        block.norm_order = "pre"
+
+
+class HandedNeighbours(nn.Module):
+    """Add to each position its learned vector, and a linear map of the words on both of its sides.
+
+    Shapes: (batch, seq, d_model) to the same. A hidden position then need not find its neighbours by attention.
+    """
+
+    def __init__(self, pos_emb: nn.Module) -> None:
+        super().__init__()
+        d_model = pos_emb.weight.shape[1]
+        self.pos_emb, self.both_proj = pos_emb, nn.Linear(2 * d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.pad(x[:, :-1], (0, 0, 1, 0)), F.pad(x[:, 1:], (0, 0, 0, 1))  # (batch, seq, d_model)
+        return self.pos_emb(x) + self.both_proj(torch.cat([left, right], dim=-1))
+
+
+def hand_neighbours(model: nn.Module) -> None:
+    model.trunk.pos_emb = HandedNeighbours(model.trunk.pos_emb)
+
+
+def diagnosis_works(config: FiguresConfig, run: RunConfig) -> dict[str, Callable[[int], Trained]]:
+    """Rows of the table of `diagnosis`: a name, and a training for each seed."""
+    device, rate = pick_device(run.device), VariantMasking.mask_rate
+
+    def changed(kind: str, batch_size: int = BATCH_SIZE, **options) -> Callable[[int], Trained]:
+        return lambda seed: pretrain_for(kind, SIZES, config.flops, batch_size, seed, device, **options)
+
+    return {
+        "encoder, as above": lambda seed: trained("bert", config, run, seed, "", 1.0),
+        "three times the FLOPs": lambda seed: trained("bert", config, run, seed, "", 3.0),
+        "half as many documents a step": changed("bert", BATCH_SIZE // 2),
+        "pre-norm": changed("bert", prepare=norms_first),
+        "positions start as sinusoids": changed("bert", prepare=start_with_sinusoids),
+        "both neighbours handed over": changed("bert", prepare=hand_neighbours),
+        "decoder, asked 10 % of its tokens": changed("gpt2", asked=0.1),
+        "decoder, asked 30 %, reads 24 % as masks": changed(
+            "gpt2", asked=rate, hidden=rate * VariantMasking.mask_share
+        ),
+    }
+
+
+def diagnosis(config: FiguresConfig, run: RunConfig) -> None:
+    """What an encoder lacks: changes of it, and a decoder that is asked as seldom or reads as many masks as it."""
+    places, rows = slots(config.n_slots), []
+    for name, work in diagnosis_works(config, run).items():
+        items = [work(seed) for seed in range(config.n_seeds)]
+        found = [score(fill_in(item.model, places), places) for item in items]
+        numbers = [[item.steps for item in items], [item.n_targets / 1000 for item in items]]
+        rows.append([name, *numbers, *map(list, zip(*((s.accuracy, s.nats, s.gap) for s in found), strict=True))])
+    columns = [Column("Model"), Column("steps", "", ".0f"), Column("tokens asked", "thousands", ".0f")]
+    columns += [Column("right", "", ".1%"), Column("nats per gap", "", ".3f")]
+    config.save("diagnosis", [*columns, Column("above the posterior", "nats", ".3f")], rows, "diagnosis")
+
+
 # A masked model beside the exact posterior
 
 
@@ -197,9 +280,29 @@ def posterior(config: FiguresConfig, run: RunConfig) -> None:
     columns += [Column("nats", "", ".3f"), Column("at best, nats", "", ".3f")]
     config.save("posterior", columns, rows, "posterior")
     beliefs = fill_in(models[0], places).exp()
+    save_worst(beliefs, places, config)
     for row, slot in zip(beliefs, places, strict=True):
         points += [(chance, row[word_world()[1].ids[token]].item()) for token, chance in slot.posterior.items()]
     save_figure(plot_posterior(points[:800], widest(places), models[0]), config.folder / "posterior.svg")
+
+
+def save_worst(beliefs: Tensor, places: list[Slot], config: FiguresConfig, n_worst: int = 5) -> None:
+    """The certain gaps whose right word the model of seed 0 finds least likely; one for each right word."""
+    ids, tokens = word_world()[1].ids, word_world()[1].tokens
+    certain = [(row[ids[slot.truth]].item(), row, slot) for row, slot in zip(beliefs, places, strict=True)]
+    worst: dict[str, list] = {}
+    for chance, row, slot in sorted(certain, key=lambda item: item[0]):
+        if len(slot.posterior) == 1 and slot.truth not in worst and len(worst) < n_worst:
+            likely = f"`{tokens[int(row.argmax())]}` {row.max():.0%}"
+            worst[slot.truth] = [f"`{gap_of(slot)}`", f"`{slot.truth}`", chance, likely]
+    columns = [Column("Gap"), Column("right word"), Column("BERT gives it", "", ".1e"), Column("its first choice")]
+    config.save("worst", columns, list(worst.values()), "posterior", n_seeds=1)
+
+
+def gap_of(slot: Slot, width: int = 4) -> str:
+    """A gap among the words around it."""
+    before, after = slot.tokens[max(0, slot.position - width) : slot.position], slot.tokens[slot.position + 1 :]
+    return " ".join([*before, "____", *after[:width]])
 
 
 def widest(places: list[Slot], most: int = 8) -> Slot:
@@ -221,10 +324,8 @@ def plot_posterior(points: list[tuple[float, float]], slot: Slot, model: nn.Modu
     right.barh([place - 0.2 for place in places], [slot.posterior[token] for token in tokens], 0.4, label="world")
     ours = [row[word_world()[1].ids[token]].item() for token in tokens]
     right.barh([place + 0.2 for place in places], ours, 0.4, label="BERT")
-    around = [*slot.tokens[max(0, slot.position - 4) : slot.position], "____"]
-    around += slot.tokens[slot.position + 1 : slot.position + 5]
     right.set(yticks=list(places), yticklabels=tokens, xlabel="probability")
-    right.set_title(" ".join(around), fontsize=9)
+    right.set_title(gap_of(slot), fontsize=9)
     right.invert_yaxis()
     right.legend(frameon=False, fontsize=8)
     return figure
@@ -252,26 +353,53 @@ def place_questions(n: int, seed: int, split: str) -> list[tuple[list[int], int]
     return found
 
 
-def classifier_accuracy(trunk: nn.Module | None, config: FiguresConfig, seed: int) -> float:
-    """Held-out accuracy after fine-tuning a trunk, or a fresh one, on N_LABELLED questions with few steps."""
+@functools.cache
+def possible_texts(n: int, seed: int, split: str) -> list[tuple[list[int], int]]:
+    """Documents as (ids, whether the world can write them): half have one word replaced so that it cannot."""
+    encode = word_world()[1].encode
+    return [([BOS_ID, *encode(tokens)], CLASSES.index(name)) for tokens, name in acceptable_tokens(n, seed, split)]
+
+
+class Task(NamedTuple):
+    """What a classifier is fine-tuned for."""
+
+    names: Callable[[], tuple[str, ...]]  # of the classes; a function, since making the world takes a second
+    data: Callable[[int, int, str], list[tuple[list[int], int]]]  # (n, seed, split) -> (ids, class)
+    heading: str  # of its column
+
+
+TASKS = {
+    "possible": Task(lambda: CLASSES, possible_texts, "possible text or not"),
+    "place": Task(lambda: tuple(word_world()[0].words["places"]), place_questions, "where the thing is"),
+}
+
+
+def classifier_accuracy(trunk: nn.Module | None, task: str, config: FiguresConfig, seed: int) -> float:
+    """Held-out accuracy after fine-tuning a trunk, or a fresh one, on N_LABELLED texts with few steps."""
     seed_everything(seed)
-    names = word_world()[0].words["places"]
+    class_names, questions, _ = TASKS[task]
     sizes = bert_sizes(SIZES, len(word_world()[1]))
-    model = BertForSequenceClassification(BertConfig(**sizes, class_names=names))
+    model = BertForSequenceClassification(BertConfig(**sizes, class_names=class_names()))
     if trunk is not None:
         model.trunk = trunk
-    data = place_questions(N_LABELLED, 1, "train")
+    data = questions(N_LABELLED, 1, "train")
     fit_classes(model, data, FinetuneConfig(max_steps=max(2, FINETUNE_STEPS // config.shrink), batch_size=16), seed)
-    return class_accuracy(model, place_questions(N_EXAMINED, HELD_OUT_SEED, "validation"))
+    return class_accuracy(model, questions(N_EXAMINED, HELD_OUT_SEED, "validation"))
 
 
 FINETUNE_STEPS, N_LABELLED, N_EXAMINED = 150, 1000, 500
 
 
 @functools.cache
-def fine_tuned(name: str, config: FiguresConfig, run: RunConfig, seed: int, masking: str, share: float) -> float:
-    """What the encoder of `trained` is worth to a classifier."""
-    return classifier_accuracy(trunk_of(trained(name, config, run, seed, masking, share).model), config, seed)
+def fine_tuned(
+    name: str, task: str, config: FiguresConfig, run: RunConfig, seed: int, masking: str, share: float
+) -> float:
+    """What the encoder of `trained` is worth to a classifier of a task."""
+    return classifier_accuracy(trunk_of(trained(name, config, run, seed, masking, share).model), task, config, seed)
+
+
+def tuned_columns() -> list[Column]:
+    return [Column(task.heading, "", ".1%") for task in TASKS.values()]
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -281,45 +409,25 @@ def trunk_of(model: nn.Module) -> nn.Module:
 
 def electra(config: FiguresConfig, run: RunConfig) -> None:
     """Replaced tokens beside masked tokens at equal FLOPs, judged by what fine-tuning makes of the encoder."""
-    rows, curves = [], {}
+    rows, seeds = [], range(config.n_seeds)
     for name, label in (("bert", "masked tokens (BERT)"), ("electra", "replaced tokens (ELECTRA)")):
         for share in SHARES:
-            items = [trained(name, config, run, seed, "", share) for seed in range(config.n_seeds)]
-            accuracy = [fine_tuned(name, config, run, seed, "", share) for seed in range(config.n_seeds)]
-            curves.setdefault(label, []).append(accuracy)
+            items = [trained(name, config, run, seed, "", share) for seed in seeds]
+            found = [[fine_tuned(name, task, config, run, seed, "", share) for seed in seeds] for task in TASKS]
             steps = statistics.mean(item.steps for item in items)
-            rows.append([label, f"{share * config.gflops / config.shrink:.0f}", f"{steps:.0f}", accuracy])
-    fresh = [classifier_accuracy(None, config, seed) for seed in range(config.n_seeds)]
-    rows.append(["no pretraining", "0", "0", fresh])
-    counts = [place for _, place in place_questions(N_EXAMINED, HELD_OUT_SEED, "validation")]
-    rows.append(["most frequent place", "", "", max(map(counts.count, counts)) / len(counts)])
-    columns = [
-        Column("Pretrained on"),
-        Column("budget", "GFLOP"),
-        Column("steps"),
-        Column("right after fine-tuning", "", ".1%"),
-    ]
+            rows.append([label, f"{share * config.gflops / config.shrink:.0f}", f"{steps:.0f}", *found])
+    fresh = [[classifier_accuracy(None, task, config, seed) for seed in seeds] for task in TASKS]
+    rows.append(["no pretraining", "0", "0", *fresh])
+    most = []
+    for task in TASKS.values():
+        classes = [truth for _, truth in task.data(N_EXAMINED, HELD_OUT_SEED, "validation")]
+        most.append(max(map(classes.count, classes)) / len(classes))
+    rows.append(["most frequent class", "", "", *most])
+    columns = [Column("Pretrained on"), Column("budget", "GFLOP"), Column("steps"), *tuned_columns()]
     config.save("electra", columns, rows, "electra")
-    budgets = [share * config.gflops / config.shrink for share in SHARES]
-    save_figure(plot_electra(budgets, curves, fresh), config.folder / "electra.svg")
 
 
 SHARES = (0.5, 1.0)
-
-
-def plot_electra(budgets: list[float], curves: dict[str, list[list[float]]], fresh: list[float]) -> Figure:
-    """Accuracy after fine-tuning against the budget of pretraining, mean and every seed."""
-    figure, axis = plt.subplots(figsize=(6, 3.4))
-    for index, (label, rows) in enumerate(curves.items()):
-        axis.plot(budgets, [100 * statistics.mean(row) for row in rows], "-", color=f"C{index}", label=label)
-        for budget, row in zip(budgets, rows, strict=True):
-            axis.plot([budget] * len(row), [100 * value for value in row], "o", ms=3, color=f"C{index}")
-    axis.axhline(100 * statistics.mean(fresh), color="grey", ls=":", label="no pretraining")
-    axis.set(xlabel="pretraining (GFLOP)", ylabel="right after fine-tuning (%)", xscale="log")
-    axis.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
-    axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def masking(config: FiguresConfig, run: RunConfig) -> None:
@@ -330,10 +438,12 @@ def masking(config: FiguresConfig, run: RunConfig) -> None:
         items = [trained("bert", config, run, seed, key, 1.0) for seed in range(config.n_seeds)]
         hidden = [score(fill_in(item.model, places), places).nats for item in items]
         seen = [accuracy_in_view(item.model, places) for item in items]
-        tuned = [fine_tuned("bert", config, run, seed, key, 1.0) for seed in range(config.n_seeds)]
-        rows.append([name, hidden, seen, tuned])
+        tuned = [
+            [fine_tuned("bert", task, config, run, seed, key, 1.0) for seed in range(config.n_seeds)] for task in TASKS
+        ]
+        rows.append([name, hidden, seen, *tuned])
     columns = [Column("Hidden/swapped/kept"), Column("nats per gap", "", ".3f")]
-    columns += [Column("copies a token in plain view", "", ".1%"), Column("right after fine-tuning", "", ".1%")]
+    columns += [Column("copies a token in plain view", "", ".1%"), *tuned_columns()]
     config.save("masking", columns, rows, "masking")
 
 
@@ -350,14 +460,15 @@ def accuracy_in_view(model: nn.Module, places: list[Slot]) -> float:
 
 def speed(config: FiguresConfig, run: RunConfig) -> None:
     """A training step and generation beside Hugging Face's models."""
-    rounds = BenchConfig(n_rounds=max(1, 7 // config.shrink))
+    rounds = BenchConfig(n_rounds=max(1, 21 // config.shrink))
     rows = [[name, ratio] for name, ratio in measure_speed(rounds, VariantConfig(), run).items()]
     config.save("speed", [Column("Compared"), Column("ratio")], rows, "speed", n_seeds=1)
 
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]] = {  # name -> function, seconds
     "objectives": (objectives, 360),
-    "posterior": (posterior, 5),
+    "diagnosis": (diagnosis, 540),
+    "posterior": (posterior, 60),
     "electra": (electra, 240),
     "masking": (masking, 120),
     "speed": (speed, 30),

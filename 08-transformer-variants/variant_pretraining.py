@@ -200,15 +200,27 @@ class MaskedBatches:
 
 
 class CausalBatches:
-    """Language modelling: every token of a document, <eos> too, from those before it."""
+    """Language modelling: every token of a document, <eos> too, from those before it.
 
-    def __init__(self, batch_size: int, seed: int, corpus: Corpus | None = None) -> None:
+    For comparisons with a masked model: `asked` is the share of the tokens that it must predict, `hidden` the share
+    that it reads as <mask>.
+    """
+
+    def __init__(
+        self, batch_size: int, seed: int, corpus: Corpus | None = None, asked: float = 1.0, hidden: float = 0.0
+    ) -> None:
         self.batch_size, self.seed, self.corpus = batch_size, seed, corpus or world_corpus()
+        self.asked, self.hidden = asked, hidden
 
     def __call__(self, step: int) -> Batch:
         token_ids = padded(self.corpus.documents(step, self.seed, self.batch_size), IGNORE)  # (batch, seq_and_one)
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]  # (batch, seq)
-        return {"inputs": inputs.clamp(min=PAD_ID), "targets": targets}
+        lots = torch.rand(
+            2, *targets.shape, generator=generator_of(self.seed, step, "lots")
+        )  # (2, batch, seq), below 1
+        special = torch.tensor([IGNORE, *self.corpus.special_ids])
+        inputs = inputs.masked_fill((lots[1] < self.hidden) & ~torch.isin(inputs, special), MASK_ID)
+        return {"inputs": inputs.clamp(min=PAD_ID), "targets": targets.masked_fill(lots[0] >= self.asked, IGNORE)}
 
 
 class SpanBatches:
@@ -485,6 +497,21 @@ class FillScore(NamedTuple):
         return self.nats - self.best_nats
 
 
+def guess_of_kind(chosen: Sequence[Slot]) -> Tensor:
+    """Log-probabilities (slots, vocab) of knowing which kind of word is hidden, a place or a person, and no more.
+
+    Raises ValueError for a hidden word that is of no kind.
+    """
+    world, vocabulary = word_world()
+    kinds, rows = [*world.words.values(), world.names], torch.full((len(chosen), len(vocabulary)), -math.inf)
+    for row, slot in zip(rows, chosen, strict=True):
+        kind = next((words for words in kinds if slot.truth in words), None)
+        if kind is None:
+            raise ValueError(f"{slot.truth!r} is of no kind of word that this world has")
+        row[vocabulary.encode(kind)] = -math.log(len(kind))
+    return rows
+
+
 def score(log_probs: Tensor, chosen: Sequence[Slot]) -> FillScore:
     """Compare a model's beliefs (slots, vocab) with the world's; expectations under the posterior remove luck."""
     ids, found = word_world()[1].ids, []
@@ -516,15 +543,20 @@ def pretrain_for(
     batch_size: int,
     seed: int,
     device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], object] | None = None,
     **options,
 ) -> Trained:
     """Train one kind of model until it has used up `flops`; `options` go to its batches or to TrainConfig.
+
+    `prepare` may change the new model before its first step.
 
     Raises ValueError for an unknown name and for a budget that does not pay for one step.
     """
     variant = VARIANTS[check_name("model", name, VARIANTS)]
     torch.manual_seed(seed)
     model = variant.build(config, len(word_world()[1])).to(device)
+    if prepare is not None:
+        prepare(model)
     known = set(TrainConfig.__dataclass_fields__)
     data = {key: value for key, value in options.items() if key not in known}
     batches = variant.batches(batch_size, seed, **data)
@@ -572,6 +604,11 @@ def possible(tokens: list[str]) -> bool:
 
 def acceptability(n: int, seed: int, split: str) -> list[tuple[str, str]]:
     """n texts with a class: half are documents, half have one word replaced so that the world cannot write them."""
+    return [(join(tokens[:-1]), name) for tokens, name in acceptable_tokens(n, seed, split)]
+
+
+def acceptable_tokens(n: int, seed: int, split: str) -> list[tuple[list[str], str]]:
+    """The texts of `acceptability` as tokens, <eos> included."""
     world, vocabulary = word_world()
     generator, found = generator_of(seed, n), []
     usual = [token for token in vocabulary.tokens if token not in (*SPECIAL_TOKENS, *SENTINELS)]
@@ -584,7 +621,7 @@ def acceptability(n: int, seed: int, split: str) -> list[tuple[str, str]]:
                     int(torch.randint(size, (), generator=generator)) for size in (len(tokens) - 1, len(usual))
                 )
                 tokens[place] = usual[word]
-        found.append((join(tokens[:-1]), CLASSES[1 - len(found) % 2]))
+        found.append((tokens, CLASSES[1 - len(found) % 2]))
     return found
 
 
