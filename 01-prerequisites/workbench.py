@@ -297,11 +297,18 @@ class Column:
 
 
 def save_results(
-    path: Path, name: str, columns: list[Column], rows: list[list], seeds: Iterable[int], command: str
+    path: Path,
+    name: str,
+    columns: list[Column],
+    rows: list[list],
+    seeds: Iterable[int],
+    command: str,
+    hardware: str = "",
 ) -> None:
     """Record a table of measurements under `name` in a results.json.
 
     A cell is a string, a number, or a list of numbers, one for each seed (shown as mean ± standard deviation).
+    hardware: where they were made, if not here.
     """
     if any(len(row) != len(columns) for row in rows):
         raise ValueError(f"table {name!r}: every row needs {len(columns)} cells, got {[len(row) for row in rows]}")
@@ -310,7 +317,7 @@ def save_results(
         "columns": [dataclasses.asdict(column) for column in columns],
         "rows": rows,
         "seeds": list(seeds),
-        "hardware": describe_machine(),
+        "hardware": hardware or describe_machine(),
         "date": datetime.date.today().isoformat(),
         "command": command,
     }

@@ -771,13 +771,15 @@ def detach(state: State) -> State:
 def sample_ids(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Draw one id per row from softmax(logits / temperature); temperature 0 takes the most likely one.
 
+    Drawn on the generator's device, so that one seed chooses alike wherever the logits were computed.
     Shapes: logits (batch, vocab) -> ids (batch, 1). Raises ValueError for a negative or non-finite temperature.
     """
     check_range(SimpleNamespace(temperature=temperature), "temperature", least=0)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (batch, 1)
     scaled = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # (batch, vocab); no overflow near 0
-    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)  # (batch, 1)
+    probs = scaled.softmax(dim=-1).to(generator.device if generator else logits.device)  # (batch, vocab)
+    return torch.multinomial(probs, 1, generator=generator).to(logits.device)  # (batch, 1)
 
 
 @torch.no_grad()

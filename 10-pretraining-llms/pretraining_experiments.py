@@ -54,26 +54,33 @@ def course(config, run: RunConfig) -> None:
     columns = [Column("Kind"), Column("Entropy floor", "nats per token", ".3f")]
     columns += [Column("Gap above it", "nats per token", ".4f"), Column("Standard error", "", ".4f")]
     gaps = [[kind, *numbers] for kind, numbers in report["gaps"].items()]
-    save_results(config.folder / "results.json", "course-gaps", columns, gaps, [0], report["command"])
+    made = ([0], report["command"], report["machine"])
+    save_results(config.folder / "results.json", "course-gaps", columns, gaps, *made)
     columns = [Column("Questions"), Column("Exactly right", "", ".1%")]
     answers = [[topic, share] for topic, share in report["answers"].items()]
     answers += [["documents of its own that are possible", report["possible_samples"]]]
-    save_results(config.folder / "results.json", "course-answers", columns, answers, [0], report["command"])
-    save_lengths(config.folder, report)
+    save_results(config.folder / "results.json", "course-answers", columns, answers, *made)
+    save_runs(config.folder, report)
 
 
-def save_lengths(folder: Path, report: dict) -> None:
-    """The committed run beside one of half its steps, whose report lies among the figures."""
-    half = json.loads((FIGURES / "report_of_half_the_steps.json").read_text(encoding="utf-8"))
-    asked = ("story", "scene", "new sums")
-    columns = [Column("Steps", digits=",d"), Column("Gap, all documents", "nats per token", ".4f")]
+def save_runs(folder: Path, report: dict) -> None:
+    """The committed run beside others, whose reports lie among the figures: shorter ones, and one with more blocks."""
+    others = json.loads((FIGURES / "other_runs.json").read_text(encoding="utf-8"))
+    asked = ("story", "scene", "new sums", "unasked")
+    columns = [Column("Trained on"), Column("Weights", digits=",d"), Column("Positions seen", "millions", ".1f")]
+    columns += [Column("Gap, all documents", "nats per token", ".4f")]
     columns += [Column(f"Right: {topic}", digits=".1%") for topic in asked]
     columns += [Column("Possible documents of its own", digits=".1%")]
     rows = [
-        [run["steps"], run["gaps"]["all"][1], *(run["answers"][topic] for topic in asked), run["possible_samples"]]
-        for run in (half, report)
+        [
+            *("a GPU" if "cuda" in run["command"] else "a CPU", run["parameters"], run["positions"] / 1e6),
+            *(run["gaps"]["all"][1], *(run["answers"][topic] for topic in asked), run["possible_samples"]),
+        ]
+        for run in (*others, report)
     ]
-    save_results(folder / "results.json", "course-lengths", columns, rows, [0], half["command"])
+    command = "python 10-pretraining-llms/pretraining_llms.py figures course"
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in (*others, report)))
+    save_results(folder / "results.json", "course-runs", columns, rows, [0], command, machines)
 
 
 def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
@@ -84,7 +91,7 @@ def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     left.plot(steps, losses - floor, color="0.75", lw=0.8, label="training batches, loss minus floor")
     held = [(float(row["step"]), float(row["gap"])) for row in rows if row.get("gap")]
     left.plot(*zip(*held, strict=True), "o-", color="C0", label="held-out documents")
-    left.set(yscale="log", xlabel="step", ylabel="gap to the floor (nats per token)", ylim=(0.005, 5))
+    left.set(yscale="log", xlabel="step", ylabel="gap to the floor (nats per token)", ylim=(0.003, 5))
     left.legend(frameon=False, loc="upper right")
     kinds = sorted((kind for kind in report["gaps"] if kind != "all"), key=lambda kind: report["gaps"][kind][1])
     right.barh(kinds, [report["gaps"][kind][1] for kind in kinds], color="C0")
