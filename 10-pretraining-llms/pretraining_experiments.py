@@ -20,12 +20,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from corpus_experiments import CORPUS_EXPERIMENTS, CorpusFiguresConfig
-from course_model import FOLDER, REPORT, load_course_model, make_shards
+from course_model import FOLDER, REPORT, complete, load_course_model, make_shards
+from gpt2 import SamplingConfig
 from llm_calculators import forward_flops
 from optimizers import build_optimizer
 from packing import language_model_loss
 from parallel_experiments import EXPERIMENTS as PARALLEL_EXPERIMENTS
 from shards import PACKINGS, ShardBatches, ShardConfig
+from tiny_world import World, join, words
 from workbench import (
     Column,
     RunConfig,
@@ -83,6 +85,31 @@ def save_runs(folder: Path, report: dict) -> None:
     save_results(folder / "results.json", "course-runs", columns, rows, [0], command, machines)
 
 
+def scenes(config, run: RunConfig) -> None:
+    """What of a picture the committed model has understood: where things lie, and which colour belongs to which."""
+    (model, tokenizer), n_questions = load_course_model(), 600
+    asked = World().questions("scene", n_questions, run.seed)
+    prompts = [join(before) for before, _ in asked]
+    made = complete(model.eval(), tokenizer, prompts, SamplingConfig(8, temperature=0.0))
+    counts: dict[tuple[str, int], list[int]] = {}
+    for prompt, text, (before, answer) in zip(prompts, made, asked, strict=True):
+        about = "colour" if "what colour" in prompt.rpartition("Question")[2] else "place"
+        found, n_objects = words(text)[: len(answer)], 3 if " and " in prompt else 2
+        count = counts.setdefault((about, n_objects), [0, 0, 0])
+        count[0] += 1
+        count[1] += found == answer
+        count[2] += found != answer and found[0] in before
+    columns = [Column("Question about"), Column("Objects", digits="d"), Column("Asked", digits="d")]
+    columns += [Column("Right", digits=".1%"), Column("Wrong, a colour or shape of the picture", digits=".1%")]
+    columns += [Column("Right by choosing blindly among the picture's colours", digits=".1%")]
+    rows = [
+        [about, n_objects, n, right / n, other / n, 1 / n_objects if about == "colour" else "-"]
+        for (about, n_objects), (n, right, other) in sorted(counts.items())
+    ]
+    command = "python 10-pretraining-llms/pretraining_llms.py figures scenes"
+    save_results(config.folder / "results.json", "scenes", columns, rows, [run.seed], command)
+
+
 def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     """Training loss and held-out gap over the run, left; the gap by kind at its end, right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
@@ -120,6 +147,7 @@ def packing(config, run: RunConfig) -> None:
 
 EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "course": (course, 2),
+    "scenes": (scenes, 15),
     "packing": (packing, 5),
     **CORPUS_EXPERIMENTS,
     **PARALLEL_EXPERIMENTS,
