@@ -176,4 +176,56 @@ def speed(config: "FiguresConfig", run: RunConfig) -> None:
     config.save("speed", [Column("Compared"), Column("result")], rows, "speed", n_seeds=1)
 
 
-BENCH_EXPERIMENTS = {"speed": (speed, 60)}
+def kernel(config: "FiguresConfig", run: RunConfig) -> None:
+    """Our Triton kernels beside PyTorch's FlashAttention and the score matrix, causal, bfloat16; needs a GPU."""
+    if not torch.cuda.is_available():
+        print("kernel: there is no GPU here; the table keeps the numbers of the last one")
+        return
+    from triton.testing import do_bench
+
+    from flash_kernel import flash_kernel
+
+    batch_size, n_heads, d_head, rows = 4, 16, 64, []
+    for seq_len in (1024, 2048, 4096, 8192):
+        shape = (batch_size, n_heads, seq_len, d_head)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+        works = {
+            "ours": lambda q=q, k=k, v=v: flash_kernel(q, k, v, causal=True),
+            "flash": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        }
+        if seq_len <= 4096:  # longer, the scores and their gradient do not fit well
+            works["scores"] = lambda q=q, k=k, v=v: score_matrix_attention(q, k, v)
+        cells: dict[str, tuple[float | str, float | str]] = {"scores": ("-", "-")}
+        for name, work in works.items():
+            forward = do_bench(work, warmup=20, rep=60, return_mode="median")
+            both = do_bench(
+                lambda work=work, q=q, k=k, v=v: torch.autograd.grad(work(), (q, k, v), q.detach()),
+                warmup=20,
+                rep=60,
+                return_mode="median",
+            )
+            cells[name] = (forward, both)
+        error = ((works["ours"]().float() - exact).norm() / exact.norm()).item()
+        rate = 2 * batch_size * n_heads * seq_len**2 * d_head / cells["ours"][0] / 1e9
+        rows.append([seq_len, *(cells[name][0] for name in ("ours", "flash", "scores")), rate])
+        rows[-1] += [*(cells[name][1] for name in ("ours", "flash", "scores")), error]
+    save_kernel(config, rows)
+
+
+def save_kernel(config: "FiguresConfig", rows: list[list]) -> None:
+    ways = ("ours", "PyTorch's FlashAttention", "score matrix")
+    columns = [Column("Keys", digits=",d"), *(Column(f"Forward, {way}", "ms", ".3f") for way in ways)]
+    columns += [Column("Ours", "TFLOP/s", ".0f"), *(Column(f"With backward, {way}", "ms", ".2f") for way in ways)]
+    columns += [Column("Relative error", digits=".1e")]
+    config.save("kernel", columns, rows, "kernel", n_seeds=1)
+
+
+def score_matrix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention that writes all scores to memory."""
+    scores = (q @ k.mT) / q.shape[-1] ** 0.5  # (batch, heads, query, key)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # (query, key)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v
+
+
+BENCH_EXPERIMENTS = {"speed": (speed, 60), "kernel": (kernel, 30)}

@@ -7,7 +7,16 @@ import torch
 
 from gpt2 import SamplingConfig
 from modern_llm_architectures import main
-from modern_llm_bench import BenchConfig, decoding_works, measure_speed, rivals, training_works
+from modern_llm_bench import (
+    BenchConfig,
+    decoding_works,
+    kernel,
+    measure_speed,
+    rivals,
+    score_matrix_attention,
+    training_works,
+)
+from modern_llm_experiments import FiguresConfig
 from workbench import RunConfig
 
 SMALL = BenchConfig(32, 2, 2, 61, batch_size=2, seq_len=12, prompt_len=5, max_new_tokens=6, n_rounds=1)
@@ -55,3 +64,16 @@ def test_bad_shapes_are_refused(capsys) -> None:
             main(["bench", *flags])
         error = capsys.readouterr().err
         assert refused.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_the_rival_of_the_kernel_is_causal_attention(parity) -> None:
+    q, k, v = (torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    got = score_matrix_attention(q, k, v)
+    parity("score_matrix_attention", "F.scaled_dot_product_attention", "output", got, wanted, 1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would measure")
+def test_without_a_gpu_the_kernel_s_numbers_stay(tmp_path, capsys) -> None:
+    kernel(FiguresConfig(folder=tmp_path), RUN)
+    assert "no GPU" in capsys.readouterr().out and not list(tmp_path.iterdir())
