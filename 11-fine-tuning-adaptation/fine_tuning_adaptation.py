@@ -8,21 +8,38 @@ Wei et al. 2022 (FLAN, arXiv 2109.01652), Ouyang et al. 2022 (InstructGPT, arXiv
 (ULMFiT, arXiv 1801.06146: discriminative rates), Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796).
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_model import gaps_by_kind, upto
+from course_model import FOLDER, gaps_by_kind, load_course_model, upto
 from course_tokenizer import Chat, CourseTokenizer
 from gpt2 import SamplingConfig, left_padded
+from low_rank_adapters import LoraConfig, adapted_layers, add_adapters, fold, load_adapter, save_adapter
+from modern_llm_architectures import CausalLM
+from nf4 import quantize_model, weight_bytes
 from packing import Batch, EpochOrder, pack
+from prompt_tuning import PromptTuned, add_biases, add_bottlenecks, add_prefix, trained_parameters
 from sequence_modeling import IGNORE, device_of
-from tiny_world import INSTRUCT, INSTRUCTION_SPLITS, Document, Instruction, World, join, words
-from workbench import check_name, check_range
+from tiny_world import (
+    INSTRUCT,
+    INSTRUCTION_SPLITS,
+    LENGTHS,
+    WORD_CLASSES,
+    Document,
+    Instruction,
+    World,
+    join,
+    words,
+)
+from training_transformers import LossFn, TrainConfig, fit
+from workbench import RunConfig, announce, check_name, check_range, pick_device, run_verbs, seed_everything, shown
 
 # Dialogues: what is written, and what of it the loss counts
 
@@ -46,9 +63,10 @@ def encode_replay(tokenizer: CourseTokenizer, documents: Iterable[Document]) -> 
     return [Chat(ids, [True] * len(ids)) for ids in encoded]
 
 
-def prompt_ids(tokenizer: CourseTokenizer, prompt: str) -> list[int]:
-    """A question as a model of dialogues expects it: up to where the assistant begins to speak."""
-    return tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True).ids
+def prompt_ids(tokenizer: CourseTokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
+    """A question, or the messages up to it, as a model of dialogues expects it: up to where the assistant speaks."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.chat(messages, add_generation_prompt=True).ids
 
 
 class DialogueBatches:
@@ -120,10 +138,16 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Two thirds of the positions of a dialogue are not counted, and the head is the largest matrix of a small model.
     """
+    logits, targets = counted_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), torch.tensor(len(targets))
+
+
+def counted_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocab) and targets (tokens) of the counted positions of a batch."""
     documents = {"document_ids": batch["document_ids"]} if "document_ids" in batch else {}
     counted = batch["targets"] != IGNORE  # (batch, seq)
-    logits = model.logits(model.hidden(batch["inputs"], **documents)[counted])  # (tokens, vocab)
-    return F.cross_entropy(logits.float(), batch["targets"][counted], reduction="sum"), counted.sum()
+    hidden = model.hidden(batch["inputs"], **documents)  # (batch, seq, d_model)
+    return model.logits(hidden[counted]), batch["targets"][counted]
 
 
 def everything_trained(dialogues: Sequence[Chat]) -> list[Chat]:
@@ -172,11 +196,11 @@ def with_end(model: nn.Module, end_id: int) -> nn.Module:
 def respond(
     model: nn.Module,
     tokenizer: CourseTokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict[str, str]]],
     sampling: SamplingConfig = SamplingConfig(90, temperature=0.0),  # noqa: B008 - frozen
     seed: int = 0,
 ) -> list[str]:
-    """What the model answers to each prompt, as text up to <|im_end|>; greedy unless `sampling` says otherwise."""
+    """What the model answers to each prompt (or messages), as text up to <|im_end|>; greedy unless told otherwise."""
     model = with_end(model.eval(), tokenizer.im_end_id)
     rows, device = [prompt_ids(tokenizer, prompt) for prompt in prompts], device_of(model)
     found, generator = [""] * len(rows), torch.Generator(device).manual_seed(seed)
@@ -213,3 +237,383 @@ def examine_answers(model: nn.Module, tokenizer: CourseTokenizer, config: Answer
     accuracy = category_accuracy(model, tokenizer, config)
     mean = sum(accuracy.values()) / len(accuracy)
     return {"accuracy": accuracy, "mean": mean, "gap": forgetting(model, tokenizer, config)}
+
+
+def guessing() -> dict[str, float]:
+    """What somebody reaches who knows how answers look and guesses the rest; a story has too many forms to guess."""
+    sizes = {name: len(WORD_CLASSES[name]) for name in ("towns", "jobs", "pets", "foods", "places", "colours")}
+    facts, lengths = ("towns", "jobs", "pets", "foods"), LENGTHS.values()
+    return {
+        "fact": sum(1 / sizes[name] for name in facts) / len(facts),
+        "read": (1 / sizes["places"] + 1 / sizes["colours"]) / 3,  # the owner is one of hundreds
+        "sum": 1 / (2 * World().config.max_sum + 1),
+        "story": 0.0,
+        "sort": sum(1 / math.factorial(length) for length in lengths) / len(lengths),
+        "refuse": 0.5,  # refuse, or say that there is none
+        "safe": 0.5,
+    }
+
+
+# Methods: which numbers are trained
+
+
+RATES = {  # peak learning rates, the best of those tried on a seed of its own: see `rates` in adaptation_experiments
+    "full": 2e-3,
+    "layerwise": 3e-3,
+    "lora": 1e-2,
+    "dora": 1e-2,
+    "qlora": 1e-2,
+    "adapters": 1e-2,
+    "prefix": 3e-2,
+    "prompt": 1e-1,
+    "bitfit": 2e-2,
+}
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Which numbers of the model are trained. LoRA's own settings are in LoraConfig."""
+
+    method: str = "lora"  # full, layerwise, lora, dora, qlora, adapters, prefix, prompt or bitfit
+    n_frozen: int = 1  # layerwise: blocks at the bottom that stay as they are, the embeddings with them
+    layer_decay: float = 1.0  # layerwise: learning rate of a block over that of the block above it
+    d_bottleneck: int = 16  # adapters: width of the bottleneck
+    n_virtual: int = 16  # prefix, prompt: positions before every text
+
+    def __post_init__(self) -> None:
+        check_name("method", self.method, RATES)
+        check_range(self, "n_frozen", least=0)
+        check_range(self, "layer_decay", above=0, most=1)
+        check_range(self, "d_bottleneck", "n_virtual", least=1)
+
+
+def adapt(model: CausalLM, tokenizer: CourseTokenizer, how: MethodConfig, lora: LoraConfig) -> nn.Module:
+    """Freeze what a method leaves alone and add what it trains.
+
+    LoRA, DoRA, adapters, biases and full fine-tuning begin as the model was; QLoRA begins with its rounding; prefixes
+    and prompts begin as if the start of a dialogue had been read.
+    """
+    first = (prompt_ids(tokenizer, "Please tell me") * how.n_virtual)[: how.n_virtual]
+    match how.method:
+        case "full":
+            model.requires_grad_(True)
+        case "layerwise":
+            freeze_below(model, how.n_frozen)
+        case "lora" | "dora" | "qlora":
+            if how.method == "qlora":
+                quantize_model(model)
+            add_adapters(model, replace(lora, dora=lora.dora or how.method == "dora"))
+        case "adapters":
+            add_bottlenecks(model, how.d_bottleneck)
+        case "prefix":
+            add_prefix(model, first)
+        case "prompt":
+            return PromptTuned(model, first, tokenizer.mask_id)
+        case "bitfit":
+            add_biases(model)
+    return model
+
+
+def freeze_below(model: CausalLM, n_frozen: int) -> None:
+    """Train the blocks from number n_frozen on and the last norm; a tied head is frozen with the embedding.
+
+    0 freezes nothing. Raises ValueError if no block is left.
+    """
+    if n_frozen >= len(model.blocks):
+        raise ValueError(f"n_frozen={n_frozen} leaves no block of {len(model.blocks)} to train; lower it")
+    model.requires_grad_(n_frozen == 0)
+    model.blocks[n_frozen:].requires_grad_(True)
+    model.final_norm.requires_grad_(True)
+
+
+def layer_rates(model: CausalLM, learning_rate: float, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW whose rate falls by `layer_decay` from each block to the one below (Howard and Ruder 2018, section 3.2).
+
+    The embedding counts as the block below the first. `fit` scales every group by its own "base_lr".
+    """
+    n_blocks, groups = len(model.blocks), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            depth = n_blocks - 1 - int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            groups.setdefault(n_blocks if name.startswith("token_emb") else depth, []).append(parameter)
+    rates = {depth: learning_rate * layer_decay**depth for depth in sorted(groups)}
+    settings = [{"params": groups[depth], "lr": rate, "base_lr": rate} for depth, rate in rates.items()]
+    return torch.optim.AdamW(settings, learning_rate, (0.9, 0.95), weight_decay=0.0)
+
+
+# What keeps a model from forgetting
+
+
+def fisher_diagonal(
+    model: nn.Module, batches: Callable[[int], Batch], n_batches: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Fisher information of each trained number, per token, on the texts of some batches.
+
+    The targets are drawn from the model itself, each on its own. Their scores then have mean 0 and are uncorrelated, so
+    the square of the gradient of a whole batch is, on average, the sum of the tokens' squares: one backward pass for a
+    batch, no loop over examples. With the texts' own targets that would not be so.
+    """
+    generator, n_tokens = torch.Generator().manual_seed(seed), 0
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    for step in range(n_batches):
+        batch = {name: part.to(device_of(model)) for name, part in batches(step).items()}
+        logits, _ = counted_logits(model, batch)  # (tokens, vocab)
+        drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]  # (tokens)
+        loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+            found[name] += gradient.square()
+        n_tokens += len(drawn)
+    return {name: total / n_tokens for name, total in found.items()}
+
+
+class ElasticPenalty:
+    """strength / 2 * sum of F (theta - theta at the start)^2: elastic weight consolidation (Kirkpatrick et al. 2017).
+
+    With F per token, a strength of n gives the old task the weight of n tokens for each token of the new one.
+    """
+
+    def __init__(self, model: nn.Module, fisher: dict[str, Tensor], strength: float) -> None:
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"the strength of EWC must be finite and >= 0, got {strength}")
+        named = dict(model.named_parameters())
+        self.fisher, self.strength = fisher, strength
+        self.start = {name: named[name].detach().clone() for name in fisher}
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        named = dict(model.named_parameters())
+        parts = [(self.fisher[name] * (named[name] - self.start[name]).square()).sum() for name in self.fisher]
+        return self.strength / 2 * torch.stack(parts).sum()
+
+    def added_to(self, loss_fn: LossFn) -> LossFn:
+        """A loss for `fit` with the penalty once for each token, because `fit` divides by their number."""
+
+        def penalised(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+            loss, count = loss_fn(model, batch)
+            return loss + count * self(model), count
+
+        return penalised
+
+
+# Supervised fine-tuning
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """How a model is fine-tuned on instructions."""
+
+    max_steps: int = 400  # optimizer steps
+    batch_size: int = 16  # dialogues of a step
+    seq_len: int = 96  # positions of a row that dialogues are packed into; 0: one dialogue in a row, padded
+    learning_rate: float = 0.0  # the peak; 0: the rate that suits the method
+    n_instructions: int = 4200  # instructions to learn from, in equal numbers for each category
+    categories: str = ",".join(INSTRUCT)  # what they are about, with commas between
+    loss_on: Literal["answer", "everything"] = "answer"  # what the loss counts
+    replay_share: float = 0.0  # fraction of every batch that is pretraining documents
+    ewc_strength: float = 0.0  # weight of the elastic penalty; 0: none
+
+    def __post_init__(self) -> None:
+        check_range(self, "max_steps", "batch_size", "n_instructions", least=1)
+        check_range(self, "seq_len", "learning_rate", "ewc_strength", least=0)
+        check_range(self, "replay_share", least=0, below=1)
+        check_name("loss_on", self.loss_on, ("answer", "everything"))
+        for name in self.names:
+            check_name("category", name, INSTRUCT)
+
+    @property
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.categories.split(",") if name.strip()]
+
+    def training(self, method: str) -> TrainConfig:
+        """Topic 07's settings: AdamW without decay, a warm-up of at most 40 steps, then a cosine."""
+        return TrainConfig(
+            batch_size=self.batch_size,
+            max_steps=self.max_steps,
+            learning_rate=self.learning_rate or RATES[method],
+            warmup_steps=min(40, self.max_steps // 4),
+            weight_decay=0.0,
+        )
+
+
+def training_dialogues(tokenizer: CourseTokenizer, config: SftConfig, seed: int) -> list[Chat]:
+    """The instructions to learn from, category by category."""
+    world, share = World(), max(1, config.n_instructions // len(config.names))
+    drawn = [item for name in config.names for item in world.instructions(share, seed + 1, "train", name)]
+    dialogues = encode_dialogues(tokenizer, drawn)
+    return dialogues if config.loss_on == "answer" else everything_trained(dialogues)
+
+
+def replay_documents(tokenizer: CourseTokenizer, n: int, seed: int, longest: int = 0) -> list[Chat]:
+    """Documents of the pretraining side; those that do not fit into a row are left out."""
+    rows = encode_replay(tokenizer, World().documents(n, seed + 1, "train"))
+    return [row for row in rows if not longest or len(row.ids) <= longest + 1]
+
+
+def sft_batches(tokenizer: CourseTokenizer, config: SftConfig, how: MethodConfig, seed: int) -> DialogueBatches:
+    """The batches of a training; prefixes and prompts stand before whole rows, so theirs are padded."""
+    seq_len = 0 if how.method in ("prefix", "prompt") else config.seq_len
+    replay = replay_documents(tokenizer, 2000, seed, config.seq_len) if config.replay_share else ()
+    dialogues = training_dialogues(tokenizer, config, seed)
+    return DialogueBatches(dialogues, config.batch_size, seed, seq_len, replay, config.replay_share)
+
+
+def fine_tune(
+    model: nn.Module, tokenizer: CourseTokenizer, config: SftConfig, how: MethodConfig, seed: int
+) -> list[dict[str, float]]:
+    """Train what `adapt` left trainable on instructions; return the log. The model is changed in place."""
+    if not trained_parameters(model):
+        raise ValueError("no number of this model is trained; unfreeze some or add adapters")
+    training, loss_fn, optimizer = config.training(how.method), answer_loss, None
+    if how.method == "layerwise" and how.layer_decay < 1:
+        optimizer = layer_rates(model, training.learning_rate, how.layer_decay)
+    if config.ewc_strength:
+        old = DialogueBatches(replay_documents(tokenizer, 1000, seed, config.seq_len), 32, seed, config.seq_len)
+        penalty = ElasticPenalty(model, fisher_diagonal(model, old, 60, seed), config.ewc_strength)
+        loss_fn = penalty.added_to(answer_loss)
+    return fit(model, sft_batches(tokenizer, config, how, seed), loss_fn, training, optimizer=optimizer)
+
+
+# The verbs
+
+
+BREAK_NAMES = (  # the keys of BREAKS in adaptation_failures, which measures them
+    *("alpha-without-rank", "merged-twice", "nothing-trained", "late-binding", "all-masked"),
+    *("loss-on-prompt", "end-not-trained", "other-template", "packed-together"),
+)
+
+
+@dataclass(frozen=True)
+class BreakConfig:
+    """Which failure the demo shows."""
+
+    break_: Literal["none", *BREAK_NAMES] = "none"  # the failure to show, in place of the demo
+
+
+def demo(broken: BreakConfig, lora: LoraConfig, config: SftConfig, exam: AnswerConfig, run: RunConfig) -> None:
+    """Teach the course model to follow instructions with LoRA, and show what it gained, forgot and weighs."""
+    if broken.break_ != "none":
+        from adaptation_failures import BREAKS  # here, because it imports this module
+
+        show, seconds = BREAKS[broken.break_]
+        announce(f"showing the failure {broken.break_!r}", seconds)
+        for what, sound, wrong in show(run):
+            print(f"{what}: {sound:.4g} as it should be, {wrong:.4g} with --break {broken.break_}")
+        return
+    model, before, after = adapted(MethodConfig("lora"), lora, config, exam, run)
+    show_table({"before": before, "after": after})
+    show_weight(model)
+    save_adapter(model, run.out / "adapter", base=shown(FOLDER))
+    folder = shown(run.out / "adapter")
+    print(
+        f"the adapter is in {folder}, in PEFT's format; go on: python {shown(Path(__file__))} merge --adapter {folder}"
+    )
+
+
+def adapted(
+    how: MethodConfig, lora: LoraConfig, config: SftConfig, exam: AnswerConfig, run: RunConfig
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """The course model, examined, adapted, trained and examined again."""
+    announce(
+        f"fine-tune the course model by {how.method!r}, {config.max_steps} steps of {config.batch_size} dialogues",
+        0.12 * config.max_steps + 0.04 * exam.n_questions * len(INSTRUCT) + 10,
+    )
+    seed_everything(run.seed)
+    model, tokenizer = load_course_model()
+    model = model.to(pick_device(run.device))
+    before = examine_answers(model, tokenizer, exam)
+    model = adapt(model, tokenizer, how, lora)
+    fine_tune(model, tokenizer, config, how, run.seed)
+    return model, before, examine_answers(model, tokenizer, exam)
+
+
+def show_table(reports: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by category of some reports, beside guessing and the best possible."""
+    chance = guessing()
+    print(f"{'held-out':10}" + "".join(f"{name:>10}" for name in reports) + f"{'guessing':>10}{'best':>10}")
+    for category in INSTRUCT:
+        cells = "".join(f"{report['accuracy'][category]:10.1%}" for report in reports.values())
+        print(f"{category:10}{cells}{chance[category]:10.1%}{1:10.1%}")
+    means = "".join(f"{report['mean']:10.1%}" for report in reports.values())
+    print(f"{'mean':10}{means}{sum(chance.values()) / len(chance):10.1%}{1:10.1%}")
+    gaps = "".join(f"{report['gap']:10.4f}" for report in reports.values())
+    print(f"{'gap':10}{gaps}{'':10}{0:10.4f}   nats per token above the floor, held-out pretraining documents")
+
+
+def show_weight(model: nn.Module) -> None:
+    trained, everything = trained_parameters(model), sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.1%}); AdamW's state takes "
+        f"{8 * trained / 2**20:.2f} MiB, the weights {weight_bytes(model) / 2**20:.2f} MiB"
+    )
+
+
+def sft(how: MethodConfig, lora: LoraConfig, config: SftConfig, exam: AnswerConfig, run: RunConfig) -> None:
+    """Fine-tune the course model on instructions by any method; save a model or, for LoRA and DoRA, an adapter."""
+    model, before, after = adapted(how, lora, config, exam, run)
+    show_table({"before": before, "after": after})
+    show_weight(model)
+    if adapted_layers(model):
+        save_adapter(model, run.out / "adapter", base=shown(FOLDER))
+        print(f"the adapter is in {shown(run.out / 'adapter')}")
+    elif how.method in ("full", "layerwise"):
+        save_model(model, load_course_model()[1], run.out / "model")
+    else:
+        print(f"no folder format of this course holds what {how.method!r} trains: nothing is saved")
+
+
+def save_model(model: CausalLM, tokenizer: CourseTokenizer, folder: Path) -> None:
+    with_end(model, tokenizer.im_end_id).save_pretrained(folder)
+    tokenizer.save_folder(folder)
+    print(f"the model is in {shown(folder)}")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which model, and which adapter on it."""
+
+    checkpoint: Path | None = None  # a folder with a model; without one, the course model
+    adapter: Path | None = None  # a folder with an adapter in PEFT's format
+
+    def load(self) -> tuple[CausalLM, CourseTokenizer]:
+        model, tokenizer = load_course_model(self.checkpoint or FOLDER)
+        if self.adapter:
+            load_adapter(model, self.adapter)
+        return model, tokenizer
+
+
+def evaluate(chosen: AdapterConfig, exam: AnswerConfig, run: RunConfig) -> None:
+    """Examine a model, with an adapter or without: accuracy by category, and the gap on pretraining documents."""
+    announce(f"ask {exam.n_questions} instructions of each category", 5 + 0.02 * exam.n_questions * len(INSTRUCT))
+    model, tokenizer = chosen.load()
+    model = model.to(pick_device(run.device))
+    show_table({"now": examine_answers(model, tokenizer, exam)})
+    asked = World().instructions(len(INSTRUCT), run.seed, exam.exam_split)
+    for item, text in zip(asked, respond(model, tokenizer, [join(item.prompt) for item in asked]), strict=True):
+        print(f"  {join(item.prompt)} -> {text}{'' if item.check(words(text)) else '   (wrong)'}")
+
+
+def merge_folder(chosen: AdapterConfig, run: RunConfig) -> None:
+    """Add an adapter to its base model and save the whole as one Llama folder."""
+    if not chosen.adapter:
+        raise ValueError("merge needs --adapter, a folder such as the one that sft writes")
+    model, tokenizer = chosen.load()
+    save_model(fold(model), tokenizer, run.out / "merged")
+
+
+def main(argv: list[str] | None = None) -> None:
+    from adaptation_experiments import FiguresConfig, bench, figures  # here, because it imports this module
+
+    training = (LoraConfig, SftConfig, AnswerConfig, RunConfig)
+    verbs: dict[str, tuple[Any, ...]] = {
+        "demo": (demo, BreakConfig, *training),
+        "sft": (sft, MethodConfig, *training),
+        "evaluate": (evaluate, AdapterConfig, AnswerConfig, RunConfig),
+        "merge": (merge_folder, AdapterConfig, RunConfig),
+        "bench": (bench, RunConfig),
+        "figures": (figures, FiguresConfig, RunConfig),
+    }
+    run_verbs(__doc__, verbs, argv)
+
+
+if __name__ == "__main__":
+    main()

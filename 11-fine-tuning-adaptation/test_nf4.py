@@ -86,12 +86,13 @@ def test_levels_are_kept_and_zero_stays_zero() -> None:
     assert not quantize_nf4(torch.zeros(3, 70)).dequantize().any()
 
 
-def test_normal_weights_use_all_levels_alike_and_beat_an_even_grid() -> None:
+def test_normal_weights_use_every_level_not_alike_and_beat_an_even_grid() -> None:
     weight = weights(2**16, seed=3)
     packed = quantize_nf4(weight, 64, double=False)
     codes = torch.stack([packed.codes >> 4, packed.codes & 15]).flatten().long()
     counts = torch.bincount(codes, minlength=16) / len(codes)
-    assert counts.min() > 0.3 / 16 and counts.max() < 2 / 16
+    assert 0.01 < counts.min() == min(counts[0], counts[15]) < 0.03  # the scale is the block's maximum: few reach it
+    assert 0.08 < counts.max() < 0.11
     even = torch.linspace(-1, 1, 16)
     scales = nf4.block_scales(weight, 64)
     rounded = even[nf4.nearest(nf4.scaled_to_one(weight, scales, 64), even)] * scales.repeat_interleave(64)

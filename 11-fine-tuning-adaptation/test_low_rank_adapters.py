@@ -1,0 +1,392 @@
+"""Topic 11: LoRA, rsLoRA and DoRA equal to PEFT in outputs, gradients, training, merged weights and files."""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig as TheirConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import low_rank_adapters
+from low_rank_adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DoRALinear,
+    LoraConfig,
+    LoRALinear,
+    adapted_layers,
+    adapters_off,
+    add_adapters,
+    base_sha256,
+    file_names,
+    fold,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from modern_llm_architectures import CausalLM, ModelConfig
+from nf4 import quantize_model
+
+TINY = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, max_seq_len=32)
+KINDS = {
+    "LoRA": LoraConfig(lora_rank=3, lora_alpha=7),
+    "rsLoRA": LoraConfig(lora_rank=5, lora_alpha=7, rank_stabilised=True),
+    "DoRA": LoraConfig(lora_rank=3, lora_alpha=7, dora=True),
+    "LoRA, two layers": LoraConfig(lora_rank=4, lora_alpha=2, target_modules="q_proj, down_proj"),
+}
+
+
+def tiny(seed: int = 0) -> CausalLM:
+    torch.manual_seed(seed)
+    model = CausalLM(TINY)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def shaken(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Adapters away from their start, where B = 0 hides half of what could be wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def ids(batch: int = 3, seq: int = 11, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, TINY.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def saved_base(folder: Path) -> Path:
+    tiny().save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def pair(config: LoraConfig, folder: Path, dtype: torch.dtype = torch.float64) -> tuple[CausalLM, PeftModel]:
+    """The same base with the same adapter values: ours, and PEFT's made by PEFT itself."""
+    base = saved_base(folder)
+    ours = CausalLM.from_pretrained(base).to(dtype)
+    add_adapters(ours, config)
+    shaken(ours)
+    names = file_names(ours)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    theirs = get_peft_model(
+        theirs,
+        TheirConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=sorted({names[name].rpartition(".")[2] for name in adapted_layers(ours)}),
+            use_rslora=config.rank_stabilised,
+            use_dora=config.dora,
+        ),
+        autocast_adapter_dtype=False,
+    )
+    for name, layer in adapted_layers(ours).items():
+        for part, tensor in low_rank_adapters.file_parts(layer).items():
+            their_part(theirs, names[name], part).data.copy_(tensor.detach())
+    return ours, theirs
+
+
+def their_part(model: PeftModel, name: str, part: str) -> torch.Tensor:
+    layer = model.base_model.model.get_submodule(name)
+    if part == "lora_magnitude_vector":
+        return layer.lora_magnitude_vector["default"].weight
+    return getattr(layer, part.partition(".")[0])["default"].weight
+
+
+def gradients(ours: CausalLM, theirs: PeftModel) -> tuple[dict, dict]:
+    names, mine, yours = file_names(ours), {}, {}
+    for name, layer in adapted_layers(ours).items():
+        for part, tensor in low_rank_adapters.file_parts(layer).items():
+            mine[name, part] = tensor.grad
+            yours[name, part] = their_part(theirs, names[name], part).grad
+    return {str(key): value for key, value in mine.items()}, {str(key): value for key, value in yours.items()}
+
+
+def loss_of(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_and_gradients_equal_peft(name: str, tmp_path, parity) -> None:
+    ours, theirs = pair(KINDS[name], tmp_path)
+    logits, wanted = ours(ids()), theirs(input_ids=ids()).logits
+    assert (logits - CausalLM.from_pretrained(tmp_path / "base").double()(ids())).abs().max() > 0.01
+    parity(name, "PEFT", "output", logits, wanted, 1e-10)
+    loss_of(logits, ids()).backward()
+    loss_of(wanted, ids()).backward()
+    parity(name, "PEFT", "gradient", *gradients(ours, theirs), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA"])
+def test_float32_stays_close_to_peft(name: str, tmp_path, parity) -> None:
+    ours, theirs = pair(KINDS[name], tmp_path, torch.float32)
+    layer, their_layer = ours.blocks[0].ffn.up_proj, theirs.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, TINY.d_model, generator=torch.Generator().manual_seed(2))
+    parity(f"{name} layer, float32", "PEFT", "output", layer(x), their_layer(x), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "rsLoRA", "DoRA"])
+def test_a_training_of_eight_steps_equals_peft(name: str, tmp_path, parity) -> None:
+    ours, theirs = pair(KINDS[name], tmp_path)
+    losses: list[list[float]] = [[], []]
+    for model, found in ((ours, losses[0]), (theirs, losses[1])):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+        for step in range(8):
+            token_ids = ids(seed=step)
+            logits = model(token_ids) if model is ours else model(input_ids=token_ids).logits
+            loss = loss_of(logits, token_ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    parity(name, "PEFT", "trajectory", losses[0], losses[1], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "rsLoRA", "DoRA"])
+def test_merged_and_unmerged_weights_equal_peft(name: str, tmp_path, parity) -> None:
+    ours, theirs = pair(KINDS[name], tmp_path)
+    names, before = file_names(ours), ours(ids())
+    merge(ours)
+    theirs.merge_adapter()
+    assert torch.allclose(ours(ids()), before, atol=1e-10)
+    mine = {name: layer.base.weight for name, layer in adapted_layers(ours).items()}
+    yours = {n: theirs.base_model.model.get_submodule(names[n]).base_layer.weight for n in mine}
+    parity(f"{name}, merged weights", "PEFT", "output", mine, yours, 1e-10)
+    mine, yours = ({key: tensor.detach().clone() for key, tensor in part.items()} for part in (mine, yours))
+    unmerge(ours)
+    theirs.unmerge_adapter()
+    base = CausalLM.from_pretrained(tmp_path / "base").double()
+    kept = {name: layer.base.weight for name, layer in adapted_layers(ours).items()}
+    parity(
+        f"{name}, unmerged weights",
+        "the base",
+        "invariant",
+        kept,
+        {n: base.get_submodule(n).weight for n in kept},
+        1e-10,
+    )
+    assert all((mine[n] - kept[n]).abs().max() > 1e-3 for n in kept)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_our_folder_is_loaded_by_peft_without_a_warning(name: str, tmp_path, parity) -> None:
+    ours, _ = pair(KINDS[name], tmp_path, torch.float32)
+    save_adapter(ours, tmp_path / "adapter", base=str(tmp_path / "base"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what PEFT would say about a key that it does not know
+        theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    parity(f"{name}, our adapter folder", "PeftModel", "exchange", theirs(input_ids=ids()).logits, ours(ids()), 1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pefts_folder_is_loaded_by_us_and_comes_back(name: str, tmp_path, parity) -> None:
+    _, theirs = pair(KINDS[name], tmp_path, torch.float32)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = CausalLM.from_pretrained(tmp_path / "base")
+    chosen = load_adapter(ours, tmp_path / "adapter")
+    assert set(chosen) == set(adapted_layers(ours))
+    parity(f"{name}, PEFT's adapter folder", "PEFT", "exchange", ours(ids()), theirs(input_ids=ids()).logits, 1e-5)
+    save_adapter(ours, tmp_path / "again")
+    again = CausalLM.from_pretrained(tmp_path / "base")
+    load_adapter(again, tmp_path / "again")
+    assert torch.equal(again(ids()), ours(ids()))
+
+
+def test_a_hand_worked_layer() -> None:
+    base = nn.Linear(2, 2, bias=False)
+    base.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    layer = LoRALinear(base, rank=1, scale=3.0)
+    layer.lora_a.data, layer.lora_b.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5], [0.0]])
+    x = torch.tensor([2.0, 4.0])  # A x = -2, B A x = (-1, 0), times 3 = (-3, 0); W x = (2, 8)
+    assert layer(x).tolist() == [-1.0, 8.0]
+    assert layer.weight.tolist() == [[2.5, -1.5], [0.0, 2.0]]
+
+
+def test_adapters_change_nothing_at_first_and_b_gets_the_first_gradient(tmp_path) -> None:
+    for config in (KINDS["LoRA"], KINDS["DoRA"]):
+        model, base = tiny(), tiny()
+        add_adapters(model, config)
+        assert torch.allclose(model(ids()), base(ids()), atol=1e-6)
+        loss_of(model(ids()), ids()).backward()
+        layers = adapted_layers(model).values()
+        assert all(not layer.lora_a.grad.any() and layer.lora_b.grad.abs().max() > 0 for layer in layers)
+
+
+def test_the_scale_is_alpha_over_rank_or_its_root() -> None:
+    assert LoraConfig(lora_rank=4, lora_alpha=6).scale == 1.5
+    assert LoraConfig(lora_rank=4, lora_alpha=6, rank_stabilised=True).scale == 3.0
+
+
+def test_only_the_adapters_are_trained_and_their_number_is_known() -> None:
+    model = tiny()
+    names = add_adapters(model, KINDS["DoRA"])
+    sizes = [(layer.in_features, layer.out_features) for layer in adapted_layers(model).values()]
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert len(names) == 14 and counted == sum(3 * (n_in + n_out) + n_out for n_in, n_out in sizes)
+
+
+def test_dora_without_an_update_of_direction_only_stretches_rows() -> None:
+    base = nn.Linear(5, 4)
+    layer = DoRALinear(base, rank=2, scale=1.0)
+    layer.magnitude.data *= torch.tensor([1.0, 2.0, 0.5, 3.0])
+    assert torch.allclose(layer.weight, base.weight * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None])
+    assert torch.allclose(layer(torch.eye(5)), layer.weight.T + base.bias, atol=1e-6)
+
+
+def test_dropout_reaches_the_update_alone() -> None:
+    for kind in (LoRALinear, DoRALinear):
+        torch.manual_seed(0)
+        layer = kind(nn.Linear(6, 5), rank=2, scale=1.5, dropout=0.5)
+        x = torch.randn(4, 6)
+        assert torch.allclose(layer.train()(x), layer.base(x), atol=1e-6)  # B is still 0
+        shaken(layer)
+        assert not torch.allclose(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+
+
+def test_generation_uses_the_adapters_and_folding_keeps_them(tmp_path) -> None:
+    from gpt2 import SamplingConfig
+
+    for config in (KINDS["LoRA"], KINDS["DoRA"]):
+        model = tiny().eval()
+        plain = model.generate(ids(2, 4), SamplingConfig(12, temperature=0.0))
+        add_adapters(model, config)
+        shaken(model)
+        made, logits = model.generate(ids(2, 4), SamplingConfig(12, temperature=0.0)), model(ids())
+        assert not torch.equal(made, plain)
+        with torch.no_grad():
+            greedy = ids(2, 4)
+            for _ in range(12):
+                greedy = torch.cat([greedy, model(greedy)[:, -1:].argmax(dim=-1)], dim=1)
+        assert torch.equal(made, greedy[:, 4 : 4 + made.shape[1]])
+        fold(model)
+        assert not adapted_layers(model) and torch.allclose(model(ids()), logits, atol=1e-5)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        model.save_pretrained(tmp_path)
+        assert torch.allclose(CausalLM.from_pretrained(tmp_path)(ids()), logits, atol=1e-5)
+
+
+def test_the_base_is_there_when_the_adapters_are_off() -> None:
+    model, base = tiny(), tiny()
+    add_adapters(model, KINDS["LoRA"])
+    shaken(model)
+    with adapters_off(model):
+        assert torch.equal(model(ids()), base(ids()))
+    assert not torch.equal(model(ids()), base(ids()))
+
+
+def test_the_hash_is_of_the_base_alone(tmp_path) -> None:
+    model = tiny()
+    identity = base_sha256(model)
+    model.save_pretrained(tmp_path)
+    assert base_sha256(CausalLM.from_pretrained(tmp_path)) == identity
+    add_adapters(model, KINDS["LoRA"])
+    shaken(model)
+    assert base_sha256(model) == identity == model.base_identity
+    model.blocks[0].ffn.up_proj.base.weight.data[0, 0] += 1e-3
+    assert base_sha256(model) != identity
+    quantised = tiny()
+    quantize_model(quantised)
+    add_adapters(quantised, KINDS["LoRA"])
+    assert quantised.base_identity == identity  # of the weights that were quantised
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
+    model = tiny()
+    add_adapters(model, KINDS["LoRA"])
+    save_adapter(shaken(model), tmp_path, base="course-model")
+    other = tiny(seed=5)
+    with pytest.raises(ValueError, match=r"trained on a base with sha256 \w{12}.*this model has \w{12}.*course-model"):
+        load_adapter(other, tmp_path)
+    assert not adapted_layers(other)
+    load_adapter(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lora_rank": 25}, r"lora_rank=25 must be in 1\.\.24"),
+        ({"target_modules": "q_prj"}, "unknown target module 'q_prj'; did you mean 'q_proj'"),
+        ({"target_modules": "q_proj,query"}, "unknown target module 'query'"),
+        ({"target_modules": "lm_head"}, "lm_head shares its weight with token_emb"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_and_leave_the_model_alone(flags: dict, message: str) -> None:
+    model = CausalLM(replace(TINY, tie_embeddings=True))
+    with pytest.raises(ValueError, match=message):
+        add_adapters(model, LoraConfig(**flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lora_rank": 0}, "lora_rank must be finite and >= 1, got 0"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be finite and > 0, got nan"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be finite and >= 0 and < 1"),
+        ({"target_modules": " , "}, "target_modules names no layer"),
+    ],
+)
+def test_bad_settings_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**flags)
+
+
+def test_merging_twice_and_other_disorder_is_refused(tmp_path) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        merge(model)
+    add_adapters(model, KINDS["LoRA"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_adapters(model, KINDS["LoRA"])
+    with pytest.raises(ValueError, match="merge first"):
+        unmerge(model)
+    merge(shaken(model))
+    with pytest.raises(ValueError, match="would add it twice"):
+        merge(model)
+    with pytest.raises(ValueError, match="unmerge before saving"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="unmerge before switching"), adapters_off(model):
+        pass
+    quantised = tiny()
+    quantize_model(quantised)
+    add_adapters(quantised, KINDS["LoRA"])
+    with pytest.raises(ValueError, match="a quantised base cannot"):
+        merge(quantised)
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path) -> None:
+    model = tiny()
+    add_adapters(model, KINDS["LoRA"])
+    save_adapter(shaken(model), tmp_path)
+    words = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+
+    def loading(**changes: object) -> None:
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(words | changes))
+        fresh = tiny()
+        load_adapter(fresh, tmp_path)
+
+    for changes, message in (
+        ({"peft_type": "PREFIX_TUNING"}, "type 'PREFIX_TUNING', expected 'LORA'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'., which this course's LoRA does not know"),
+        ({"r": 2}, r"has shape \(3, 24\), expected \(2, 24\)"),
+        ({"use_dora": True}, "missing .*lora_magnitude_vector"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loading(**changes)
+    loading()
+    data = (tmp_path / ADAPTER_WEIGHTS).read_bytes()
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(data[:-5])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        loading()
+    with pytest.raises(ValueError, match=f"has no {ADAPTER_CONFIG}"):
+        load_adapter(tiny(), tmp_path / "nowhere")
