@@ -139,7 +139,7 @@ def optimal_brain_quantise(weight: Tensor, second_moment: Tensor, scale: Tensor,
 class GPTQConfig:
     """How GPTQ goes through a matrix."""
 
-    damping: float = 0.01  # added to the diagonal of the second moment, as a share of its mean
+    damping: float = 0.3  # added to the diagonal of the second moment, as a share of its mean; published code: 0.01
     block_size: int = 128  # columns whose errors reach the columns after them in one product
     act_order: bool = False  # columns with the largest inputs first
 
@@ -223,3 +223,28 @@ def rounded_without_mending(weight: Tensor, like: Quantised) -> Tensor:
     """The weights rounded to the nearest code of another quantisation's grid: what GPTQ is compared with."""
     scales, zeros = column_grid(like)
     return from_codes(to_codes(weight.float(), scales, zeros, 0, like.fmt.most), scales, zeros)
+
+
+# A whole model, layer after layer
+
+
+STAGES = (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of a block
+
+
+@torch.no_grad()
+def gptq_model(
+    model: nn.Module, batches: list[Batch], fmt: QuantFormat, config: GPTQConfig | None = None
+) -> dict[str, Quantised]:
+    """Quantise every linear layer of the blocks in the order in which they run, in place, and return the codes.
+
+    Each stage is calibrated on what the stages before it now give, so that their errors are mended too (Frantar et al.
+    2022, section 4). Runs the calibration once for each stage.
+    """
+    layers, found = block_linears(model), {}
+    numbers = sorted({int(name.split(".")[1]) for name in layers})
+    for number, stage in ((number, stage) for number in numbers for stage in STAGES):
+        names = [name for name in layers if name.split(".")[1] == str(number) and name.rpartition(".")[2] in stage]
+        for name, statistics in input_statistics(model, batches, names).items():
+            found[name] = gptq(layers[name].weight, statistics.second_moment, fmt, config)
+            layers[name].weight.copy_(found[name].dequantise())
+    return found
