@@ -11,6 +11,7 @@ Wei et al. 2022 (FLAN, arXiv 2109.01652), Ouyang et al. 2022 (InstructGPT, arXiv
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,16 @@ from torch.nn import functional as F
 from course_model import FOLDER, gaps_by_kind, load_course_model, upto
 from course_tokenizer import Chat, CourseTokenizer
 from gpt2 import SamplingConfig, left_padded
-from low_rank_adapters import LoraConfig, adapted_layers, add_adapters, fold, load_adapter, save_adapter
+from low_rank_adapters import (
+    LoraConfig,
+    adapted_layers,
+    add_adapters,
+    fold,
+    freeze,
+    load_adapter,
+    save_adapter,
+    train_rows,
+)
 from modern_llm_architectures import CausalLM
 from nf4 import quantize_model, weight_bytes
 from packing import Batch, EpochOrder, pack
@@ -139,7 +149,9 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Two thirds of the positions of a dialogue are not counted, and the head is the largest matrix of a small model.
     """
     logits, targets = counted_logits(model, batch)
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), torch.tensor(len(targets))
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="sum"), torch.tensor(len(targets))
 
 
 def counted_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -232,11 +244,28 @@ def forgetting(model: nn.Module, tokenizer: CourseTokenizer, config: AnswerConfi
     return gaps_by_kind(model.eval(), tokenizer, documents)["all"][1]
 
 
+@torch.no_grad()
+def answer_gap(model: nn.Module, tokenizer: CourseTokenizer, config: AnswerConfig) -> float:
+    """Nats per token that the model pays for right answers to held-out instructions, above what is left to chance.
+
+    All answers but stories follow from their instruction. It moves long before the first answer is exactly right.
+    """
+    world, paid, floor, n_tokens = World(), 0.0, 0.0, 0
+    for category in INSTRUCT:
+        asked = world.instructions(config.n_questions, config.exam_seed, config.exam_split, category)
+        batch = DialogueBatches(encode_dialogues(tokenizer, asked), len(asked), 0)(0)
+        loss, count = answer_loss(model.eval(), {name: part.to(device_of(model)) for name, part in batch.items()})
+        paid, n_tokens = paid + loss.item(), n_tokens + int(count)
+        floor += sum(sum(item.surprisal) for item in asked)
+    return (paid - floor) / n_tokens
+
+
 def examine_answers(model: nn.Module, tokenizer: CourseTokenizer, config: AnswerConfig) -> dict[str, Any]:
-    """Accuracy by category, their mean, and the gap on pretraining documents."""
+    """Accuracy by category and their mean; the gap on answers, and the one on pretraining documents."""
     accuracy = category_accuracy(model, tokenizer, config)
     mean = sum(accuracy.values()) / len(accuracy)
-    return {"accuracy": accuracy, "mean": mean, "gap": forgetting(model, tokenizer, config)}
+    gaps = {"answer_gap": answer_gap(model, tokenizer, config), "gap": forgetting(model, tokenizer, config)}
+    return {"accuracy": accuracy, "mean": mean, **gaps}
 
 
 def guessing() -> dict[str, float]:
@@ -258,14 +287,14 @@ def guessing() -> dict[str, float]:
 
 
 RATES = {  # peak learning rates, the best of those tried on a seed of its own: see `rates` in adaptation_experiments
-    "full": 2e-3,
-    "layerwise": 3e-3,
+    "full": 3e-3,
+    "layerwise": 5e-3,
     "lora": 1e-2,
     "dora": 1e-2,
     "qlora": 1e-2,
     "adapters": 1e-2,
     "prefix": 3e-2,
-    "prompt": 1e-1,
+    "prompt": 3e-2,
     "bitfit": 2e-2,
 }
 
@@ -279,6 +308,7 @@ class MethodConfig:
     layer_decay: float = 1.0  # layerwise: learning rate of a block over that of the block above it
     d_bottleneck: int = 16  # adapters: width of the bottleneck
     n_virtual: int = 16  # prefix, prompt: positions before every text
+    token_rows: bool = True  # also train the embeddings of the tokens that pretraining never saw
 
     def __post_init__(self) -> None:
         check_name("method", self.method, RATES)
@@ -294,6 +324,8 @@ def adapt(model: CausalLM, tokenizer: CourseTokenizer, how: MethodConfig, lora: 
     and prompts begin as if the start of a dialogue had been read.
     """
     first = (prompt_ids(tokenizer, "Please tell me") * how.n_virtual)[: how.n_virtual]
+    if how.token_rows and how.method != "full":
+        train_rows(model, unseen_tokens(tokenizer))
     match how.method:
         case "full":
             model.requires_grad_(True)
@@ -314,14 +346,25 @@ def adapt(model: CausalLM, tokenizer: CourseTokenizer, how: MethodConfig, lora: 
     return model
 
 
+@cache
+def unseen_tokens(tokenizer: CourseTokenizer, n_documents: int = 3000, n_instructions: int = 2100) -> list[int]:
+    """Ids that stand in dialogues and in no pretraining document: the template's, and pieces of instructions."""
+    seen = {token_id for row in replay_documents(tokenizer, n_documents, 0) for token_id in row.ids}
+    dialogues = encode_dialogues(tokenizer, World().instructions(n_instructions, 0))
+    return sorted({token_id for row in dialogues for token_id in row.ids} - seen)
+
+
 def freeze_below(model: CausalLM, n_frozen: int) -> None:
     """Train the blocks from number n_frozen on and the last norm; a tied head is frozen with the embedding.
 
-    0 freezes nothing. Raises ValueError if no block is left.
+    0 freezes nothing; rows that `train_rows` set apart stay trained. Raises ValueError if no block is left.
     """
     if n_frozen >= len(model.blocks):
         raise ValueError(f"n_frozen={n_frozen} leaves no block of {len(model.blocks)} to train; lower it")
-    model.requires_grad_(n_frozen == 0)
+    if n_frozen:
+        freeze(model)
+    else:
+        model.requires_grad_(True)
     model.blocks[n_frozen:].requires_grad_(True)
     model.final_norm.requires_grad_(True)
 
@@ -467,8 +510,8 @@ def fine_tune(
     if how.method == "layerwise" and how.layer_decay < 1:
         optimizer = layer_rates(model, training.learning_rate, how.layer_decay)
     if config.ewc_strength:
-        old = DialogueBatches(replay_documents(tokenizer, 1000, seed, config.seq_len), 32, seed, config.seq_len)
-        penalty = ElasticPenalty(model, fisher_diagonal(model, old, 60, seed), config.ewc_strength)
+        old = DialogueBatches(replay_documents(tokenizer, 500, seed, config.seq_len), 16, seed, config.seq_len)
+        penalty = ElasticPenalty(model, fisher_diagonal(model, old, 40, seed), config.ewc_strength)
         loss_fn = penalty.added_to(answer_loss)
     return fit(model, sft_batches(tokenizer, config, how, seed), loss_fn, training, optimizer=optimizer)
 
@@ -478,7 +521,7 @@ def fine_tune(
 
 BREAK_NAMES = (  # the keys of BREAKS in adaptation_failures, which measures them
     *("alpha-without-rank", "merged-twice", "nothing-trained", "late-binding", "all-masked"),
-    *("loss-on-prompt", "end-not-trained", "other-template", "packed-together"),
+    *("frozen-new-tokens", "loss-on-prompt", "end-not-trained", "other-template", "packed-together"),
 )
 
 
@@ -535,8 +578,9 @@ def show_table(reports: dict[str, dict[str, Any]]) -> None:
         print(f"{category:10}{cells}{chance[category]:10.1%}{1:10.1%}")
     means = "".join(f"{report['mean']:10.1%}" for report in reports.values())
     print(f"{'mean':10}{means}{sum(chance.values()) / len(chance):10.1%}{1:10.1%}")
-    gaps = "".join(f"{report['gap']:10.4f}" for report in reports.values())
-    print(f"{'gap':10}{gaps}{'':10}{0:10.4f}   nats per token above the floor, held-out pretraining documents")
+    for name, what in (("answer_gap", "right answers"), ("gap", "held-out pretraining documents")):
+        gaps = "".join(f"{report[name]:10.4f}" for report in reports.values())
+        print(f"{name:10}{gaps}{'':10}{0:10.4f}   nats per token above the floor, {what}")
 
 
 def show_weight(model: nn.Module) -> None:

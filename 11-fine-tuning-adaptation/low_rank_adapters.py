@@ -13,7 +13,7 @@ Hu et al. 2021 (LoRA, arXiv 2106.09685), Kalajdzievski 2023 (rsLoRA, arXiv 2312.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -170,6 +170,76 @@ class DoRALinear(LoRALinear):
         return weight / self.merged_scale[:, None] - self.update()
 
 
+# Tokens that pretraining never saw
+
+
+class TokenRows(nn.Module):
+    """An embedding that is frozen but for some rows: those of tokens that pretraining never met.
+
+    Such rows were pushed away from every hidden state, all in one direction, and so are long and alike: nothing that
+    leaves the embedding alone can tell them apart, or say them. Shapes: token_ids (batch, seq) to (batch, seq,
+    d_model); weight (vocab, d_model) is made anew whenever it is read.
+    """
+
+    def __init__(self, embedding: nn.Embedding, token_ids: list[int]) -> None:
+        super().__init__()
+        self.base, self.off = embedding.requires_grad_(False), False
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=embedding.weight.device))
+        self.rows = nn.Parameter(embedding.weight[self.token_ids].detach().clone())  # (tokens, d_model)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight if self.off else self.base.weight.index_copy(0, self.token_ids, self.rows)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class TiedHead(nn.Module):
+    """The head of a model with tied embeddings whose embedding is not a plain one. (..., d_model) to (..., vocab)"""
+
+    def __init__(self, embedding: TokenRows) -> None:
+        super().__init__()
+        self.embedding = [embedding]  # in a list, so that it is not a part of the head too
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding[0].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
+def freeze(model: nn.Module) -> None:
+    """Train nothing but the embedding rows that `train_rows` set apart."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "token_emb.rows")
+
+
+def train_rows(model: CausalLM, token_ids: Sequence[int]) -> None:
+    """Train some rows of the embedding, and of the head that is tied to it, whatever else is frozen.
+
+    PEFT's `trainable_token_indices`. Raises ValueError for ids outside the vocabulary, for a head that is not tied, and
+    for a model that has such rows already.
+    """
+    ids, size = sorted(set(token_ids)), model.config.vocab_size
+    if not ids or ids[0] < 0 or ids[-1] >= size:
+        raise ValueError(f"the rows to train must be some of the ids 0..{size - 1}, got {ids[:3]}...{ids[-3:]}")
+    if not model.config.tie_embeddings or isinstance(model.token_emb, TokenRows):
+        raise ValueError("rows are trained once, of an embedding that is tied to the head")
+    remember_base(model)
+    model.token_emb = TokenRows(model.token_emb, ids)
+    model.lm_head = TiedHead(model.token_emb)
+
+
+def plain_embedding(model: CausalLM) -> None:
+    """Put a plain embedding, tied to a plain head, in the place of one with trained rows."""
+    weight = model.token_emb.weight.detach().clone()
+    model.token_emb = nn.Embedding(*weight.shape, _weight=weight)
+    model.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    model.lm_head.weight = model.token_emb.weight
+
+
 # Models
 
 
@@ -198,7 +268,7 @@ def add_adapters(model: CausalLM, config: LoraConfig) -> list[str]:
         raise ValueError("lm_head shares its weight with token_emb, which a merge would change too; leave it out")
     chosen = [name for name in linear if name.rpartition(".")[2] in config.targets]
     remember_base(model)
-    model.requires_grad_(False)
+    freeze(model)
     kind = DoRALinear if config.dora else LoRALinear
     for name in chosen:
         base = model.get_submodule(name)
@@ -234,6 +304,8 @@ def fold(model: CausalLM) -> CausalLM:
         if layer.bias is not None:
             plain.bias.copy_(layer.bias)
         model.set_submodule(name, plain.to(layer.weight.device))
+    if isinstance(model.token_emb, TokenRows):
+        plain_embedding(model)
     del model.base_identity, model.lora_config
     return model.requires_grad_(True)
 
@@ -244,13 +316,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers = some_adapters(model).values()
     if any(layer.merged for layer in layers):
         raise ValueError("the updates are part of the weights; unmerge before switching them off")
+    rows = [model.token_emb] if isinstance(model.token_emb, TokenRows) else []
     for layer in layers:
         layer.merged = True  # it then calls its base alone
+    for embedding in rows:
+        embedding.off = True
     try:
         yield
     finally:
         for layer in layers:
             layer.merged = False
+        for embedding in rows:
+            embedding.off = False
 
 
 # Which base an adapter belongs to
@@ -294,6 +371,9 @@ def file_parts(layer: LoRALinear) -> dict[str, nn.Parameter]:
     return parts | ({"lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else {})
 
 
+ROWS_KEY = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"  # the rows themselves, not a change
+
+
 def save_adapter(model: CausalLM, folder: Path, base: str = "") -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does; `base` says where the base model lies.
 
@@ -308,6 +388,9 @@ def save_adapter(model: CausalLM, folder: Path, base: str = "") -> None:
         for name, layer in layers.items()
         for part, tensor in file_parts(layer).items()
     }
+    rows = model.token_emb if isinstance(model.token_emb, TokenRows) else None
+    if rows:
+        tensors[ROWS_KEY] = rows.rows.detach().cpu().contiguous()
     words = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -318,6 +401,7 @@ def save_adapter(model: CausalLM, folder: Path, base: str = "") -> None:
         "target_modules": sorted({names[name].rpartition(".")[2] for name in layers}),
         "use_rslora": config.rank_stabilised,
         "use_dora": config.dora,
+        "trainable_token_indices": rows.token_ids.tolist() if rows else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -368,6 +452,11 @@ def load_adapter(model: CausalLM, folder: Path) -> list[str]:
             f"{model.base_identity[:12]}...; load the base {words.get('base_model_name_or_path') or 'it was made for'}"
         )
     tensors, names = read_safetensors(folder / ADAPTER_WEIGHTS), file_names(model)
+    token_ids, rows = words.get("trainable_token_indices"), tensors.pop(ROWS_KEY, None)
+    if isinstance(token_ids, dict):
+        token_ids = token_ids.get("embed_tokens")
+    if (rows is None) != (not token_ids) or (token_ids and tuple(rows.shape) != (len(token_ids), model.config.d_model)):
+        raise ValueError(f"{shown(folder)} has trainable_token_indices={token_ids}, but other rows of an embedding")
     keys = {f"{PREFIX}{theirs}.lora_A.weight": ours for ours, theirs in names.items()}
     chosen = [ours for key, ours in keys.items() if key in tensors]
     config = LoraConfig(
@@ -379,8 +468,20 @@ def load_adapter(model: CausalLM, folder: Path) -> list[str]:
         dora=words.get("use_dora", False),
     )
     check_fit(model, config, chosen, tensors, names)
+    if adapted_layers(model):
+        raise ValueError("the model has adapters already; fold them before loading others")
+    model.requires_grad_(False)
+    if token_ids:
+        put_rows(model, token_ids, rows)
     put_adapters(model, config, chosen, tensors, names)
     return chosen
+
+
+@torch.no_grad()
+def put_rows(model: CausalLM, token_ids: list[int], rows: Tensor) -> None:
+    train_rows(model, token_ids)
+    order = sorted(range(len(token_ids)), key=lambda index: token_ids[index])  # ours stand in the order of the ids
+    model.token_emb.rows.copy_(rows[order])
 
 
 def expected_shapes(model: CausalLM, config: LoraConfig, chosen: list[str], names: dict[str, str]) -> dict[str, tuple]:
@@ -415,9 +516,6 @@ def put_adapters(
     model: CausalLM, config: LoraConfig, chosen: list[str], tensors: dict[str, Tensor], names: dict[str, str]
 ) -> None:
     """Wrap the chosen layers, whatever others have the same last name, and copy the tensors in."""
-    if adapted_layers(model):
-        raise ValueError("the model has adapters already; fold them before loading others")
-    model.requires_grad_(False)
     kind = DoRALinear if config.dora else LoRALinear
     for name in chosen:
         layer = kind(model.get_submodule(name), config.lora_rank, config.scale, config.lora_dropout)

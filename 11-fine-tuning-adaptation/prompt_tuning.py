@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from attention_mechanisms import key_distance
 from gpt2 import SamplingConfig
 from llm_layers import GroupedQueryAttention, SwiGLU, attend, rotate
+from low_rank_adapters import freeze
 from modern_llm_architectures import CausalLM, ModelConfig
 from workbench import check_name
 
@@ -56,7 +57,8 @@ class WithBottleneck(nn.Module):
 
     def __init__(self, sublayer: nn.Module, d_model: int, d_bottleneck: int) -> None:
         super().__init__()
-        self.sublayer, self.adapter = sublayer, Bottleneck(d_model, d_bottleneck)
+        like = next(sublayer.parameters())
+        self.sublayer, self.adapter = sublayer, Bottleneck(d_model, d_bottleneck).to(like.device, like.dtype)
 
     def forward(self, *args: object) -> Tensor:
         return self.adapter(self.sublayer(*args))
@@ -64,7 +66,7 @@ class WithBottleneck(nn.Module):
 
 def add_bottlenecks(model: CausalLM, d_bottleneck: int) -> None:
     """Freeze the model and put a trained bottleneck behind the attention and the feed-forward network of each block."""
-    model.requires_grad_(False)
+    freeze(model)
     for block in model.blocks:
         block.self_attn = WithBottleneck(block.self_attn, model.config.d_model, d_bottleneck)
         block.ffn = WithBottleneck(block.ffn, model.config.d_model, d_bottleneck)
@@ -89,7 +91,7 @@ def add_biases(model: CausalLM, names: Sequence[str] = BIASED) -> None:
     """
     for name in names:
         check_name("biased layer", name, BIASED)
-    model.requires_grad_(False)
+    freeze(model)
     for block in model.blocks:
         block.ffn = BiasedSwiGLU(block.ffn)
         for name in names:
@@ -147,7 +149,7 @@ def add_prefix(model: CausalLM, token_ids: Sequence[int]) -> None:
         raise ValueError("a prefix needs at least one token id to start from")
     caches = model.new_caches()
     model(torch.tensor([list(token_ids)], device=model.token_emb.weight.device), caches)
-    model.requires_grad_(False)
+    freeze(model)
     for block, cache in zip(model.blocks, caches, strict=True):
         keys, values = (buffer[0, :, : len(token_ids)] for buffer in cache.buffers)  # (kv_heads, virtual, d_head)
         block.self_attn = PrefixAttention(block.self_attn, turned_back(model, keys, len(token_ids)), values)
@@ -162,15 +164,19 @@ class PromptedEmbedding(nn.Module):
     Shapes: token_ids (batch, seq) to (batch, seq, d_model).
     """
 
-    def __init__(self, embedding: nn.Embedding, prompt: Tensor, placeholder_id: int) -> None:
+    def __init__(self, embedding: nn.Module, prompt: Tensor, placeholder_id: int) -> None:
         super().__init__()
-        self.weight, self.placeholder_id = embedding.weight, placeholder_id
+        self.base, self.placeholder_id = embedding, placeholder_id
         self.prompt = nn.Parameter(prompt.detach().clone())  # (virtual, d_model)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
         there = token_ids == self.placeholder_id  # (batch, seq)
         place = (there.cumsum(dim=1) - 1).clamp(0, len(self.prompt) - 1)  # (batch, seq)
-        return torch.where(there[..., None], self.prompt[place], F.embedding(token_ids, self.weight))
+        return torch.where(there[..., None], self.prompt[place], self.base(token_ids))
 
 
 class PromptTuned(nn.Module):
@@ -184,7 +190,7 @@ class PromptTuned(nn.Module):
         super().__init__()
         if not token_ids:
             raise ValueError("a prompt needs at least one token id to start from")
-        model.requires_grad_(False)
+        freeze(model)
         start = model.token_emb.weight[torch.tensor(list(token_ids))]  # (virtual, d_model)
         model.token_emb = PromptedEmbedding(model.token_emb, start, placeholder_id)
         self.model = model

@@ -29,12 +29,23 @@ from low_rank_adapters import (
     load_adapter,
     merge,
     save_adapter,
+    train_rows,
     unmerge,
 )
 from modern_llm_architectures import CausalLM, ModelConfig
 from nf4 import quantize_model
 
-TINY = ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, max_seq_len=32)
+TINY = ModelConfig(
+    vocab_size=50,
+    d_model=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_head=6,
+    d_ff=40,
+    max_seq_len=32,
+    tie_embeddings=True,
+)
 KINDS = {
     "LoRA": LoraConfig(lora_rank=3, lora_alpha=7),
     "rsLoRA": LoraConfig(lora_rank=5, lora_alpha=7, rank_stabilised=True),
@@ -283,6 +294,74 @@ def test_the_base_is_there_when_the_adapters_are_off() -> None:
     with adapters_off(model):
         assert torch.equal(model(ids()), base(ids()))
     assert not torch.equal(model(ids()), base(ids()))
+
+
+# Rows of the embedding
+
+
+ROWS = [41, 3, 17]
+
+
+def with_rows(config: LoraConfig) -> CausalLM:
+    model = tiny()
+    train_rows(model, ROWS)
+    add_adapters(model, config)
+    return shaken(model)
+
+
+def test_trained_rows_change_what_is_read_and_what_is_said(parity) -> None:
+    model, base = tiny(), tiny()
+    train_rows(model, ROWS)
+    assert torch.equal(model(ids()), base(ids()))
+    model.token_emb.rows.data += 0.5
+    base.token_emb.weight.data[sorted(ROWS)] += 0.5
+    parity("trained rows", "the embedding with these rows", "output", model(ids()), base(ids()), 1e-6)
+    token_ids = torch.tensor([[3, 41, 5, 17, 3, 9]])
+    loss_of(model(token_ids), token_ids).backward()
+    loss_of(base(token_ids), token_ids).backward()
+    grad = base.token_emb.weight.grad[sorted(ROWS)]  # through the embedding and through the tied head
+    parity("trained rows", "the embedding with these rows", "gradient", model.token_emb.rows.grad, grad, 1e-6)
+    add_adapters(model, KINDS["LoRA"])
+    assert model.token_emb.rows.requires_grad and not model.token_emb.base.weight.requires_grad
+
+
+def test_rows_and_adapters_are_exchanged_with_peft(tmp_path, parity) -> None:
+    base = saved_base(tmp_path)
+    ours = with_rows(KINDS["LoRA"])
+    save_adapter(ours, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "ours"
+    )
+    parity("adapter with rows", "PeftModel", "exchange", theirs(input_ids=ids()).logits, ours(ids()), 1e-5)
+    settings = TheirConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    shaken(theirs).save_pretrained(tmp_path / "theirs")
+    loaded = CausalLM.from_pretrained(base)
+    load_adapter(loaded, tmp_path / "theirs")
+    parity("PEFT's rows, in another order", "PEFT", "exchange", loaded(ids()), theirs(input_ids=ids()).logits, 1e-5)
+
+
+def test_rows_are_generated_with_folded_and_switched_off(tmp_path) -> None:
+    from gpt2 import SamplingConfig
+
+    model, base = with_rows(KINDS["LoRA"]).eval(), tiny()
+    with adapters_off(model):
+        assert torch.equal(model(ids()), base(ids()))
+    logits, made = model(ids()), model.generate(ids(2, 4), SamplingConfig(12, temperature=0.0))
+    fold(model)
+    assert torch.allclose(model(ids()), logits, atol=1e-5) and model.lm_head.weight is model.token_emb.weight
+    assert torch.equal(model.generate(ids(2, 4), SamplingConfig(12, temperature=0.0)), made)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(CausalLM.from_pretrained(tmp_path)(ids()), logits, atol=1e-5)
+
+
+def test_rows_that_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"some of the ids 0\.\.49"):
+        train_rows(tiny(), [50])
+    with pytest.raises(ValueError, match="tied to the head"):
+        train_rows(CausalLM(replace(TINY, tie_embeddings=False)), [3])
+    with pytest.raises(ValueError, match="rows are trained once"):
+        train_rows(with_rows(KINDS["LoRA"]), [3])
 
 
 def test_the_hash_is_of_the_base_alone(tmp_path) -> None:

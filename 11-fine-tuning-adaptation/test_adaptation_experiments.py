@@ -1,0 +1,86 @@
+"""Topic 11: the experiments compare what they say they compare, and run at any size."""
+
+import json
+
+import pytest
+import torch
+
+import adaptation_experiments
+from adaptation_experiments import EXPERIMENTS, RANKS, FiguresConfig, Trial, adam_bytes, every_trial, rank_trial
+from course_model import load_course_model
+from fine_tuning_adaptation import RATES, MethodConfig, adapt
+from low_rank_adapters import LoraConfig
+from prompt_tuning import trained_parameters
+from tiny_world import INSTRUCT
+from workbench import RunConfig
+
+TINY = {"n_seeds": 2, "sft_steps": 2, "n_questions": 1, "n_documents": 4}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> tuple[FiguresConfig, RunConfig]:
+    """One folder for all, so that trainings which tables share are made once."""
+    folder = tmp_path_factory.mktemp("figures")
+    return FiguresConfig(**TINY, folder=folder), RunConfig(out=folder / "runs")
+
+
+def table(config: FiguresConfig, name: str) -> dict:
+    return json.loads((config.folder / "results.json").read_text())[name]
+
+
+def test_all_methods_are_compared_and_no_training_is_made_twice() -> None:
+    assert {trial.method for trial in adaptation_experiments.METHOD_TRIALS.values()} == set(RATES)
+    trials = every_trial()
+    assert all(trial not in trials[:index] for index, trial in enumerate(trials))
+    assert all(trial in trials for trial in adaptation_experiments.TASK_TRIALS.values())
+    names = [trial.name(FiguresConfig(), 0) for trial in trials]
+    assert len(set(names)) == len(names)
+
+
+def test_rank_eight_is_the_default_and_both_scales_meet_there() -> None:
+    assert rank_trial(8) == Trial("lora")
+    stable = LoraConfig(**rank_trial(8, stable=True).lora)
+    assert stable.scale == pytest.approx(LoraConfig().scale) and LoraConfig().lora_rank == 8
+    assert [LoraConfig(**rank_trial(rank).lora).scale for rank in RANKS if rank != 8] == [16, 8, 4, 1, 0.5, 0.25]
+
+
+def test_the_optimizers_bytes_are_counted_on_an_optimizer() -> None:
+    model, tokenizer = load_course_model()
+    model = adapt(model, tokenizer, MethodConfig("lora"), LoraConfig(lora_rank=3))
+    before = {name: part.clone() for name, part in model.named_parameters()}
+    counted = adam_bytes(model)
+    n_tensors = sum(part.requires_grad for part in model.parameters())
+    assert 8 * trained_parameters(model) <= counted <= 8 * trained_parameters(model) + 8 * n_tensors
+    assert all(torch.equal(part, before[name]) and part.grad is None for name, part in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4"])
+def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
+    config, run = setting
+    monkeypatch.setattr(adaptation_experiments, "RANKS", (1, 8))
+    monkeypatch.setattr(adaptation_experiments, "STABLE_RANKS", (2,))
+    kept = adaptation_experiments.KEPT_TRIALS
+    monkeypatch.setattr(adaptation_experiments, "KEPT_TRIALS", {key: kept[key] for key in ("full", "full, EWC 10")})
+    EXPERIMENTS[name][0](config, run)
+    rows = table(config, name)["rows"]
+    expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8}
+    assert len(rows) == expected[name]
+    if name == "sft":
+        assert [column["name"] for column in table(config, name)["columns"]][1:8] == list(INSTRUCT)
+        assert rows[0][0] == "the course model" and rows[-1][0] == "guessing"
+    if name == "nf4":
+        errors = [row[2] for row in rows]
+        assert errors[0] < errors[2] < errors[4] < errors[6]  # larger blocks, coarser scales
+        assert rows[3][1] < rows[2][1] < 4.6  # bits per weight at block 64: with double quantisation, and without
+
+
+def test_an_interrupted_experiment_goes_on(setting, monkeypatch) -> None:
+    config, run = setting
+    trial = Trial("bitfit")
+    first = adaptation_experiments.measured(trial, config, run)
+    monkeypatch.setattr(adaptation_experiments, "measure", None)  # a second training would fail
+    assert adaptation_experiments.measured(trial, config, run) == json.loads(json.dumps(first))
+
+
+def test_the_seconds_of_every_experiment_are_announced() -> None:
+    assert all(seconds > 0 and show.__doc__ for show, seconds in EXPERIMENTS.values())
