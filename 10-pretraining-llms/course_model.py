@@ -50,6 +50,7 @@ from workbench import (
 )
 
 FOLDER = Path(__file__).parent / "model"
+LONG_RUN = Path(__file__).parent / "long_run"  # the same model trained 40 times as long, on a GPU; topic 11 says why
 REPORT = "report.json"
 QUESTIONS = (  # topics of `World.questions`; the last four are about what no training document tells in these words
     *("story", "scene", "news", "asked", "sums", "count", "sort"),

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from corpus_experiments import CORPUS_EXPERIMENTS, CorpusFiguresConfig
-from course_model import FOLDER, REPORT, complete, load_course_model, make_shards
+from course_model import FOLDER, LONG_RUN, REPORT, complete, load_course_model, make_shards
 from gpt2 import SamplingConfig
 from llm_calculators import forward_flops
 from optimizers import build_optimizer
@@ -66,28 +66,31 @@ def course(config, run: RunConfig) -> None:
 
 
 def save_runs(folder: Path, report: dict) -> None:
-    """The committed run beside others, whose reports lie among the figures: shorter ones, and one with more blocks."""
+    """The committed run beside others: a shorter one, and two on a GPU, whose longest lies in long_run/."""
     others = json.loads((FIGURES / "other_runs.json").read_text(encoding="utf-8"))
+    longest = json.loads((LONG_RUN / REPORT).read_text(encoding="utf-8"))
     asked = ("story", "scene", "new sums", "unasked")
-    columns = [Column("Trained on"), Column("Weights", digits=",d"), Column("Positions seen", "millions", ".1f")]
+    columns = [Column("Run"), Column("Weights", digits=",d"), Column("Positions seen", "millions", ".1f")]
     columns += [Column("Gap, all documents", "nats per token", ".4f")]
     columns += [Column(f"Right: {topic}", digits=".1%") for topic in asked]
     columns += [Column("Possible documents of its own", digits=".1%")]
+    runs = {"half the steps": others[0], "**the course model**": report}
+    runs |= {"GPU, four blocks": others[1], "GPU, long_run/": longest}
     rows = [
         [
-            *("a GPU" if "cuda" in run["command"] else "a CPU", run["parameters"], run["positions"] / 1e6),
-            *(run["gaps"]["all"][1], *(run["answers"][topic] for topic in asked), run["possible_samples"]),
+            *(name, run["parameters"], run["positions"] / 1e6, run["gaps"]["all"][1]),
+            *(*(run["answers"][topic] for topic in asked), run["possible_samples"]),
         ]
-        for run in (*others, report)
+        for name, run in runs.items()
     ]
     command = "python 10-pretraining-llms/pretraining_llms.py figures course"
-    machines = "; ".join(dict.fromkeys(run["machine"] for run in (*others, report)))
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in runs.values()))
     save_results(folder / "results.json", "course-runs", columns, rows, [0], command, machines)
 
 
 def scenes(config, run: RunConfig) -> None:
-    """What of a picture the committed model has understood: where things lie, and which colour belongs to which."""
-    (model, tokenizer), n_questions = load_course_model(), 600
+    """What of a picture the longest run has understood: where things lie, and which colour belongs to which."""
+    (model, tokenizer), n_questions = load_course_model(LONG_RUN), 600
     asked = World().questions("scene", n_questions, run.seed)
     prompts = [join(before) for before, _ in asked]
     made = complete(model.eval(), tokenizer, prompts, SamplingConfig(8, temperature=0.0))
@@ -118,7 +121,7 @@ def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     left.plot(steps, losses - floor, color="0.75", lw=0.8, label="training batches, loss minus floor")
     held = [(float(row["step"]), float(row["gap"])) for row in rows if row.get("gap")]
     left.plot(*zip(*held, strict=True), "o-", color="C0", label="held-out documents")
-    left.set(yscale="log", xlabel="step", ylabel="gap to the floor (nats per token)", ylim=(0.003, 5))
+    left.set(yscale="log", xlabel="step", ylabel="gap to the floor (nats per token)", ylim=(0.005, 5))
     left.legend(frameon=False, loc="upper right")
     kinds = sorted((kind for kind in report["gaps"] if kind != "all"), key=lambda kind: report["gaps"][kind][1])
     right.barh(kinds, [report["gaps"][kind][1] for kind in kinds], color="C0")

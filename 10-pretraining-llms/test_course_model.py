@@ -51,6 +51,14 @@ def course():
     return (*load_course_model(), json.loads((topic.FOLDER / topic.REPORT).read_text(encoding="utf-8")))
 
 
+def test_the_long_run_is_nearer_to_the_floor_and_its_card_speaks_of_its_weights() -> None:
+    report = json.loads((topic.LONG_RUN / topic.REPORT).read_text(encoding="utf-8"))
+    assert sha256((topic.LONG_RUN / topic.WEIGHTS).read_bytes()).hexdigest() == report["weights_sha256"]
+    documents = World().documents(300, 9, "validation")
+    gaps = [gaps_by_kind(*load_course_model(folder), documents)["all"][1] for folder in (topic.FOLDER, topic.LONG_RUN)]
+    assert gaps[1] < gaps[0] and gaps[1] < report["gaps"]["all"][1] + 0.004  # three of its standard errors here
+
+
 def test_the_committed_weights_reach_the_gap_on_their_card(course) -> None:
     """The card's own examination, on its own documents: the same numbers, and the gap that the course promises."""
     model, tokenizer, report = course
