@@ -13,7 +13,7 @@ run: $(VENV)/installed
 	$(BIN)/python 05-building-from-scratch/building_from_scratch.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 notebooks: $(VENV)/installed
 	$(BIN)/python 01-prerequisites/workbench.py notebooks
@@ -26,7 +26,7 @@ bench: $(VENV)/installed
 
 parity: $(VENV)/installed
 	rm -f parity.json
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 	$(BIN)/python 01-prerequisites/workbench.py parity
 
 lint: $(VENV)/installed

@@ -22,6 +22,7 @@ from workbench import ROOT, first_difference, largest_difference  # noqa: E402
 
 LEVELS = ("output", "gradient", "trajectory", "invariant", "exchange")
 LEDGER: list[dict] = []
+RAN: set[str] = set()  # tests of this run
 
 
 # The parity ledger
@@ -47,19 +48,31 @@ def parity(request) -> Callable:
             f"{component} differs from {oracle} ({level}) by {error:.3g}, allowed {tolerance:.0e}: "
             f"{first_difference(actual, expected, tolerance)}"
         )
-        LEDGER.append({**row, "error": error, "tolerance": tolerance, "test": request.node.nodeid})
+        LEDGER.append({**row, "error": float(error), "tolerance": float(tolerance), "test": request.node.nodeid})
 
     return compare
 
 
 def pytest_sessionfinish(session) -> None:
     """Write the ledger: the rows of the tests that ran now, beside earlier rows of other tests that still exist."""
+    RAN.update(item.nodeid for item in getattr(session, "items", ()))
+    if hasattr(session.config, "workeroutput"):  # one of several processes (pytest -n 2): the first one writes
+        session.config.workeroutput["ledger"], session.config.workeroutput["ran"] = LEDGER, sorted(RAN)
+        return
     if not LEDGER:
         return
-    path, ran = ROOT / "parity.json", {item.nodeid for item in session.items}
+    path = ROOT / "parity.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["proofs"] if path.exists() else []
-    kept = [row for row in kept if row["test"] not in ran and (ROOT / row["test"].partition("::")[0]).exists()]
+    kept = [row for row in kept if row["test"] not in RAN and (ROOT / row["test"].partition("::")[0]).exists()]
     path.write_text(json.dumps({"proofs": kept + LEDGER}, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Take over what one of several processes has proven."""
+    output = getattr(node, "workeroutput", {})
+    LEDGER.extend(output.get("ledger", []))
+    RAN.update(output.get("ran", []))
 
 
 # The shape-comment tracer: `q = ...  # (batch, heads, query, d_head)` must hold in every call
