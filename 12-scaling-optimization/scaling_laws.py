@@ -11,7 +11,7 @@ same question, arXiv 2406.19146). Losses are nats per token, FLOPs those of a wh
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,7 +87,7 @@ class ChinchillaLaw:
 
     def loss(self, n_parameters: Any, n_tokens: Any) -> Any:
         """Nats per token of a model of N weights after D tokens."""
-        return self.e + self.a / np.power(n_parameters, self.alpha) + self.b / np.power(n_tokens, self.beta)
+        return self.e + self.a / n_parameters**self.alpha + self.b / n_tokens**self.beta
 
     @property
     def exponent(self) -> float:
@@ -350,6 +350,7 @@ class Frontier:
     budgets: np.ndarray = field(repr=False)  # FLOPs
     best: np.ndarray = field(repr=False)  # the best N of each budget
     least: np.ndarray = field(repr=False)  # its loss
+    left_out: tuple[float, ...] = ()  # budgets without a lowest point in between
 
     def size(self, flops: Any) -> Any:
         return self.n_scale * np.power(flops, self.exponent)
@@ -381,25 +382,31 @@ def isoflop_frontier(runs: Runs, near: float = 2.5) -> Frontier:
     """Approach 2 of Hoffmann et al. 2022: a parabola at each budget, and a line through their lowest points in logs.
 
     A parabola is the second-order view of a lopsided curve: only runs whose size is within a factor `near` of the best
-    one that was tried take part, three sizes at least. Budgets are those of `runs.flops`, up to 5 per cent.
-    Raises ValueError for fewer than two budgets.
+    one that was tried take part, four sizes at least. Budgets are those of `runs.flops`, up to 5 per cent; one whose
+    parabola has no lowest point is left out, and named in the answer. Raises ValueError if fewer than two remain.
     """
     keys = np.round(np.log(runs.flops) / 0.05)
-    budgets, best, least = [], [], []
+    budgets, best, least, left_out = [], [], [], []
     for key in np.unique(keys):
         here = runs.take(keys == key)
         sizes = np.unique(here.n_parameters)
         means = np.array([here.loss[here.n_parameters == size].mean() for size in sizes])
         away = np.abs(np.log(sizes / sizes[means.argmin()]))
-        kept = sizes[away <= max(math.log(near), np.sort(away)[min(2, len(away) - 1)])]
+        kept = sizes[away <= max(math.log(near), np.sort(away)[min(3, len(away) - 1)])]
         here = here.take(np.isin(here.n_parameters, kept))
-        n_best, lowest = parabola(here.n_parameters, here.loss)
-        budgets.append(np.exp(np.log(here.flops).mean()))
+        flops = float(np.exp(np.log(here.flops).mean()))
+        try:
+            n_best, lowest = parabola(here.n_parameters, here.loss)
+        except ValueError:
+            left_out.append(flops)
+            continue
+        budgets.append(flops)
         best.append(n_best)
         least.append(lowest)
     if len(budgets) < 2:
-        raise ValueError(f"a line through best sizes needs at least 2 budgets, got {len(budgets)}")
-    return frontier_through(np.array(budgets), np.array(best), np.array(least))
+        raise ValueError(f"a line through best sizes needs at least 2 budgets with a lowest point, got {len(budgets)}")
+    found = frontier_through(np.array(budgets), np.array(best), np.array(least))
+    return replace(found, left_out=tuple(left_out))
 
 
 def envelope_frontier(runs: Runs, n_points: int = 400) -> Frontier:
@@ -439,9 +446,16 @@ def resampled_counts(runs: Runs, n_boot: int, seed: int) -> np.ndarray:
 
 
 def bootstrap_laws(runs: Runs, n_boot: int, seed: int, delta: float = HUBER_DELTA) -> list[ChinchillaLaw]:
-    """The law of approach 3 on n_boot samples of the groups of runs, those with too few different runs left out."""
+    """The law of approach 3 on n_boot samples of the groups of runs, those with too few different runs left out.
+
+    Raises ValueError if less than a fifth of the samples are left.
+    """
     counts = resampled_counts(runs, n_boot, seed)
     different = np.array([len(np.unique(runs.group[row > 0])) for row in counts])
+    if (different > 5).mean() < 0.2:
+        raise ValueError(
+            f"{(different > 5).sum()} of {n_boot} samples have more than 5 different runs; train more sizes or budgets"
+        )
     return fit_many(runs, counts[different > 5], delta)
 
 
@@ -464,6 +478,23 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     """The percentile interval of bootstrap values."""
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def misfit(runs: Runs, law: ChinchillaLaw) -> tuple[float, float]:
+    """How far seeds of one group differ, and how far the groups' means miss the law: deviations of log loss.
+
+    If the law is true, the second is the first over the root of the number of seeds. Raises ValueError if no group has
+    two runs.
+    """
+    away = np.log(runs.loss) - np.log(law.loss(runs.n_parameters, runs.n_tokens))
+    groups = [away[runs.group == group] for group in np.unique(runs.group)]
+    several = [values for values in groups if len(values) > 1]
+    if not several:
+        raise ValueError("the spread of seeds needs at least two runs of one size and budget; raise --n-seeds")
+    within = math.sqrt(
+        sum(((values - values.mean()) ** 2).sum() for values in several) / sum(len(v) - 1 for v in several)
+    )
+    return within, math.sqrt(np.mean([values.mean() ** 2 for values in groups]))
 
 
 # Worlds whose law is known

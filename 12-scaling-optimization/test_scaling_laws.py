@@ -28,6 +28,7 @@ from scaling_laws import (
     interval,
     isoflop_frontier,
     kaplan_model,
+    misfit,
     parabola,
     planted_runs,
     power_model,
@@ -177,6 +178,15 @@ def test_frontiers_find_the_planted_exponent() -> None:
     assert least == pytest.approx(LAW.least_loss(isoflop_frontier(runs).budgets), rel=2e-3)
 
 
+def test_a_budget_without_a_lowest_point_is_left_out() -> None:
+    runs = planted_runs(LAW, np.geomspace(3e3, 4e5, 12), [1e10, 1e11, 1e12], 0.0, 1, 0)
+    middle = np.isclose(runs.flops, 1e11)
+    bent = dataclasses.replace(runs, loss=np.where(middle, 9 - runs.loss, runs.loss))
+    found = isoflop_frontier(bent)
+    assert found.left_out == pytest.approx((1e11,)) and found.budgets == pytest.approx([1e10, 1e12])
+    assert isoflop_frontier(runs).left_out == ()
+
+
 def test_a_parabola_by_hand() -> None:
     # 0.7 + 0.1 (ln N - ln 1000)^2 at N = 500, 1000, 4000
     sizes = np.array([500.0, 1000.0, 4000.0])
@@ -230,8 +240,18 @@ def test_points_of_one_run_are_not_runs() -> None:
     assert widths[1] < 0.75 * widths[0]
 
 
+def test_the_misfit_of_a_true_law_is_that_of_its_seeds() -> None:
+    runs = planted_runs(LAW, SIZES, BUDGETS, 0.01, 4, 8)
+    within, between = misfit(runs, LAW)
+    assert within == pytest.approx(0.01, rel=0.15) and between == pytest.approx(0.01 / 2, rel=0.35)
+    bent = dataclasses.replace(runs, loss=runs.loss * np.exp(0.06 * np.sin(9 * np.log(runs.n_parameters))))
+    assert misfit(bent, fit_chinchilla(bent))[1] > 2 * within and misfit(bent, LAW)[0] == pytest.approx(within)
+    with pytest.raises(ValueError, match="needs at least two runs of one size and budget"):
+        misfit(planted_runs(LAW, SIZES, BUDGETS, 0.01, 1, 0), LAW)
+
+
 def test_frontiers_are_bootstrapped() -> None:
-    runs = planted_runs(LAW, np.geomspace(5e3, 1e5, 9), BUDGETS, 0.002, 2, 0)
+    runs = planted_runs(LAW, np.geomspace(1e4, 8e5, 13), BUDGETS, 0.002, 2, 0)
     found = bootstrap_frontiers(isoflop_frontier, runs, 40, seed=0)
     low, high = interval([each.exponent for each in found])
     assert len(found) == 40 and low < LAW.exponent < high and high - low < 0.3
@@ -254,7 +274,7 @@ def test_bad_runs_are_refused() -> None:
         Runs(np.ones(2), np.ones(2), np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="flops must be finite and > 0, got -1"):
         LAW.optimum(-1)
-    with pytest.raises(ValueError, match="needs at least 2 budgets, got 1"):
+    with pytest.raises(ValueError, match="needs at least 2 budgets with a lowest point, got 1"):
         isoflop_frontier(runs)
     with pytest.raises(ValueError, match="at least 3 sizes at one budget, got 2"):
         parabola(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
