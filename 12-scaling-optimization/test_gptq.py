@@ -165,6 +165,10 @@ def test_statistics_are_those_of_the_real_tokens(parity) -> None:
     parity("input_statistics, mean |x|", "all tokens at once", "output", found[name].mean_abs, x.abs().mean(0), 1e-10)
     parity("input_statistics, max |x|", "all tokens at once", "output", found[name].max_abs, x.abs().amax(0), 0)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    everything = input_statistics(model, batches)  # each layer counts its own inputs, not those of the last one
+    assert everything.keys() == block_linears(model).keys()
+    assert all(statistics.n_tokens == len(x) for statistics in everything.values())
+    assert torch.equal(everything[name].second_moment, found[name].second_moment)
 
 
 def test_output_error_is_the_mean_over_tokens(parity) -> None:

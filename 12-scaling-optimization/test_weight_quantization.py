@@ -168,6 +168,12 @@ def test_two_codes_of_four_bits_share_a_byte() -> None:
         pack_codes(torch.tensor([[3, 16]]), 4)
 
 
+def test_codes_below_the_zero_point_are_negative() -> None:
+    """Subtracted in uint8, 3 - 5 would be 254."""
+    codes, zero = torch.tensor([3, 9], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8)
+    assert from_codes(codes, torch.tensor(0.5), zero).tolist() == [-1.0, 2.0]
+
+
 def test_hand_worked_row() -> None:
     """The chapter's row: range -0.6..1.5, 4 bits, so a step of 0.14 and 0 at code 4."""
     weight = torch.tensor([[-0.6, 0.0, 0.35, 1.5]])
