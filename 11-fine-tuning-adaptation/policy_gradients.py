@@ -311,12 +311,13 @@ FROM_REFERENCE = ("rejection", "dpo")  # whose responses are sampled from the re
 class RewardTask(NamedTuple):
     """What a policy is asked and what its answers are worth.
 
-    draw(n, step) gives n questions, a pure function of the step; each has the ids of its `prompt`. reward(question,
-    response ids without end and padding, whether the response has ended) is a number, at best 1.
+    draw(n, step) gives n questions, a pure function of the step; each has the ids of its `prompt`. reward(questions,
+    responses) gives one number for each response, a list of ids that ends with end_id if it has ended. Rewards of 1 and
+    more are what rejection sampling accepts.
     """
 
     draw: Callable[[int, int], list]
-    reward: Callable[[object, list[int], bool], float]
+    reward: Callable[[list, list[list[int]]], list[float]]
     end_id: int
 
 
@@ -335,15 +336,6 @@ def sample_responses(
     return [row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))] for row in made]
 
 
-def rewards_of(task: RewardTask, questions: list, responses: list[list[int]]) -> list[float]:
-    """The reward of each response; only one that has ended is handed over without its end."""
-    rewards = []
-    for question, response in zip(questions, responses, strict=True):
-        ended = response[-1] == task.end_id
-        rewards.append(float(task.reward(question, response[:-1] if ended else response, ended)))
-    return rewards
-
-
 @torch.no_grad()
 def roll_out(
     model: CausalLM, reference: CausalLM, task: RewardTask, config: PolicyConfig, step: int, generator: torch.Generator
@@ -358,7 +350,7 @@ def roll_out(
     questions = [item for item in task.draw(config.n_prompts, step) for _ in range(config.n_rollouts)]
     prompts, sampling = [question.prompt for question in questions], SamplingConfig(config.max_new_tokens)
     responses = sample_responses(actor, prompts, task.end_id, sampling, generator)
-    rewards = torch.tensor(rewards_of(task, questions, responses)).view(config.n_prompts, config.n_rollouts)
+    rewards = torch.tensor(task.reward(questions, responses)).view(config.n_prompts, config.n_rollouts)
     rows = lay_out(prompts, responses, model.config.pad_id).to(device_of(model))
     log_probs, entropies = response_scores(model, rows, with_entropy=True)  # (batch, seq)
     ref_log_probs = response_log_probs(reference, rows)  # (batch, seq)

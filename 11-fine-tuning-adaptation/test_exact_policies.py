@@ -184,6 +184,14 @@ def test_dividing_by_the_deviation_weighs_prompts_by_the_formula() -> None:
         assert abs(verdict.scale - grpo_prompt_weight(chances[prompt].item(), 3)) < 4 * verdict.scale_error
 
 
+def test_a_mean_over_its_own_length_climbs_reward_per_token() -> None:
+    """(n - 1) / n times the gradient of E[(r - p) / length], p held fixed."""
+    chance = (BED.log_probs(POLICY).exp() * BED.correct).sum(dim=1, keepdim=True)
+    climbed = BED.gradient(POLICY, (BED.correct - chance) / BED.lengths)
+    verdict = judge(BED.estimates(POLICY, tilted(group_centred, per_sequence), SETTING), 2 / 3 * climbed)
+    assert not verdict.biased and verdict.angle < 3
+
+
 def test_the_prompt_weight_by_hand_and_in_the_limit() -> None:
     """Two rollouts differ with chance 2p(1 - p), and then have advantages of 1/sqrt(2): the weight is 1/sqrt(2)."""
     assert grpo_prompt_weight(0.3, 2) == pytest.approx(math.sqrt(0.5))

@@ -40,7 +40,6 @@ from policy_gradients import (
     ppo_loss,
     reinforce_loss,
     rejection_loss,
-    rewards_of,
     rloo_loss,
     roll_out,
     sample_responses,
@@ -407,12 +406,16 @@ class Asked(NamedTuple):
 
 
 def tiny_task() -> RewardTask:
-    """1 if the response begins with the prompt's last id and ends, else 0."""
+    """1 if the response begins with the prompt's last id, else 0."""
 
     def draw(n: int, step: int) -> list[Asked]:
         return [Asked([2, 4 + (step + index) % 3], 4 + (step + index) % 3) for index in range(n)]
 
-    return RewardTask(draw, lambda question, response, ended: float(response[:1] == [question.wanted]), end_id=1)
+    def reward(questions: list[Asked], responses: list[list[int]]) -> list[float]:
+        pairs = zip(questions, responses, strict=True)
+        return [float(response[0] == question.wanted) for question, response in pairs]
+
+    return RewardTask(draw, reward, end_id=1)
 
 
 def tiny_model(seed: int = 0) -> CausalLM:
@@ -457,16 +460,13 @@ def test_evaluation_joins_the_log_and_a_budget_ends_the_run() -> None:
     assert all(row["held_out"] == 0.5 for row in rows)
 
 
-def test_a_response_stops_at_either_end_and_is_rewarded_without_it() -> None:
+def test_a_response_stops_at_either_end() -> None:
     model = tiny_model()
     generator = torch.Generator().manual_seed(0)
     responses = sample_responses(model, [[2, 4]] * 60, 1, SamplingConfig(3), generator)
     assert {len(response) for response in responses} == {1, 2, 3}
-    assert all(token not in (0, 1, 3) or token == 0 for response in responses for token in response[:-1])
-    seen = []
-    task = RewardTask(lambda n, step: [], lambda question, response, ended: seen.append((response, ended)) or 0.0, 1)
-    rewards_of(task, [None] * 3, [[5, 1], [5, 3], [5, 6, 7]])
-    assert seen == [([5], True), ([5, 3], False), ([5, 6, 7], False)]
+    assert all(token not in (1, 3) for response in responses for token in response[:-1])
+    assert {response[-1] for response in responses if len(response) < 3} == {1, 3}
 
 
 def test_old_log_probabilities_are_those_of_the_policy_that_sampled(checked_shapes) -> None:
