@@ -54,6 +54,7 @@ from scaling_laws import (
     interval,
     isoflop_frontier,
     misfit,
+    misfit_of_forms,
     planted_runs,
 )
 from scaling_optimization import PredictConfig, predicted_run, write_prediction
@@ -104,7 +105,7 @@ class FiguresConfig(CompressionFiguresConfig):
     n_boot: int = 120  # samples of every bootstrap
     n_target_seeds: int = 1  # how often the larger run is made
     n_fact_seeds: int = 1  # seeds of the runs on the world of facts
-    n_worlds: int = 100  # worlds with a planted law, whose intervals are checked
+    n_worlds: int = 30  # worlds with a planted law, whose intervals are checked
     n_documents: int = 1000  # held-out documents that a run is examined with
     again: bool = False  # train again what an earlier run of facts has left in --out
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
@@ -245,7 +246,7 @@ def save_laws(config: FiguresConfig, runs: Runs, bodies: Runs, run: RunConfig) -
         law, laws = fit_chinchilla(kept), bootstrap_laws(kept, config.n_boot, run.seed)
         low, high = interval([each.e for each in laws])
         rows.append([f"E from {name}", f"{law.e:.4f}", f"{low:.4f} to {high:.4f}"])
-    rows += misfit_rows(runs)
+    rows += misfit_rows(runs) + form_rows(runs, entropy)
     config.save("floor", [Column("Number"), Column("value"), Column("95 % interval")], rows, "isoflop", config.n_seeds)
 
 
@@ -268,6 +269,13 @@ def misfit_rows(runs: Runs) -> list[list]:
         ["seeds of one run differ by (one deviation)", f"{within:.2%}", "-"],
         ["means of seeds miss the law by", f"{between:.2%}", f"{within / math.sqrt(n_seeds):.2%} if the law were true"],
     ]
+
+
+def form_rows(runs: Runs, entropy: float) -> list[list]:
+    """By how much the gap above the known floor misses a sum of two powers, and one product."""
+    found = misfit_of_forms(runs, entropy)
+    words = {"sum": "A / N^alpha + B / D^beta", "product": "K / (N^alpha D^beta)"}
+    return [[f"the gap, floor known, misses {words[name]} by", f"{found[name]:.1%}", "-"] for name in words]
 
 
 def halves(runs: Runs) -> dict[str, Runs]:
@@ -356,7 +364,7 @@ def facts(config: FiguresConfig, run: RunConfig) -> None:
         low, high = interval([getattr(each, name) for each in laws])
         label = {"e": "E", "exponent": "a of N_best ~ C^a", "a": "A", "b": "B"}.get(name, name)
         rows.append([label, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}"])
-    rows += misfit_rows(runs)
+    rows += misfit_rows(runs) + form_rows(runs, world.entropy)
     config.save(
         "facts", [Column("Number"), Column("value"), Column("95 % interval")], rows, "facts", config.n_fact_seeds
     )
@@ -616,7 +624,7 @@ def save_selective(config: FiguresConfig) -> None:
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]] = {  # name -> function, seconds
     "published-laws": (published_laws, 2),
-    "coverage": (interval_coverage, 60),
+    "coverage": (interval_coverage, 30),
     "isoflop": (isoflop, 1100),
     "prediction": (prediction, 130),
     "facts": (facts, 160),

@@ -253,6 +253,19 @@ def kaplan_model(log_n: np.ndarray, log_d: np.ndarray) -> Model:
     return model
 
 
+def sum_model(log_n: np.ndarray, log_d: np.ndarray) -> Model:
+    """log of A / N^alpha + B / D^beta; theta = (log A, alpha, log B, beta): ChinchillaLaw where E is known."""
+
+    def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_a, alpha, log_b, beta = (theta[:, index, None] for index in range(4))
+        terms = np.stack([log_a - alpha * log_n, log_b - beta * log_d])  # (2, batch, runs)
+        value = np.logaddexp(*terms)
+        size, data = np.exp(terms - value)
+        return value, np.stack([size, -size * log_n, data, -data * log_d], axis=-1)
+
+    return model
+
+
 def power_model(log_x: np.ndarray) -> Model:
     """log L of PowerLaw; theta = (log E, alpha log x_c, alpha)."""
 
@@ -495,6 +508,25 @@ def misfit(runs: Runs, law: ChinchillaLaw) -> tuple[float, float]:
         sum(((values - values.mean()) ** 2).sum() for values in several) / sum(len(v) - 1 for v in several)
     )
     return within, math.sqrt(np.mean([values.mean() ** 2 for values in groups]))
+
+
+def misfit_of_forms(runs: Runs, floor: float) -> dict[str, float]:
+    """Where the floor is known: by how much log(loss - floor) misses a sum of two powers, and one product of them.
+
+    Root mean squares over the runs, least squares both. A law with a sum has no place for a product, and bends E.
+    """
+    gap = Runs(runs.n_parameters, runs.n_tokens, runs.loss - floor)
+    need_runs(gap, 4, "A / N^alpha + B / D^beta")
+    log_n, log_d = (values - values.mean() for values in (np.log(gap.n_parameters), np.log(gap.n_tokens)))
+    log_gap = np.log(gap.loss)
+    columns = np.stack([np.ones(len(gap)), log_n, log_d], axis=1)
+    product = columns @ np.linalg.lstsq(columns, log_gap, rcond=None)[0]
+    middle = log_gap.mean()
+    starts = grid_of(middle + np.array([-2.0, -0.5]), [0.2, 0.8], middle + np.array([-2.0, -0.5]), [0.2, 0.8])
+    model = sum_model(log_n, log_d)
+    theta = best_of(model, gap, starts, np.ones((1, len(gap))), delta=1e3)
+    away = {"sum": model(theta)[0][0] - log_gap, "product": product - log_gap}
+    return {name: float(np.sqrt((values**2).mean())) for name, values in away.items()}
 
 
 # Worlds whose law is known

@@ -29,10 +29,12 @@ from scaling_laws import (
     isoflop_frontier,
     kaplan_model,
     misfit,
+    misfit_of_forms,
     parabola,
     planted_runs,
     power_model,
     resampled_counts,
+    sum_model,
 )
 
 LAW = ChinchillaLaw(0.55, 60.0, 0.45, 25.0, 0.35)
@@ -98,14 +100,15 @@ def test_body_exponent_by_brute_force() -> None:
 # The models that are fitted: their derivatives, and the laws that they are
 
 
-@pytest.mark.parametrize("name", ["chinchilla", "kaplan", "power"])
+@pytest.mark.parametrize("name", ["chinchilla", "kaplan", "power", "sum"])
 def test_jacobians_are_the_slopes(parity, name: str) -> None:
     rng = np.random.default_rng(0)
     log_n, log_d = rng.normal(size=6), rng.normal(size=6)
     model = {
-        "chinchilla": chinchilla_model(log_n, log_d), "kaplan": kaplan_model(log_n, log_d), "power": power_model(log_n)
+        "chinchilla": chinchilla_model(log_n, log_d), "kaplan": kaplan_model(log_n, log_d), "power": power_model(log_n),
+        "sum": sum_model(log_n, log_d),
     }[name]  # fmt: skip
-    n_unknown = {"chinchilla": 5, "kaplan": 4, "power": 3}[name]
+    n_unknown = {"chinchilla": 5, "kaplan": 4, "power": 3, "sum": 4}[name]
     theta = rng.uniform(0.2, 0.9, size=(2, n_unknown))
     _, jacobian = model(theta)
     slopes = np.empty_like(jacobian)
@@ -248,6 +251,17 @@ def test_the_misfit_of_a_true_law_is_that_of_its_seeds() -> None:
     assert misfit(bent, fit_chinchilla(bent))[1] > 2 * within and misfit(bent, LAW)[0] == pytest.approx(within)
     with pytest.raises(ValueError, match="needs at least two runs of one size and budget"):
         misfit(planted_runs(LAW, SIZES, BUDGETS, 0.01, 1, 0), LAW)
+
+
+def test_the_form_of_a_gap_is_recognised() -> None:
+    runs = planted_runs(LAW, SIZES, BUDGETS, 0.0, 1, 0)
+    of_sum = misfit_of_forms(runs, LAW.e)
+    assert of_sum["sum"] < 1e-6 < 0.02 < of_sum["product"]
+    gap = 40 * runs.n_parameters**-0.3 * runs.n_tokens**-0.2
+    of_product = misfit_of_forms(dataclasses.replace(runs, loss=LAW.e + gap), LAW.e)
+    assert of_product["product"] < 1e-6 < 0.01 < of_product["sum"]
+    with pytest.raises(ValueError, match="loss must hold a finite number > 0"):
+        misfit_of_forms(runs, floor=2.0)
 
 
 def test_frontiers_are_bootstrapped() -> None:
