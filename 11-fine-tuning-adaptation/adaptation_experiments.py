@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from adaptation_failures import FAILURE_EXPERIMENTS
+from chat_experiments import CHAT_EXPERIMENTS
 from course_model import FOLDER, load_course_model, start_small
 from course_tokenizer import CourseTokenizer
 from equal_compute import remembered
@@ -42,6 +43,7 @@ from low_rank_adapters import LoraConfig, add_adapters
 from modern_llm_architectures import CausalLM
 from nf4 import quantize_nf4, weight_bytes
 from optimizers import build_optimizer, state_bytes
+from preference_experiments import PREFERENCE_EXPERIMENTS, base_name
 from prompt_tuning import trained_parameters
 from tiny_world import INSTRUCT, World
 from workbench import (
@@ -108,7 +110,7 @@ class Trial:
 
     def name(self, config: FiguresConfig, seed: int) -> str:
         sizes = [config.sft_steps, config.n_questions, config.n_documents]
-        return f"seed {seed}, {json.dumps(asdict(self), sort_keys=True)}, sizes {sizes}"
+        return f"base {base_name()}, seed {seed}, {json.dumps(asdict(self), sort_keys=True)}, sizes {sizes}"
 
 
 def trained(
@@ -168,7 +170,9 @@ def base_report(config: FiguresConfig, run: RunConfig) -> dict[str, Any]:
         model, tokenizer = load_course_model()
         return examine_answers(model.to(pick_device(run.device)), tokenizer, config.exam)
 
-    return remembered(config, run, f"before, {config.n_questions} questions, {config.n_documents} documents", examine)
+    return remembered(
+        config, run, f"base {base_name()}, {config.n_questions} questions, {config.n_documents} documents", examine
+    )
 
 
 # Which learning rate: on a seed that no comparison uses
@@ -184,8 +188,7 @@ def rates(config: FiguresConfig, run: RunConfig) -> None:
     for method, rate in RATES.items():
         cells: list = []
         for factor in RATE_FACTORS:
-            changes = {"learning_rate": factor * rate, "max_steps": max(1, config.sft_steps // 3)}
-            trial = Trial(method, sft=changes)
+            trial = rate_trial(method, factor * rate, config)
             name = f"rates, {trial.name(config, RATE_SEED)}"
             found = remembered(config, run, name, lambda trial=trial: try_rate(trial, config, run))
             cells += [f"{factor * rate:.2g}", found["answer_gap"]]
@@ -194,6 +197,10 @@ def rates(config: FiguresConfig, run: RunConfig) -> None:
     for head in ("a third of it", "the rate that is used", "three times it"):
         columns += [Column(head), Column("gap on answers", "nats per token", ".2f")]
     config.save("rates", columns, rows, "rates", n_seeds=1)
+
+
+def rate_trial(method: str, rate: float, config: FiguresConfig) -> Trial:
+    return Trial(method, sft={"learning_rate": float(f"{rate:.4g}"), "max_steps": max(1, config.sft_steps // 3)})
 
 
 def try_rate(trial: Trial, config: FiguresConfig, run: RunConfig) -> dict[str, float]:
@@ -444,6 +451,8 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]]
     "rates": (rates, 540),
     "nf4": (quantising, 3),
     **FAILURE_EXPERIMENTS,
+    **PREFERENCE_EXPERIMENTS,
+    **CHAT_EXPERIMENTS,
 }
 
 

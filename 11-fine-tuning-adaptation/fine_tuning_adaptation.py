@@ -287,15 +287,15 @@ def guessing() -> dict[str, float]:
 
 
 RATES = {  # peak learning rates, the best of those tried on a seed of its own: see `rates` in adaptation_experiments
-    "full": 3e-3,
-    "layerwise": 5e-3,
+    "full": 9e-3,
+    "layerwise": 1.5e-2,
     "lora": 1e-2,
     "dora": 1e-2,
     "qlora": 1e-2,
-    "adapters": 1e-2,
-    "prefix": 3e-2,
-    "prompt": 3e-2,
-    "bitfit": 2e-2,
+    "adapters": 3e-2,
+    "prefix": 9e-2,
+    "prompt": 9e-2,
+    "bitfit": 3e-2,
 }
 
 
@@ -519,9 +519,11 @@ def fine_tune(
 # The verbs
 
 
-BREAK_NAMES = (  # the keys of BREAKS in adaptation_failures, which measures them
+BREAK_NAMES = (  # the keys of BREAKS and PREFERENCE_BREAKS in the two modules of failures, which measure them
     *("alpha-without-rank", "merged-twice", "nothing-trained", "late-binding", "all-masked"),
     *("frozen-new-tokens", "loss-on-prompt", "end-not-trained", "other-template", "packed-together"),
+    *("dpo-without-reference", "summed-over-vocabulary", "prompt-counted", "whitened-across-prompts"),
+    *("advantage-with-gradient", "old-policy-recomputed", "kl-wrong-sign", "end-not-counted"),
 )
 
 
@@ -535,9 +537,10 @@ class BreakConfig:
 def demo(broken: BreakConfig, lora: LoraConfig, config: SftConfig, exam: AnswerConfig, run: RunConfig) -> None:
     """Teach the course model to follow instructions with LoRA, and show what it gained, forgot and weighs."""
     if broken.break_ != "none":
-        from adaptation_failures import BREAKS  # here, because it imports this module
+        from adaptation_failures import BREAKS  # here, because they import this module
+        from preference_failures import PREFERENCE_BREAKS
 
-        show, seconds = BREAKS[broken.break_]
+        show, seconds = (BREAKS | PREFERENCE_BREAKS)[broken.break_]
         announce(f"showing the failure {broken.break_!r}", seconds)
         for what, sound, wrong in show(run):
             print(f"{what}: {sound:.4g} as it should be, {wrong:.4g} with --break {broken.break_}")
@@ -645,7 +648,9 @@ def merge_folder(chosen: AdapterConfig, run: RunConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from adaptation_experiments import FiguresConfig, bench, figures  # here, because it imports this module
+    from adaptation_experiments import FiguresConfig, bench, figures  # here, because they import this module
+    from chat_model import ChatConfig, TalkConfig, chat, talk
+    from preference_experiments import PREFERENCE_VERBS
 
     training = (LoraConfig, SftConfig, AnswerConfig, RunConfig)
     verbs: dict[str, tuple[Any, ...]] = {
@@ -653,6 +658,9 @@ def main(argv: list[str] | None = None) -> None:
         "sft": (sft, MethodConfig, *training),
         "evaluate": (evaluate, AdapterConfig, AnswerConfig, RunConfig),
         "merge": (merge_folder, AdapterConfig, RunConfig),
+        **PREFERENCE_VERBS,
+        "chat": (chat, ChatConfig, AnswerConfig, RunConfig),
+        "talk": (talk, TalkConfig, RunConfig),
         "bench": (bench, RunConfig),
         "figures": (figures, FiguresConfig, RunConfig),
     }

@@ -34,6 +34,7 @@ from fine_tuning_adaptation import (
 from low_rank_adapters import LoraConfig
 from modern_llm_architectures import CausalLM, ModelConfig
 from packing import language_model_loss
+from preference_failures import PREFERENCE_BREAKS
 from sequence_modeling import IGNORE
 from tiny_world import INSTRUCT, World, join, words
 from training_transformers import fit
@@ -388,7 +389,7 @@ def test_mistakes_get_one_line(flags: list[str], message: str, tmp_path, capsys)
 
 
 def test_the_names_of_the_failures_are_known_to_the_command_line() -> None:
-    assert set(topic.BREAK_NAMES) == set(adaptation_failures.BREAKS)
+    assert set(topic.BREAK_NAMES) == {*adaptation_failures.BREAKS, *PREFERENCE_BREAKS}
 
 
 @pytest.mark.parametrize("name", ["nothing-trained", "late-binding", "all-masked", "packed-together"])
