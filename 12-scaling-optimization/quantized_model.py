@@ -12,7 +12,7 @@ folder of topic 09 with codes, scales and zero points in place of each weight, a
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -329,6 +329,8 @@ class QuantizeConfig(CheckpointConfig):
     quant_group_size: int = 32  # weights of a row that share a scale; 0: the row; -1: the matrix
     scheme: Literal["absmax", "affine"] = "affine"  # codes around 0, or from the smallest to the largest weight
     embedding_bits: int = 8  # bits of embedding and head; 0 leaves them in float
+    damping: float = 0.3  # gptq: added to the diagonal of the second moments, as a share of its mean
+    act_order: bool = False  # gptq: columns with the largest inputs first
     n_calibration: int = 128  # training documents whose activations are looked at
     n_held_out: int = 500  # held-out documents to examine both models with
 
@@ -336,6 +338,7 @@ class QuantizeConfig(CheckpointConfig):
         check_range(self, "n_calibration", least=1)
         check_range(self, "n_held_out", least=2)
         self.recipe()
+        GPTQConfig(self.damping, act_order=self.act_order)
 
     def recipe(self) -> Recipe:
         fmt = QuantFormat(self.n_bits, self.quant_group_size, self.scheme)
@@ -348,7 +351,8 @@ def quantize(config: QuantizeConfig, run: RunConfig) -> None:
     seed_everything(run.seed)
     model, tokenizer = load_course_model(config.folder)
     batches = calibration_batches(tokenizer, config.n_calibration, run.seed)
-    small = quantize_model(model, config.recipe(), batches)
+    settings = GPTQConfig(config.damping, act_order=config.act_order)
+    small = quantize_model(model, config.recipe(), batches, settings)
     folder = run.out / "model"
     small.save_pretrained(folder)
     load_course_tokenizer().save_folder(folder)
@@ -360,8 +364,3 @@ def quantize(config: QuantizeConfig, run: RunConfig) -> None:
     print(f"{config.method}, {config.recipe().fmt}: {small.n_bytes:,} bytes ({ratio:.1f} times fewer), {after[0]:.4f}")
     print(f"what rounding cost: {damage:+.4f} ± {error:.4f} nats per token, on the same documents")
     print(f"saved in {shown(folder)}: {(folder / WEIGHTS).stat().st_size:,} bytes")
-
-
-def at_bits(recipe: Recipe, n_bits: int) -> Recipe:
-    """The same recipe with another number of bits in the blocks."""
-    return replace(recipe, fmt=replace(recipe.fmt, n_bits=n_bits))

@@ -73,6 +73,9 @@ def test_row_mask_takes_as_many_from_each_row() -> None:
 def test_two_of_every_four_stay(parity) -> None:
     weight = torch.tensor([[0.1, -5.0, 2.0, 0.0, 3.0, -1.0, 0.5, 4.0]])
     assert pattern_mask(weight.abs(), (2, 4)).tolist() == [[False, True, True, False, True, False, False, True]]
+    kept = compress_two_of_four(weight * pattern_mask(weight.abs(), (2, 4)))
+    assert kept.values.tolist() == [[-5.0, 2.0, 3.0, 4.0]]  # in the order of the columns
+    assert kept.places.tolist() == [[1 | 2 << 2 | 0 << 4 | 3 << 6]]
     weight = randn(6, 32)
     mask = pattern_mask(weight.abs(), (2, 4))
     assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()

@@ -38,6 +38,11 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    seed_everything(0)
+
+
 # Packed weights
 
 

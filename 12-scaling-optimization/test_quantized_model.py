@@ -168,7 +168,7 @@ def test_training_through_rounding_ends_with_the_codes_it_trained() -> None:
 
 
 def test_verb_saves_a_folder_and_says_what_it_lost(tmp_path, capsys) -> None:
-    config = QuantizeConfig(method="gptq", n_bits=4, n_calibration=16, n_held_out=30)
+    config = QuantizeConfig(method="gptq", n_bits=4, act_order=True, n_calibration=16, n_held_out=30)
     quantize(config, RunConfig(out=tmp_path))
     said = capsys.readouterr().out
     assert "times fewer" in said and "what rounding cost: " in said and "saved in" in said
@@ -211,6 +211,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path) -> None:
         (lambda: Recipe("llm.int8"), "llm.int8 multiplies int8 by int8: n_bits must be 8, got 4"),
         (lambda: Recipe(embedding_bits=1), "n_bits must be finite and >= 2 and <= 8, got 1"),
         (lambda: QuantizeConfig(n_bits=16), "n_bits must be finite and >= 2 and <= 8, got 16"),
+        (lambda: QuantizeConfig(damping=-0.1), "damping must be finite and >= 0, got -0.1"),
         (lambda: QuantizeConfig(n_calibration=0), "n_calibration must be finite and >= 1, got 0"),
         (lambda: quantize_model(tiny(), Recipe("awq")), "awq looks at activations; give batches"),
         (lambda: QuantisedLM(ModelConfig(experts=ExpertConfig()), Recipe()), "no experts"),
