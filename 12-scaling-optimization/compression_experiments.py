@@ -60,12 +60,12 @@ class CompressionFiguresConfig:
     """The sizes of the experiments on compression."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of calibration, of training and of students
-    n_held_out: int = 600  # held-out documents to examine each model with
+    n_held_out: int = 500  # held-out documents to examine each model with
     n_questions: int = 60  # questions of each topic
     n_calibration: int = 128  # documents that a quantiser or pruner looks at
     qat_steps: int = 60  # optimizer steps of training through rounding
     heal_steps: int = 40  # optimizer steps of a pruned model
-    student_steps: int = 150  # optimizer steps of a student from scratch; the others get the same FLOPs
+    student_steps: int = 110  # optimizer steps of a student from scratch; the others get the same FLOPs
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
@@ -130,21 +130,21 @@ def mean_bits(model: CausalLM, fmt: QuantFormat) -> float:
 def quantisation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """Every method at 8, 4, 3 and 2 bits: what it adds to the loss, and the right answers that are left."""
     bench, rows = Bench.of(config), []
-    rows.append(["float32", 32.0, 0.0, bench.gap(bench.model), bench.right(bench.model)])
+    floor_gap = bench.gap(bench.model)  # all gaps are to the same floor: what is added to the loss is added to the gap
+    rows.append(["float32", 32.0, 0.0, floor_gap, bench.right(bench.model)])
     settings = [("rtn", QuantFormat(bits, 32, "absmax"), "nearest, absmax") for bits in (8, 4, 3, 2)]
     settings += [("rtn", QuantFormat(bits, 32), "nearest, affine") for bits in (8, 4, 3, 2)]
     settings += [("rtn", QuantFormat(4, size), f"nearest, one scale per {name}") for size, name in PLACES]
     for method, name in (("gptq", "GPTQ"), ("awq", "AWQ"), ("awq+gptq", "AWQ, then GPTQ")):
         settings += [(method, QuantFormat(bits, 32), name) for bits in (4, 3, 2)]
     for method, fmt, name in settings:
-        added, gaps, right = [], [], 0.0
+        added, right = [], 0.0
         for seed in range(1 if method == "rtn" else config.n_seeds):
             batches = None if method == "rtn" else bench.calibration(config, seed)
             small = quantize_model(bench.model, Recipe(method, fmt, 0), batches)
             added.append(bench.added(small))
-            gaps.append(bench.gap(small))
             right = right if seed else bench.right(small)
-        one = method == "rtn"
+        gaps, one = [floor_gap + each for each in added], method == "rtn"
         label = f"{name}, {fmt.n_bits} bits"
         rows.append([label, mean_bits(bench.model, fmt), *(part[0] if one else part for part in (added, gaps)), right])
         print(rows[-1], flush=True)
@@ -172,7 +172,7 @@ def plot_bits(rows: list[list]) -> Figure:
     return figure
 
 
-DAMPINGS = (0.001, 0.01, 0.1, 0.3, 1.0, 10.0)
+DAMPINGS = (0.01, 0.1, 0.3, 1.0)
 GRIDS = (QuantFormat(3, 32), QuantFormat(4, 0))
 
 
@@ -180,7 +180,8 @@ def gptq_damping(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """How much to damp GPTQ's second moments, on a fine grid and a coarse one; without end it is nearest rounding."""
     bench = Bench.of(config)
     settings = {f"GPTQ, damping {damping:g}": GPTQConfig(damping) for damping in DAMPINGS}
-    settings["GPTQ, damping 0.3, large inputs first"] = GPTQConfig(0.3, act_order=True)
+    for damping in (0.01, 0.3):
+        settings[f"GPTQ, damping {damping:g}, large inputs first"] = GPTQConfig(damping, act_order=True)
     nearest = [bench.added(quantize_model(bench.model, Recipe("rtn", fmt, 0))) for fmt in GRIDS]
     rows: list[list] = [["rounding to nearest", *nearest]]
     for name, settled in settings.items():
@@ -194,6 +195,22 @@ def gptq_damping(config: CompressionFiguresConfig, run: RunConfig) -> None:
         print(rows[-1], flush=True)
     columns = [Column("Method"), *(replace(ADDED, name=f"{fmt}") for fmt in GRIDS)]
     config.save_table("gptq-damping", columns, rows, config.n_seeds)
+
+
+def spectra(config: CompressionFiguresConfig, run: RunConfig) -> None:
+    """How unevenly the power of each layer's inputs is spread over directions, and their largest value."""
+    model, tokenizer = load_course_model()
+    found = input_statistics(model, calibration_batches(tokenizer, config.n_calibration, 1000))
+    rows = []
+    for name, statistics in found.items():
+        if name.rpartition(".")[2] in ("k_proj", "v_proj", "up_proj"):
+            continue  # they read what the layer before them in the list reads
+        powers = torch.linalg.eigvalsh(statistics.second_moment)  # (columns), rising
+        shares = powers / powers.sum()  # (columns)
+        rows.append([f"`{name}`", *(part.item() for part in (shares[-1], shares.median(), statistics.max_abs.max()))])
+    columns = [Column("Inputs of"), Column("Strongest direction", "share of power", ".0%")]
+    columns += [Column("Median direction", "share of power", ".3%"), Column("Largest value", digits=".1f")]
+    config.save_table("input-spectra", columns, rows)
 
 
 def outliers(config: CompressionFiguresConfig, run: RunConfig) -> None:
@@ -459,6 +476,7 @@ def compression_breaks(config: CompressionFiguresConfig, run: RunConfig) -> None
 COMPRESSION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "quantisation": (quantisation, 240),
     "gptq-damping": (gptq_damping, 80),
+    "input-spectra": (spectra, 5),
     "outliers": (outliers, 25),
     "qat": (qat, 300),
     "kv-cache": (kv_cache, 25),

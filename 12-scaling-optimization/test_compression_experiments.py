@@ -18,8 +18,10 @@ from compression_experiments import (
     plot_bits,
     short_ratio,
     sparse_model,
+    spectra,
     train_student,
 )
+from course_model import load_course_model
 from distillation import DistillConfig, step_flops
 from gptq import calibration_batches
 from pruning import pruned
@@ -83,11 +85,11 @@ def test_left_out_zeros_compute_what_zeros_do(bench) -> None:
     assert torch.allclose(dense, sparse, atol=1e-3)
 
 
-@pytest.mark.parametrize(("experiment", "n_rows"), [(kv_cache, 9), (compression_breaks, 11)])
+@pytest.mark.parametrize(("experiment", "n_rows"), [(kv_cache, 9), (compression_breaks, 11), (spectra, None)])
 def test_tables_land_in_results(experiment, n_rows, tmp_path) -> None:
     experiment(CompressionFiguresConfig(**SMALL, folder=tmp_path), RunConfig(out=tmp_path))
     (result,) = json.loads((tmp_path / "results.json").read_text()).values()
-    assert len(result["rows"]) == n_rows
+    assert len(result["rows"]) == (n_rows or 4 * load_course_model()[0].config.n_layers)
     assert all(math.isfinite(row[-1]) for row in result["rows"])
     assert result["command"].split()[-1] in COMPRESSION_EXPERIMENTS
 
