@@ -454,17 +454,20 @@ WIDE = RooflineConfig(d_model=1024)
 def machine(config: FiguresConfig, run: RunConfig) -> None:
     """Peaks of this machine; layers of the course model and of a wider one in three phases; the profiler's table."""
     seed_everything(run.seed)
-    course, found = load_course_model()[0], measure(7)
+    course, found = load_course_model()[0], measure(5)
     models = {"course model": course.config, "width 1024": WIDE.model(course.config)}
-    rows, placed = [], {}
-    for name, model_config in models.items():
-        seq_len = min(128, model_config.max_seq_len)
-        works = [work for phase in PHASES for work in layer_works(model_config, phase, seq_len)]
-        placed[name] = place(works, found, 7)
-        rows += [
-            [f"{name}, {p.work.phase}: {p.work.layer}", p.work.intensity, p.rate / 1e9, p.share, p.bound]
-            for p in placed[name]
-        ]
+    sizes = {name: min(128, model_config.max_seq_len) for name, model_config in models.items()}
+    works = {
+        name: [work for phase in PHASES for work in layer_works(model_config, phase, sizes[name])]
+        for name, model_config in models.items()
+    }
+    found, points = place([work for group in works.values() for work in group], found, 5)
+    placed = {name: [point for point in points if point.work in works[name]] for name in models}
+    rows = [
+        [f"{name}, {p.work.phase}: {p.work.layer}", p.work.intensity, p.rate / 1e9, p.share, p.bound]
+        for name in models
+        for p in placed[name]
+    ]
     columns = [Column("Layer"), Column("intensity", "FLOP/byte", ".2f"), Column("rate", "GFLOP/s", ".2f")]
     columns += [Column("of what its bound allows", digits=".0%"), Column("bound by")]
     config.save("layers", columns, rows, "machine")

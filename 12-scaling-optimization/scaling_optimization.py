@@ -222,7 +222,8 @@ def roofline(config: RooflineConfig, run: RunConfig) -> None:
     course = load_course_model()[0]
     model_config, machine = config.model(course.config), measure(config.n_rounds)
     works = [work for phase in PHASES for work in layer_works(model_config, phase, config.seq_len, config.batch_size)]
-    print_roofline(machine, place(works, machine, config.n_rounds))
+    machine, placed = place(works, machine, config.n_rounds)
+    print_roofline(machine, placed)
     model = CausalLM(model_config)
     profile = profile_steps(training_step(model, config.batch_size, config.seq_len))
     print(f"{'a training step':22} {'seconds':>8} {'share':>6} {'calls':>7}")
@@ -330,7 +331,8 @@ def demo(config: DemoConfig, run: RunConfig) -> None:
     print_published(5.76e23)
     print("4. This machine")
     machine, course = measure(3), load_course_model()[0].config
-    print_roofline(machine, place([work for phase in PHASES for work in layer_works(course, phase, 128)], machine, 3))
+    machine, placed = place([work for phase in PHASES for work in layer_works(course, phase, 128)], machine, 3)
+    print_roofline(machine, placed)
     print("5. A cluster")
     plan(PlanConfig())
 

@@ -78,7 +78,10 @@ def test_bounds_by_hand() -> None:
 def test_this_machine_is_measured_and_its_layers_placed(capsys) -> None:
     machine = measure(n_rounds=1)
     assert machine.hardware.flops > 1e8 and len(machine.ladder) == 6 and 0 < machine.overhead < 1e-3
-    placed = place(layer_works(SMALL, "decode", 8), machine, n_rounds=1)
+    raised, placed = place(layer_works(SMALL, "decode", 8), machine, n_rounds=1)
+    assert raised.hardware.flops >= max(machine.hardware.flops, *(point.rate for point in placed))
+    slow, again = place(layer_works(SMALL, "prefill", 8), PAPER, n_rounds=1)
+    assert slow.hardware.flops >= max(point.rate for point in again) and slow.ladder == PAPER.ladder
     assert len(placed) == 7 and all(point.seconds > 0 and point.rate > 0 for point in placed)
     print_roofline(machine, placed)
     out = capsys.readouterr().out
@@ -100,6 +103,17 @@ def test_a_profile_adds_up() -> None:
     assert profile.calls["matrix products"] >= 2 * 3 * n_linear, "forward, and two backward"
     assert {"matrix products", "attention", "elementwise", "optimizer"} <= set(profile.seconds)
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
+
+
+def test_a_product_inside_an_operator_is_counted_once() -> None:
+    x, weight = torch.randn(300, 300), torch.randn(300, 300)
+
+    def step() -> None:
+        for _ in range(20):
+            torch.nn.functional.linear(x, weight)  # aten::linear calls aten::matmul, which calls aten::mm
+
+    profile = profile_steps(step)
+    assert 0 < profile.seconds["matrix products"] < profile.wall and profile.seconds["outside of operators"] > 0
 
 
 def test_operators_have_their_family() -> None:

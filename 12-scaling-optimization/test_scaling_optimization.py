@@ -9,6 +9,7 @@ import pytest
 
 import scaling_experiments
 from isoflop_runs import Cell, ScaleConfig, as_runs, plan_cells
+from machine_roofline import Machine
 from scaling_experiments import EXPERIMENTS, FiguresConfig, halves, plot_isoflop, plot_plans, run_experiments
 from scaling_failures import PLANTED, PLANTED_BUDGETS, PLANTED_SIZES, SCALING_BREAKS, repeated_readings
 from scaling_laws import planted_runs
@@ -28,7 +29,7 @@ from scaling_optimization import (
     write_prediction,
 )
 from training_planner import Plan, best_plan, known_model
-from workbench import RunConfig
+from workbench import Hardware, RunConfig
 
 RUNS = planted_runs(PLANTED, PLANTED_SIZES, PLANTED_BUDGETS, 0.003, 2, 0)
 
@@ -163,6 +164,35 @@ def test_failures_show(name: str, tmp_path) -> None:
         assert rows[0][1] > 0.8 > rows[0][2] and rows[1][2] < 0.7 * rows[1][1]
     if name == "three-utilisations":
         assert max(row[2] for row in rows) / min(row[2] for row in rows) > 1.3
+
+
+def test_the_tour_goes_through_all_its_stations(tmp_path, monkeypatch, capsys) -> None:
+    def made(cells: list[Cell], *_: object, **__: object) -> list[dict]:
+        (tmp_path / "demo").mkdir(exist_ok=True)
+        rng, records = np.random.default_rng(2), []
+        for cell in cells:
+            loss = float(PLANTED.loss(cell.n_parameters, cell.n_tokens) * math.exp(rng.normal(0, 0.01)))
+            facts = {"n_parameters": cell.n_parameters, "n_tokens": cell.n_tokens, "loss": loss}
+            records.append(dataclasses.asdict(cell) | facts)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "demo" / "runs.jsonl").write_text(text)
+        return records
+
+    paper = Machine(Hardware("paper", 1e9, 1e9, 1e11, "by hand"), ((1e3, 8e9), (1e6, 1e9)), overhead=1e-6)
+    monkeypatch.setattr("scaling_optimization.train_all", made)
+    monkeypatch.setattr("scaling_optimization.measure", lambda n_rounds: paper)
+    monkeypatch.setattr("scaling_optimization.place", lambda works, machine, n_rounds: (machine, []))
+    main(["--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    for station in (
+        "approach 3: L = ",
+        "predicted for width",
+        "found: ",
+        "59.1 tokens",
+        "ridge 100.0 FLOP/byte",
+        "GPUs  ",
+    ):
+        assert station in out, station
 
 
 def test_demo_shows_a_failure(capsys) -> None:
