@@ -116,6 +116,12 @@ def test_every_loss_on_pairs_moves_the_policy_towards_the_chosen(loss) -> None:
     assert rows[-1]["margin"] > 0.05 if loss != "chosen-only" else rows[-1]["chosen"] > 0.05
 
 
+def test_a_policy_that_is_never_right_gives_no_pairs_and_says_so() -> None:
+    task = a_task()._replace(reward=lambda asked, responses: [0.0] * len(asked))
+    with pytest.raises(ValueError, match="1280 questions gave no pair to learn from"):
+        label_pairs(tiny(), task, 4, 0.0, 0, ties=False)
+
+
 def test_a_reward_model_learns_the_judge_and_best_of_n_climbs_it() -> None:
     reference, task = tiny(), a_task()
     pairs = label_pairs(reference, task, 120, 0.0, 0, ties=False)
@@ -129,6 +135,7 @@ def test_a_reward_model_learns_the_judge_and_best_of_n_climbs_it() -> None:
 
 def test_one_run_of_over_optimisation_keeps_both_rewards(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(topic, "start_of", lambda seed: (tiny(seed), TOKENIZER))
+    monkeypatch.setattr(topic, "checked_task", lambda *args: replace_reward(checked_task(*args)))
     monkeypatch.setattr(topic, "EXAM", AnswerConfig(n_questions=2))
     settings = JudgeConfig(n_pairs=20, reward_steps=3, n_unseen=20, n_prompts=2, rl_steps=2)
     found = over_run(SimpleNamespace(again=False), RunConfig(out=tmp_path), 0, settings)
