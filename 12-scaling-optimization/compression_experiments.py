@@ -60,7 +60,7 @@ class CompressionFiguresConfig:
     """The sizes of the experiments on compression."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of calibration, of training and of students
-    n_held_out: int = 600  # held-out documents to examine each model with
+    n_held_out: int = 500  # held-out documents to examine each model with
     n_questions: int = 60  # questions of each topic
     n_calibration: int = 128  # documents that a quantiser or pruner looks at
     qat_steps: int = 60  # optimizer steps of training through rounding
