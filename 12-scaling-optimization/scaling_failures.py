@@ -38,7 +38,7 @@ def embeddings_left_out(run: RunConfig) -> list[Row]:
     """N and C without the embeddings, on models so small that the embeddings are most of them."""
     law, found = PUBLISHED_LAWS["Hoffmann et al. 2022, TeX source"], []
     for sizes in ((768, 1.5e9), (1e9, 1e12)):
-        found.append((f"a of N_best ~ C^a, bodies from {sizes[0]:.0e} to {sizes[1]:.0e} weights", sizes))
+        found.append((f"a of N_best ~ C^a, bodies from {sizes[0]:g} to {sizes[1]:g} weights", sizes))
     rows = [(what, law.exponent, body_exponent(law, sizes)) for what, sizes in found]
     grown = 1000.0
     return [*rows, ("times the size for 1,000 times the compute", *(grown**row for row in rows[0][1:]))]
@@ -64,7 +64,7 @@ def one_name_for_three_shares(run: RunConfig) -> list[Row]:
     """One measured step of Llama-3.1-8B with full recomputation, as a share of the peak by three definitions."""
     model = known_model("Llama-3.1-8B")
     plan = Plan(n_gpus=64, batch_size=128, seq_len=32768, zero_stage=3, recompute="full")
-    shares = utilisations(model, plan, 90.0, GPUS["H100 SXM"])
+    shares = utilisations(model, plan, 12.0, GPUS["H100 SXM"])
     mfu = shares["model FLOPs (MFU)"]
     return [(f"share of the peak by {name}", mfu, share) for name, share in shares.items() if share != mfu]
 
