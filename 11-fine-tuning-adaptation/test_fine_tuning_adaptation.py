@@ -280,7 +280,7 @@ def test_elastic_penalty_and_its_gradient(parity) -> None:
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     parity("elastic penalty", "strength F (theta - start)", "gradient", grads, wanted, 1e-6)
     loss, count = penalty.added_to(lambda model, batch: (torch.tensor(10.0), 5))(model, {})
-    assert loss / count == pytest.approx(2 + value.item())  # once for each token, whatever the batch's size
+    assert (loss / count).item() == pytest.approx(2 + value.item())  # once for each token, whatever the batch's size
     with pytest.raises(ValueError, match="strength of EWC must be finite and >= 0, got -1"):
         ElasticPenalty(model, fisher, -1)
 
