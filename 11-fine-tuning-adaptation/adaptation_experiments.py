@@ -34,6 +34,7 @@ from fine_tuning_adaptation import (
     adapt,
     answer_gap,
     answer_loss,
+    base_parameters,
     encode_dialogues,
     examine_answers,
     fine_tune,
@@ -71,7 +72,7 @@ class FiguresConfig:
 
     only: tuple[str, ...] = ()  # experiments to run; none means all
     n_seeds: int = 3  # seeds 0, 1, ... of every comparison
-    sft_steps: int = 150  # optimizer steps of every fine-tuning
+    sft_steps: int = 600  # optimizer steps of every fine-tuning
     n_questions: int = 40  # held-out instructions of each category
     n_documents: int = 100  # held-out pretraining documents
     again: bool = False  # train again what an earlier run has left in --out
@@ -136,7 +137,7 @@ def measure(trial: Trial, config: FiguresConfig, run: RunConfig, seed: int) -> d
         **examine_answers(model, tokenizer, config.exam),
         "loss": log[-1]["loss"],
         "trained": trained_parameters(model),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": base_parameters(),
         "state_bytes": adam_bytes(model),
         "weight_bytes": weight_bytes(model),
         "seconds": seconds,

@@ -341,7 +341,7 @@ def test_demo_saves_an_adapter_that_merge_and_evaluate_take(tmp_path, capsys) ->
     topic.main([*QUICK, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "before" in printed and "after" in printed and "guessing" in printed
-    trained = int(re.search(r"trained: ([\d,]+) of", printed)[1].replace(",", ""))
+    trained = int(re.search(r"trained: ([\d,]+) numbers", printed)[1].replace(",", ""))
     assert 0 < trained < 100_000
     topic.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path)])
     capsys.readouterr()
