@@ -162,8 +162,8 @@ def test_statistics_are_those_of_the_real_tokens(parity) -> None:
         x = torch.cat([model.blocks[0].attn_norm(model.token_emb(ids[real])) for ids, real in batches]).double()
     assert list(found) == [name] and found[name].n_tokens == len(x)
     parity("input_statistics", "all tokens at once", "output", found[name].second_moment, moment_of(x), 1e-10)
-    parity("input_statistics, mean |x|", "all tokens at once", "output", found[name].mean_abs, x.abs().mean(0), 1e-10)
-    parity("input_statistics, max |x|", "all tokens at once", "output", found[name].max_abs, x.abs().amax(0), 0)
+    parity("input_statistics, mean size", "all tokens at once", "output", found[name].mean_abs, x.abs().mean(0), 1e-10)
+    parity("input_statistics, largest size", "all tokens at once", "output", found[name].max_abs, x.abs().amax(0), 0)
     assert not any(module._forward_pre_hooks for module in model.modules())
     everything = input_statistics(model, batches)  # each layer counts its own inputs, not those of the last one
     assert everything.keys() == block_linears(model).keys()
