@@ -293,8 +293,8 @@ RATES = {  # peak learning rates that a run takes unless it is told another; `fi
     "dora": 1e-2,
     "qlora": 1e-2,
     "adapters": 1e-2,
-    "prefix": 3e-2,
-    "prompt": 3e-2,
+    "prefix": 9e-2,
+    "prompt": 9e-2,
     "bitfit": 2e-2,
 }
 

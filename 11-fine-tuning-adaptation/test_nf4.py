@@ -50,6 +50,15 @@ def test_codes_scales_and_weights_equal_bitsandbytes_bit_for_bit(shape, block_si
         parity("NF4 dequantised weights", "bitsandbytes", "output", ours.dequantize(), unpacked, 0)
 
 
+def test_values_halfway_between_two_levels_go_where_bitsandbytes_sends_them(parity) -> None:
+    middles = (nf4.nf4_levels()[:-1] + nf4.nf4_levels()[1:]) / 2
+    for far in (None, 2.0, -2.0):  # at the middle itself, and one float above and below it
+        values = middles if far is None else torch.nextafter(middles, torch.tensor(far))
+        block = torch.cat([values, torch.ones(1), torch.zeros(48)])
+        codes, _ = theirs.quantize_4bit(block, blocksize=64, quant_type="nf4")
+        parity("NF4 codes", "bitsandbytes", "output", quantize_nf4(block, 64, False).codes, codes.flatten(), 0)
+
+
 def test_scales_of_many_blocks_equal_bitsandbytes(parity) -> None:
     for seed in range(10):
         values = weights(256 * 40 + 37, seed=seed, scale=1.0)
