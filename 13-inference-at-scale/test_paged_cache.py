@@ -67,7 +67,7 @@ class PoolMachine(RuleBasedStateMachine):
             return False
         assert table.n_tokens < len(ids)
         self.write(table, ids)
-        self.live.append((table, ids))
+        self.live.append((table, list(ids)))
         return True
 
     @rule(ids=IDS, tenant=st.sampled_from(["", "b"]))
