@@ -28,20 +28,29 @@ from compression_failures import COMPRESSION_BREAKS
 from course_model import ExamConfig, ModelSizes, answer_accuracy, load_course_model, make_shards, start_small
 from course_tokenizer import CourseTokenizer
 from distillation import DistillConfig, distilled, step_flops, student_training
-from gpt2 import SamplingConfig
-from gptq import Batch, GPTQConfig, block_linears, calibration_batches, input_statistics
+from equal_compute import remembered
+from gptq import (
+    STAGES,
+    Batch,
+    GPTQConfig,
+    InputStatistics,
+    block_linears,
+    calibration_batches,
+    gptq,
+    input_statistics,
+    output_error,
+)
 from modern_llm_architectures import CausalLM
 from pruning import csr_bytes, prune_weights, pruned, train_masked
 from quantized_layers import KVFormat, QuantisedKVCache, quantised_kv_bytes
-from quantized_model import Exam, QuantisedLM, Recipe, float_bytes, quantize_model, train_rounded
+from quantized_model import Exam, QuantisedLM, Recipe, float_bytes, quantize_model, row_nats, train_rounded
 from shards import ShardBatches, ShardConfig
 from tiny_world import World
-from weight_quantization import QuantFormat, bits_per_weight
+from weight_quantization import QuantFormat, bits_per_weight, quantise
 from workbench import (
     Column,
     RunConfig,
     check_range,
-    describe_machine,
     save_figure,
     save_results,
     seed_everything,
@@ -60,17 +69,20 @@ class CompressionFiguresConfig:
     """The sizes of the experiments on compression."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of calibration, of training and of students
+    n_draws: int = 5  # draws of calibration text where GPTQ is compared with nearest at 4 and 3 bits
     n_held_out: int = 500  # held-out documents to examine each model with
+    n_many: int = 2000  # held-out documents where ways of rounding are compared, whose differences are small
     n_questions: int = 60  # questions of each topic
     n_calibration: int = 128  # documents that a quantiser or pruner looks at
-    qat_steps: int = 60  # optimizer steps of training through rounding
-    heal_steps: int = 40  # optimizer steps of a pruned model
-    student_steps: int = 110  # optimizer steps of a student from scratch; the others get the same FLOPs
+    qat_steps: int = 160  # optimizer steps of training through rounding
+    heal_steps: int = 160  # optimizer steps of a pruned model
+    student_steps: int = 300  # optimizer steps of a student from scratch; the others get the same FLOPs
+    again: bool = False  # measure again what an earlier run has left in --out
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
-        check_range(self, "n_seeds", "n_questions", "n_calibration", least=1)
-        check_range(self, "n_held_out", "qat_steps", "heal_steps", "student_steps", least=2)
+        check_range(self, "n_seeds", "n_draws", "n_questions", "n_calibration", least=1)
+        check_range(self, "n_held_out", "n_many", "qat_steps", "heal_steps", "student_steps", least=2)
 
     def save_table(self, name: str, columns: list[Column], rows: list[list], n_seeds: int = 1, of: str = "") -> None:
         results = self.folder / "results.json"
@@ -84,13 +96,16 @@ class Bench:
     model: CausalLM
     tokenizer: CourseTokenizer
     exam: Exam
+    judged: Exam  # training documents: what settings are chosen by
     questions: ExamConfig
 
     @classmethod
-    def of(cls, config: CompressionFiguresConfig) -> "Bench":
+    def of(cls, config: CompressionFiguresConfig, many: bool = False) -> "Bench":
         model, tokenizer = load_course_model()
-        exam = Exam.of(model, tokenizer, World().documents(config.n_held_out, 21, "validation"))
-        return cls(model, tokenizer, exam, ExamConfig(n_questions=config.n_questions, exam_seed=22))
+        n_documents = config.n_many if many else config.n_held_out
+        exam = Exam.of(model, tokenizer, World().documents(n_documents, 21, "validation"))
+        judged = Exam.of(model, tokenizer, World().documents(config.n_held_out, 23, "train"))
+        return cls(model, tokenizer, exam, judged, ExamConfig(n_questions=config.n_questions, exam_seed=22))
 
     def added(self, model: nn.Module) -> float:
         return self.exam.damage(model)[0]
@@ -127,52 +142,139 @@ def mean_bits(model: CausalLM, fmt: QuantFormat) -> float:
 # Quality against bits
 
 
+PLACES = ((-1, "matrix"), (0, "row"), (64, "64"), (16, "16"))
+DAMPINGS = (0.01, 0.1, 0.3, 1.0)
+BY_ROW = "one scale per row"
+ORDERS = {"GPTQ": False, "GPTQ, large inputs first": True}
+
+
+def roundings() -> list[tuple[str, QuantFormat, str]]:
+    """Method, format and name of every rounding that is compared."""
+    found = [("rtn", QuantFormat(bits, 32, "absmax"), "nearest, absmax") for bits in (8, 4, 3, 2)]
+    found += [("rtn", QuantFormat(bits, 32), "nearest, affine") for bits in (8, 4, 3, 2)]
+    found += [("rtn", QuantFormat(4, size), f"nearest, one scale per {name}") for size, name in PLACES]
+    found.append(("rtn", QuantFormat(3, 0), f"nearest, {BY_ROW}"))
+    found += [("gptq", QuantFormat(bits, 32), name) for name in ORDERS for bits in (4, 3, 2)]
+    found += [("gptq", QuantFormat(bits, 0), f"{name}, {BY_ROW}") for name in ORDERS for bits in (4, 3)]
+    for method, name in (("awq", "AWQ"), ("awq+gptq", "AWQ, then GPTQ")):
+        found += [(method, QuantFormat(bits, 32), name) for bits in (4, 3, 2)]
+    return found
+
+
 def quantisation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """Every method at 8, 4, 3 and 2 bits: what it adds to the loss, and the right answers that are left."""
-    bench, rows = Bench.of(config), []
+    bench = Bench.of(config, many=True)
     floor_gap = bench.gap(bench.model)  # all gaps are to the same floor: what is added to the loss is added to the gap
-    rows.append(["float32", 32.0, 0.0, floor_gap, bench.right(bench.model)])
-    settings = [("rtn", QuantFormat(bits, 32, "absmax"), "nearest, absmax") for bits in (8, 4, 3, 2)]
-    settings += [("rtn", QuantFormat(bits, 32), "nearest, affine") for bits in (8, 4, 3, 2)]
-    settings += [("rtn", QuantFormat(4, size), f"nearest, one scale per {name}") for size, name in PLACES]
-    for method, name in (("gptq", "GPTQ"), ("awq", "AWQ"), ("awq+gptq", "AWQ, then GPTQ")):
-        settings += [(method, QuantFormat(bits, 32), name) for bits in (4, 3, 2)]
-    for method, fmt, name in settings:
-        added, right = [], 0.0
-        for seed in range(1 if method == "rtn" else config.n_seeds):
-            batches = None if method == "rtn" else bench.calibration(config, seed)
-            small = quantize_model(bench.model, Recipe(method, fmt, 0), batches)
-            added.append(bench.added(small))
-            right = right if seed else bench.right(small)
-        gaps, one = [floor_gap + each for each in added], method == "rtn"
-        label = f"{name}, {fmt.n_bits} bits"
-        rows.append([label, mean_bits(bench.model, fmt), *(part[0] if one else part for part in (added, gaps)), right])
+    rows: list[list] = [["float32", 32.0, "", "", 0.0, floor_gap, bench.right(bench.model)]]
+    found: dict[tuple[str, QuantFormat], list[dict]] = {}
+    for method, fmt, name in roundings():
+        settings = chosen_settings(bench, fmt, name, config, run) if method == "gptq" else None
+        deciding = method == "gptq" and fmt.n_bits > 2
+        n_draws = 1 if method == "rtn" else config.n_draws if deciding else config.n_seeds
+        draws = found[name, fmt] = [
+            remembered(
+                config,
+                run,
+                f"rounding, {config.n_many} documents, {name}, {fmt}, {settings}, draw {draw}",
+                partial(measure_rounding, bench, Recipe(method, fmt, 0), config, draw, settings),
+            )
+            for draw in range(n_draws)
+        ]
+        cells = {key: [draw[key] for draw in draws] for key in ("added", "right")}
+        cells["gap"] = [floor_gap + added for added in cells["added"]]
+        cells = {key: value if len(value) > 1 else value[0] for key, value in cells.items()}
+        damping = f"{settings.damping:g}" if settings else ""
+        rows.append([f"{name}, {fmt.n_bits} bits", mean_bits(bench.model, fmt), damping, float(n_draws)])
+        rows[-1] += [cells["added"], cells["gap"], cells["right"]]
         print(rows[-1], flush=True)
-    columns = [Column("Weights of the blocks"), Column("Bits for each", "with scales", ".2f"), ADDED, GAP, RIGHT]
-    config.save_table("quantisation", columns, rows, config.n_seeds)
+    columns = [Column("Weights of the blocks"), Column("Bits for each", "with scales", ".2f"), Column("Damping")]
+    columns += [Column("Draws", digits=".0f"), ADDED, GAP, RIGHT]
+    config.save_table("quantisation", columns, rows, config.n_draws)
+    save_against_nearest(found, config)
     save_figure(plot_bits(rows), config.folder / "quantisation.svg")
 
 
-PLACES = ((-1, "matrix"), (0, "row"), (64, "64"), (16, "16"))
+def save_against_nearest(found: dict[tuple[str, QuantFormat], list[dict]], config: CompressionFiguresConfig) -> None:
+    """GPTQ beside rounding to nearest on the same grid: the model's loss, and the layers' outputs on fresh text."""
+    rows = []
+    for name, fmt in found:
+        if not name.startswith("GPTQ"):
+            continue
+        nearest = found[f"nearest, {'affine' if fmt.quant_group_size else BY_ROW}", fmt][0]["added"]
+        draws = found[name, fmt]
+        grid = f"{fmt.n_bits} bits, {'groups of 32' if fmt.quant_group_size else BY_ROW}"
+        order = "large inputs first" if "large" in name else "as they stand"
+        beside = [draw["added"] - nearest for draw in draws]
+        rows.append([grid, order, nearest, beside, draws[0]["beside_error"], draws[0]["outputs"]])
+    columns = [Column("Grid"), Column("Columns"), replace(ADDED, name="Nearest adds")]
+    columns += [Column("GPTQ's loss minus nearest's", "nats per token", "+.4f")]
+    columns += [Column("Standard error over documents", digits=".4f")]
+    columns += [Column("Squared error of the layers' outputs", "share of nearest's", ".2f")]
+    config.save_table("gptq-against-nearest", columns, sorted(rows), config.n_draws, "quantisation")
+
+
+def chosen_settings(
+    bench: Bench, fmt: QuantFormat, name: str, config: CompressionFiguresConfig, run: RunConfig
+) -> GPTQConfig:
+    """The damping that adds least on documents of the training side, with a calibration that no row of a table uses."""
+    act_order = "large inputs first" in name
+
+    def losses() -> dict[str, float]:
+        batches = calibration_batches(bench.tokenizer, config.n_calibration, 999)
+        settings = [GPTQConfig(damping, act_order=act_order) for damping in DAMPINGS]
+        made = [quantize_model(bench.model, Recipe("gptq", fmt, 0), batches, each) for each in settings]
+        return {f"{each.damping:g}": bench.judged.damage(small)[0] for each, small in zip(settings, made, strict=True)}
+
+    tried = remembered(config, run, f"damping, {config.n_held_out} documents, {fmt}, {act_order}", losses)
+    return GPTQConfig(float(min(tried, key=tried.__getitem__)), act_order=act_order)
+
+
+def measure_rounding(
+    bench: Bench, recipe: Recipe, config: CompressionFiguresConfig, draw: int, settings: GPTQConfig | None
+) -> dict[str, float]:
+    """What one rounding adds, with its standard error over documents, beside nearest rounding on the same grid."""
+    batches = None if recipe.method == "rtn" else bench.calibration(config, draw)
+    small = quantize_model(bench.model, recipe, batches, settings)
+    added, error = bench.exam.damage(small)
+    numbers = {"added": added, "error": error, "right": bench.right(small)}
+    if recipe.method == "gptq" and draw == 0:
+        nearest = quantize_model(bench.model, Recipe("rtn", recipe.fmt, 0))
+        paid = tuple(row_nats(nearest, bench.exam.rows))
+        numbers["beside_error"] = replace(bench.exam, reference=paid).damage(small)[1]
+        fresh = input_statistics(bench.model, calibration_batches(bench.tokenizer, config.n_calibration, 2000))
+        numbers["outputs"] = mean_output_ratio(bench.model, small.dequantised(), nearest.dequantised(), fresh)
+    return numbers
+
+
+def mean_output_ratio(model: CausalLM, ours: CausalLM, theirs: CausalLM, fresh: dict[str, InputStatistics]) -> float:
+    """Squared error of a layer's outputs, ours over theirs: the geometric mean over the layers of the blocks."""
+    logs = []
+    layers = [block_linears(each) for each in (model, ours, theirs)]
+    for name, statistics in fresh.items():
+        exact, own, other = (each[name].weight.detach() for each in layers)
+        errors = [output_error(exact, rounded, statistics.second_moment) for rounded in (own, other)]
+        logs.append(float(np.log(errors[0] / errors[1])))
+    return float(np.exp(np.mean(logs)))
 
 
 def plot_bits(rows: list[list]) -> Figure:
     """What quantisation adds, over the bits that a weight really costs."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.8))
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
     marks = {"nearest, absmax": "o", "nearest, affine": "s", "GPTQ": "^", "AWQ": "v", "AWQ, then GPTQ": "D"}
+    marks |= {f"nearest, {BY_ROW}": "x", f"GPTQ, large inputs first, {BY_ROW}": "+"}
     for name, mark in marks.items():
-        points = [(row[1], row[2]) for row in rows if row[0].rpartition(",")[0] == name]
+        points = [(row[1], row[4]) for row in rows if row[0].rpartition(",")[0] == name]
         bits, added = zip(*points, strict=True)
         means = [max(float(np.mean(value)), 1e-5) for value in added]
         spreads = [float(np.std(value, ddof=1)) if isinstance(value, list) and len(value) > 1 else 0 for value in added]
-        axis.errorbar(bits, means, spreads, marker=mark, label=name, capsize=3)
+        dashed = "--" if name.endswith(BY_ROW) else "-"
+        axis.errorbar(bits, means, spreads, marker=mark, label=name, capsize=3, ls=dashed)
     axis.set(yscale="log", xlabel="bits for each weight of the blocks, scales included", xlim=(2, 9.2))
     axis.set(ylabel="added to the loss (nats per token)", ylim=(1e-5, None))
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-DAMPINGS = (0.01, 0.1, 0.3, 1.0)
 GRIDS = (QuantFormat(3, 32), QuantFormat(4, 0))
 
 
@@ -198,19 +300,68 @@ def gptq_damping(config: CompressionFiguresConfig, run: RunConfig) -> None:
 
 
 def spectra(config: CompressionFiguresConfig, run: RunConfig) -> None:
-    """How unevenly the power of each layer's inputs is spread over directions, and their largest value."""
-    model, tokenizer = load_course_model()
-    found = input_statistics(model, calibration_batches(tokenizer, config.n_calibration, 1000))
-    rows = []
-    for name, statistics in found.items():
-        if name.rpartition(".")[2] in ("k_proj", "v_proj", "up_proj"):
+    """For each place where layers read: how uneven its inputs are, and 3-bit GPTQ of those layers alone beside nearest.
+
+    Two dampings; the error of the outputs is on fresh text, what is added is the whole model's loss.
+    """
+    bench, fmt, rows = Bench.of(config, many=True), QuantFormat(3, 32), []
+    found = input_statistics(bench.model, calibration_batches(bench.tokenizer, config.n_calibration, 1000))
+    layers = block_linears(bench.model)
+    for first, statistics in found.items():
+        if first.rpartition(".")[2] in ("k_proj", "v_proj", "up_proj"):
             continue  # they read what the layer before them in the list reads
         powers = torch.linalg.eigvalsh(statistics.second_moment)  # (columns), rising
         shares = powers / powers.sum()  # (columns)
-        rows.append([f"`{name}`", *(part.item() for part in (shares[-1], shares.median(), statistics.max_abs.max()))])
+        rows.append([f"`{first}`", *(part.item() for part in (shares[-1], shares.median(), statistics.max_abs.max()))])
+        stage = next(stage for stage in STAGES if first.rpartition(".")[2] in stage)
+        here = [f"{first.rpartition('.')[0]}.{name}" for name in stage]
+        what = f"spectra, {config.n_many} documents, {first}"
+        rows[-1] += remembered(config, run, what, partial(measure_alone, bench, layers, here, fmt, config))["cells"]
+        print(rows[-1], flush=True)
     columns = [Column("Inputs of"), Column("Strongest direction", "share of power", ".0%")]
     columns += [Column("Median direction", "share of power", ".3%"), Column("Largest value", digits=".1f")]
-    config.save_table("input-spectra", columns, rows)
+    columns.append(replace(ADDED, name="Nearest adds"))
+    for damping in ALONE:
+        columns.append(Column(f"GPTQ, damping {damping:g}: outputs", "share of nearest's error", ".2f"))
+        columns.append(replace(ADDED, name=f"GPTQ, damping {damping:g} adds"))
+    config.save_table("input-spectra", columns, rows, config.n_seeds)
+
+
+ALONE = (0.01, 0.3)  # dampings
+
+
+def measure_alone(
+    bench: Bench, layers: dict[str, nn.Linear], here: list[str], fmt: QuantFormat, config: CompressionFiguresConfig
+) -> dict[str, list]:
+    """The layers of one stage rounded alone: what nearest adds; for each damping, outputs' errors and what is added."""
+    fresh = input_statistics(bench.model, calibration_batches(bench.tokenizer, config.n_calibration, 2000), here)
+    nearest = {name: quantise(layers[name].weight.detach(), fmt).dequantise() for name in here}
+    cells: list = [bench.added(with_weights(bench.model, nearest))]
+    for damping in ALONE:
+        ratios, added = [], []
+        for seed in range(config.n_seeds):
+            known = input_statistics(bench.model, bench.calibration(config, seed), here)
+            ours = {
+                name: gptq(layers[name].weight, known[name].second_moment, fmt, GPTQConfig(damping)).dequantise()
+                for name in here
+            }
+            errors = [
+                sum(output_error(layers[name].weight.detach(), part[name], fresh[name].second_moment) for name in here)
+                for part in (ours, nearest)
+            ]
+            ratios.append(errors[0] / errors[1])
+            added.append(bench.added(with_weights(bench.model, ours)))
+        cells += [ratios, added]
+    return {"cells": cells}
+
+
+@torch.no_grad()
+def with_weights(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
+    """A copy of the model in which some layers have other weights."""
+    made = copy.deepcopy(model)
+    for name, weight in weights.items():
+        made.get_submodule(name).weight.copy_(weight)
+    return made
 
 
 def outliers(config: CompressionFiguresConfig, run: RunConfig) -> None:
@@ -235,31 +386,48 @@ def outliers(config: CompressionFiguresConfig, run: RunConfig) -> None:
     config.save_table("outliers", columns, rows)
 
 
+TUNING_RATES = (1.5e-4, 5e-4)  # peak learning rates of a model that has been trained before
+
+
 def qat(config: CompressionFiguresConfig, run: RunConfig) -> None:
-    """Training through rounding at 4, 3 and 2 bits, beside GPTQ, and beside as many steps without rounding."""
+    """Training through rounding at 4, 3 and 2 bits, beside GPTQ, and beside as many steps without rounding.
+
+    The rate is the one that adds least on documents of the training side, with the first seed.
+    """
     bench, rows = Bench.of(config), []
-    training = student_training(config.qat_steps, 2e-3)
     for n_bits in (0, 4, 3, 2):
-        fmt, before, after = QuantFormat(n_bits or 8, 32), [], []
-        for seed in range(config.n_seeds):
-            seed_everything(seed)
-            with training_batches(20_000, seed) as batches:
-                if n_bits:
-                    recipe = Recipe("gptq", fmt, 0)
-                    before.append(bench.added(quantize_model(bench.model, recipe, bench.calibration(config, seed))))
-                    trained = train_rounded(bench.model, fmt, batches, training)
-                    after.append(bench.added(quantize_model(trained, Recipe("rtn", fmt, 0))))
-                else:
-                    before.append(0.0)
-                    after.append(bench.added(train_masked(copy.deepcopy(bench.model), {}, batches, training)))
-        rows.append([f"{n_bits} bits" if n_bits else "float32", before, after])
+
+        def measured(rate: float, seed: int, n_bits: int = n_bits) -> dict[str, float]:
+            what = f"qat, {config.qat_steps} steps at {rate:g}, {n_bits} bits, seed {seed}"
+            return remembered(config, run, what, partial(measure_qat, bench, n_bits, rate, config, seed))
+
+        best = min(TUNING_RATES, key=lambda rate: measured(rate, 0)["judged"])
+        made = [measured(best, seed) for seed in range(config.n_seeds)]
+        label = f"{n_bits} bits" if n_bits else "float32"
+        before, answers, after, right = (
+            [each[key] for each in made] for key in ("before", "answers", "after", "right")
+        )
+        rows.append([label, before, answers, f"{best:g}", after, right])
         print(rows[-1], flush=True)
-    columns = [
-        Column("Weights"),
-        replace(ADDED, name="GPTQ adds"),
-        replace(ADDED, name="Training through rounding adds"),
-    ]
+    columns = [Column("Weights"), replace(ADDED, name="GPTQ adds"), RIGHT, Column("Rate")]
+    columns += [replace(ADDED, name=f"{config.qat_steps} steps through rounding add"), RIGHT]
     config.save_table("qat", columns, rows, config.n_seeds)
+
+
+def measure_qat(
+    bench: Bench, n_bits: int, rate: float, config: CompressionFiguresConfig, seed: int
+) -> dict[str, float]:
+    """GPTQ and training through rounding at one width; 0 bits: no rounding at all, the same steps."""
+    seed_everything(seed)
+    training, fmt = student_training(config.qat_steps, rate), QuantFormat(n_bits or 8, 32)
+    with training_batches(20_000, seed) as batches:
+        if n_bits:
+            before: CausalLM = quantize_model(bench.model, Recipe("gptq", fmt, 0), bench.calibration(config, seed))
+            after: CausalLM = quantize_model(train_rounded(bench.model, fmt, batches, training), Recipe("rtn", fmt, 0))
+        else:
+            before, after = bench.model, train_masked(copy.deepcopy(bench.model), {}, batches, training)
+    numbers = {"before": bench.added(before), "answers": bench.right(before), "judged": bench.judged.damage(after)[0]}
+    return numbers | {"after": bench.added(after), "right": bench.right(after)}
 
 
 class WithCache(nn.Module):
@@ -296,7 +464,8 @@ PRUNINGS = (
     *(("wanda", share) for share in (0.3, 0.5, 0.7)),
     *((what, 0.5) for what in ("magnitude-2:4", "wanda-2:4", "heads", "neurons", "layers")),
 )
-HEALED = ("magnitude", "wanda", "wanda-2:4", "heads", "neurons", "layers")  # at a share of one half
+HEALING_RATES = (5e-4, 2e-3)  # peak learning rates of a pruned model; the better on training documents is taken
+HEALED = ("wanda", "wanda-2:4", "heads", "neurons", "layers")  # at a share of one half
 
 
 def pruning(config: CompressionFiguresConfig, run: RunConfig) -> None:
@@ -312,13 +481,21 @@ def pruning(config: CompressionFiguresConfig, run: RunConfig) -> None:
     dense = float_bytes(bench.model)
     for (what, share), small in made.items():
         healed: list[float] | str = ""
+        chosen = ""
         if share == 0.5 and what in HEALED:
-            healed = [heal(bench, small, config, seed) for seed in range(config.n_seeds)]
-        speed = speed_ratio(seconds[what], seconds["dense"]).partition("x")[0] if share == 0.5 else ""
-        size = float_bytes(small) / dense
-        rows.append([f"{what}, {share:.0%}", bench.added(small), healed, size, f"{speed}"])
+
+            def measured(rate: float, seed: int, what: str = what, small: CausalLM = small) -> dict[str, float]:
+                words = f"heal, {config.heal_steps} steps at {rate:g}, {what}, seed {seed}"
+                return remembered(config, run, words, partial(heal, bench, small, rate, config, seed))
+
+            best = min(HEALING_RATES, key=lambda rate: measured(rate, 0)["judged"])
+            healed = [measured(best, seed)["added"] for seed in range(config.n_seeds)]
+            chosen = f"{best:g}"
+        speed = short_ratio(seconds[what], seconds["dense"]) if share == 0.5 else ""
+        rows.append([f"{what}, {share:.0%}", bench.added(small), chosen, healed, float_bytes(small) / dense, speed])
         print(rows[-1], flush=True)
-    columns = [Column("What goes"), ADDED, replace(ADDED, name=f"After {config.heal_steps} more steps")]
+    columns = [Column("What goes"), ADDED, Column("Rate")]
+    columns.append(replace(ADDED, name=f"After {config.heal_steps} more steps"))
     columns += [Column("Bytes left", digits=".0%"), Column("Speed", "times the dense model's")]
     config.save_table("pruning", columns, rows, config.n_seeds)
 
@@ -328,54 +505,91 @@ def forward(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids)
 
 
-def heal(bench: Bench, small: CausalLM, config: CompressionFiguresConfig, seed: int) -> float:
+@torch.no_grad()
+def decode(model: CausalLM, ids: Tensor, n_steps: int) -> Tensor:
+    """The likeliest ids after a prompt, one step after the other, through ends and for every kind of model alike.
+
+    `generate` would stop where a damaged model ends its text, and takes a faster way for float models only.
+    """
+    caches, written = model.new_caches(), []
+    for _ in range(n_steps):
+        ids = model.logits(model.hidden(ids, caches)[:, -1]).argmax(-1, keepdim=True)  # (batch, 1)
+        written.append(ids)
+    return torch.cat(written, 1)  # (batch, n_steps)
+
+
+def heal(bench: Bench, small: CausalLM, rate: float, config: CompressionFiguresConfig, seed: int) -> dict[str, float]:
     """What a pruned model still adds after a little training on fresh documents, its zeros kept."""
     seed_everything(seed)
     model = copy.deepcopy(small)
     masks = {name: layer.weight.detach() != 0 for name, layer in block_linears(model).items()}
     with training_batches(10_000, seed) as batches:
-        return bench.added(train_masked(model, masks, batches, student_training(config.heal_steps, 2e-3)))
+        trained = train_masked(model, masks, batches, student_training(config.heal_steps, rate))
+    return {"added": bench.added(trained), "judged": bench.judged.damage(trained)[0]}
 
 
 # Distillation
 
 
-STUDENTS = (
-    ("scratch", DistillConfig("scratch")),
-    ("logits", DistillConfig("logits")),
-    ("logits and hidden states", DistillConfig("features")),
-    ("logits, a quarter on its own text (reverse KL)", DistillConfig("on-policy")),
-)
+STUDENTS = {
+    "scratch": DistillConfig("scratch"),
+    "logits": DistillConfig("logits"),
+    "logits and hidden states": DistillConfig("features"),
+    "logits, a quarter on its own text (reverse KL)": DistillConfig("on-policy"),
+}
+AS_MANY_STEPS = "logits, as many steps as scratch"
+CORPORA = ((20_000, (*STUDENTS, AS_MANY_STEPS)), (500, ("scratch", "logits")))
 
 
 def distillation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """Students of one size for the same FLOPs, with and without the teacher, on much text and on little."""
     bench, rows = Bench.of(config), []
-    for n_documents, students in ((20_000, STUDENTS), (500, STUDENTS[:2])):
-        for name, settings in students:
-            gaps, steps, right = [], 0, []
-            for seed in range(config.n_seeds):
-                student, steps = train_student(bench, settings, config, n_documents, seed)
-                gaps.append(bench.gap(student))
-                right.append(bench.right(student))
-            rows.append([f"{n_documents:,} documents: {name}", float(steps), gaps, right])
+    for n_documents, names in CORPORA:
+        for name in names:
+            what = f"student, {config.student_steps} steps, {n_documents} documents, {name}, seed "
+            made = [
+                remembered(
+                    config, run, what + f"{seed}", partial(measure_student, bench, name, config, n_documents, seed)
+                )
+                for seed in range(config.n_seeds)
+            ]
+            gaps, right = ([each[key] for each in made] for key in ("gap", "right"))
+            rows.append([f"{n_documents:,} documents: {name}", float(made[0]["steps"]), made[0]["cost"], gaps, right])
             print(rows[-1], flush=True)
-    rows.append(["the teacher", "", bench.gap(bench.model), bench.right(bench.model)])
-    columns = [Column("Student"), Column("Steps", digits=",.0f"), GAP, RIGHT]
+    rows.append(["the teacher", "", "", bench.gap(bench.model), bench.right(bench.model)])
+    columns = [Column("Student"), Column("Steps", digits=",.0f"), Column("FLOPs", "times scratch's", ".2f"), GAP, RIGHT]
     config.save_table("distillation", columns, rows, config.n_seeds)
 
 
+def measure_student(
+    bench: Bench, name: str, config: CompressionFiguresConfig, n_documents: int, seed: int
+) -> dict[str, float]:
+    """One student: its steps and FLOPs, its gap and its right answers."""
+    settings = STUDENTS[name.partition(",")[0] if name == AS_MANY_STEPS else name]
+    student, steps, cost = train_student(bench, settings, config, n_documents, seed, name == AS_MANY_STEPS)
+    return {"steps": steps, "cost": cost, "gap": bench.gap(student), "right": bench.right(student)}
+
+
 def train_student(
-    bench: Bench, settings: DistillConfig, config: CompressionFiguresConfig, n_documents: int, seed: int
-) -> tuple[CausalLM, int]:
-    """A student of half the width, and the steps that the FLOPs of `student_steps` from scratch pay for."""
+    bench: Bench,
+    settings: DistillConfig,
+    config: CompressionFiguresConfig,
+    n_documents: int,
+    seed: int,
+    as_many: bool = False,
+) -> tuple[CausalLM, int, float]:
+    """A student of half the width, its steps, and its FLOPs over those of `student_steps` from scratch.
+
+    The steps are what the FLOPs from scratch pay for, or as many as from scratch.
+    """
     seed_everything(seed)
     sizes = ModelSizes(d_model=bench.model.config.d_model // 2, d_ff=bench.model.config.d_ff // 2)
     student = start_small(CausalLM(sizes.config(bench.tokenizer)))
-    cost = [step_flops(student, bench.model, chosen, 128) for chosen in (settings, DistillConfig("scratch"))]
-    n_steps = round(config.student_steps * cost[1] / cost[0])
+    own, scratch = (step_flops(student, bench.model, each, 128) for each in (settings, DistillConfig("scratch")))
+    n_steps = config.student_steps if as_many else round(config.student_steps * scratch / own)
     with training_batches(n_documents, seed) as batches:
-        return distilled(student, bench.model, batches, settings, student_training(n_steps, 1e-2)), n_steps
+        trained = distilled(student, bench.model, batches, settings, student_training(n_steps, 1e-2))
+    return trained, n_steps, n_steps * own / (config.student_steps * scratch)
 
 
 # Speed and memory, in one run
@@ -423,12 +637,9 @@ def measure_compression(n_rounds: int = 7) -> list[list]:
         "half of the blocks gone": pruned(model, "layers", 0.5, batches),
     }
     ids = torch.randint(16, model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
-    sampling = SamplingConfig(24, temperature=0.0)
     forwards = time_in_turns({name: partial(forward, each, ids) for name, each in models.items()}, n_rounds)
     sparse = [name for name in models if name.endswith("(CSR)")]
-    writes = {
-        name: partial(each.generate, ids[:1, :8], sampling) for name, each in models.items() if name not in sparse
-    }
+    writes = {name: partial(decode, each, ids[:1, :8], 24) for name, each in models.items() if name not in sparse}
     decodes = time_in_turns(writes, n_rounds)
     found = []
     for name, each in models.items():
@@ -455,11 +666,10 @@ def compression_speed(config: CompressionFiguresConfig, run: RunConfig) -> None:
     config.save_table("compression-speed", columns, measure_compression())
 
 
-def bench_compression(run: RunConfig) -> None:
+def bench_compression(n_rounds: int) -> None:
     """What `bench` prints of this half of the topic."""
-    print(describe_machine())
     print(f"{'model':48} {'MiB':>6} {'forward':>22} {'decoding':>22}   times float32's speed, median (range)")
-    for name, size, forwards, decodes in measure_compression():
+    for name, size, forwards, decodes in measure_compression(n_rounds):
         print(f"{name:48} {size:6.2f} {forwards:>22} {decodes:>22}")
 
 
@@ -474,14 +684,14 @@ def compression_breaks(config: CompressionFiguresConfig, run: RunConfig) -> None
 
 
 COMPRESSION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
-    "quantisation": (quantisation, 240),
+    "quantisation": (quantisation, 900),
     "gptq-damping": (gptq_damping, 80),
-    "input-spectra": (spectra, 5),
+    "input-spectra": (spectra, 400),
     "outliers": (outliers, 25),
-    "qat": (qat, 300),
+    "qat": (qat, 600),
     "kv-cache": (kv_cache, 25),
-    "pruning": (pruning, 240),
-    "distillation": (distillation, 420),
+    "pruning": (pruning, 800),
+    "distillation": (distillation, 2000),
     "compression-speed": (compression_speed, 20),
     "compression-breaks": (compression_breaks, 5),
 }

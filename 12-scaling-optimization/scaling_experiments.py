@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from compression_experiments import COMPRESSION_EXPERIMENTS, CompressionFiguresConfig
+from compression_experiments import COMPRESSION_EXPERIMENTS, CompressionFiguresConfig, bench_compression
 from course_model import load_course_model
 from equal_compute import remembered
 from fact_world import TOKENS_PER_STEP, FactWorld, fact_config, fact_run
@@ -27,6 +27,7 @@ from isoflop_runs import ScaleConfig, as_runs, early_readings, matmul_weights, p
 from llm_calculators import count_parameters
 from machine_roofline import (
     PHASES,
+    Placed,
     RooflineConfig,
     compare_compiled,
     layer_works,
@@ -107,7 +108,6 @@ class FiguresConfig(CompressionFiguresConfig):
     n_fact_seeds: int = 1  # seeds of the runs on the world of facts
     n_worlds: int = 30  # worlds with a planted law, whose intervals are checked
     n_documents: int = 1000  # held-out documents that a run is examined with
-    again: bool = False  # train again what an earlier run of facts has left in --out
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
@@ -464,19 +464,23 @@ def machine(config: FiguresConfig, run: RunConfig) -> None:
     found, points = place([work for group in works.values() for work in group], found, 5)
     placed = {name: [point for point in points if point.work in works[name]] for name in models}
     rows = [
-        [f"{name}, {p.work.phase}: {p.work.layer}", p.work.intensity, p.rate / 1e9, p.share, p.bound]
+        [f"{name}: {layer}", *(in_words(p) for p in placed[name] if p.work.layer == layer)]
         for name in models
-        for p in placed[name]
+        for layer in dict.fromkeys(p.work.layer for p in placed[name])
     ]
-    columns = [Column("Layer"), Column("intensity", "FLOP/byte", ".2f"), Column("rate", "GFLOP/s", ".2f")]
-    columns += [Column("of what its bound allows", digits=".0%"), Column("bound by")]
-    config.save("layers", columns, rows, "machine")
+    columns = [Column(phase, "GFLOP/s at FLOP/byte, bound") for phase in PHASES]
+    config.save("layers", [Column("Layer"), *columns], rows, "machine")
     rows = [["arithmetic", found.hardware.flops / 1e9, "GFLOP/s"], ["memory", found.hardware.bandwidth / 1e9, "GB/s"]]
     rows += [[f"copy of {size / 2**10:,.0f} KiB", rate / 1e9, "GB/s"] for size, rate in found.ladder]
     rows += [["an empty call", found.overhead * 1e6, "microseconds"], ["ridge", found.hardware.ridge, "FLOP/byte"]]
     config.save("machine", [Column("What"), Column("measured"), Column("unit")], rows, "machine")
     save_figure(plot_rooflines(found, placed), config.folder / "layers.svg")
     save_profile(config, course, found.hardware.flops)
+
+
+def in_words(placed: Placed) -> str:
+    """Rate, intensity and bound of a layer, as a cell of a table."""
+    return f"{placed.rate / 1e9:.1f} at {placed.work.intensity:.1f}, {placed.bound}"
 
 
 def save_profile(config: FiguresConfig, model: CausalLM, peak: float) -> None:
@@ -509,13 +513,12 @@ def compiling(config: FiguresConfig, run: RunConfig) -> None:
 
 def planner(config: FiguresConfig, run: RunConfig) -> None:
     """Tables of ZeRO, Megatron-LM and Llama 3 computed again; plans for 1 to 1,024 GPUs; MFU beside HFU."""
-    rows: list[list] = [[f"{n_gpus:,}", f"{size / 1e9:g}", *held] for n_gpus, size, held in zero_table()]
-    columns = [
-        Column("GPUs"),
-        Column("parameters", "billion"),
-        *(Column(f"ZeRO {stage}", "GB", ".4g") for stage in (1, 2, 3)),
-    ]
-    config.save("zero-paper", columns, rows, "planner")
+    rows: dict[int, list[str]] = {}
+    sizes = dict.fromkeys(size for _, size, _ in zero_table())
+    for n_gpus, _, held in zero_table():
+        rows.setdefault(n_gpus, [f"{n_gpus:,}"]).append(" / ".join(f"{gigabytes:.4g}" for gigabytes in held))
+    columns = [Column(f"{size / 1e9:g} billion", "GB with ZeRO 1 / 2 / 3") for size in sizes]
+    config.save("zero-paper", [Column("GPUs"), *columns], list(rows.values()), "planner")
     save_megatron(config)
     save_llama(config)
     save_plans(config)
@@ -576,6 +579,9 @@ def save_llama(config: FiguresConfig) -> None:
     config.save("llama-405b", columns, rows, "planner")
 
 
+PLANNED = (2, 4, 16, 32, 256, 512, 1024)  # numbers of GPUs in the table; the figure has all
+
+
 def save_plans(config: FiguresConfig) -> None:
     gpu, rows, curves = GPUS["H100 SXM"], [], {}
     for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
@@ -584,11 +590,13 @@ def save_plans(config: FiguresConfig) -> None:
             try:
                 best = best_plan(model, Plan(n_gpus=n_gpus, batch_size=1024), gpu)
             except ValueError as reason:
-                rows.append([f"{name}, {n_gpus:,}", str(reason).rpartition("; ")[2], "-", "-", "-"])
+                if n_gpus == 1:
+                    rows.append([f"{name}, {n_gpus:,}", str(reason).rpartition("; ")[2], "-", "-", "-"])
                 continue
             mfu = utilisations(model, best.plan, best.time.total, gpu)["model FLOPs (MFU)"]
             numbers = (f"{best.memory.total / 1e9:.1f}", f"{best.days(1e12):.1f}", f"{mfu:.0%}")
-            rows.append([f"{name}, {n_gpus:,}", best.plan.layout, *numbers])
+            if n_gpus in PLANNED:
+                rows.append([f"{name}, {n_gpus:,}", best.plan.layout, *numbers])
             curves.setdefault(name, []).append((n_gpus, best))
     columns = [Column("Model, GPUs"), Column("fastest layout that fits"), Column("fullest GPU (GB)")]
     config.save("plans", [*columns, Column("days for 1e12 tokens"), Column("MFU")], rows, "planner")
@@ -646,8 +654,8 @@ def figures(config: FiguresConfig, run: RunConfig) -> None:
 
 
 def bench(config: RooflineConfig, run: RunConfig) -> None:
-    """Time a training step against the measured peak and against torch.compile, in one run."""
-    announce("time training steps", 60 + 60 * config.compile)
+    """Time a training step against the measured peak and torch.compile, and compressed models against float32."""
+    announce("time training steps and compressed models", 80 + 60 * config.compile)
     seed_everything(run.seed)
     found = measure(config.n_rounds)
     model = CausalLM(config.model(load_course_model()[0].config))
@@ -660,3 +668,4 @@ def bench(config: RooflineConfig, run: RunConfig) -> None:
     if config.compile:
         both = compare_compiled(model, config.batch_size, config.seq_len, n_rounds=config.n_rounds)
         print(f"torch.compile: {speed_ratio(both.compiled, both.eager)}; first step {both.first:.0f} s")
+    bench_compression(config.n_rounds)

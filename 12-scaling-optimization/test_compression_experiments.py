@@ -8,21 +8,29 @@ import torch
 
 import compression_experiments
 from compression_experiments import (
+    BY_ROW,
     COMPRESSION_EXPERIMENTS,
     Bench,
     CompressionFiguresConfig,
     WithCache,
+    chosen_settings,
     compression_breaks,
     kv_cache,
     mean_bits,
+    mean_output_ratio,
+    measure_rounding,
     plot_bits,
+    roundings,
+    save_against_nearest,
     short_ratio,
     sparse_model,
     spectra,
     train_student,
+    with_weights,
 )
 from course_model import load_course_model
 from distillation import DistillConfig, step_flops
+from gpt2 import SamplingConfig
 from gptq import calibration_batches
 from pruning import pruned
 from quantized_layers import KVFormat, QuantisedKVCache
@@ -30,7 +38,7 @@ from quantized_model import Recipe, quantize_model
 from weight_quantization import QuantFormat
 from workbench import RunConfig
 
-SMALL = {"n_seeds": 1, "n_held_out": 12, "n_questions": 2, "n_calibration": 4}
+SMALL = {"n_seeds": 1, "n_draws": 2, "n_held_out": 12, "n_many": 14, "n_questions": 2, "n_calibration": 4}
 SMALL |= {"qat_steps": 2, "heal_steps": 2, "student_steps": 6}
 
 
@@ -63,6 +71,49 @@ def test_bits_are_those_that_the_model_stores(bench) -> None:
     assert mean_bits(bench.model, fmt) == pytest.approx(8 * n_bytes / count)
 
 
+def test_settings_are_chosen_once_and_not_by_the_exam(bench, tmp_path, capsys) -> None:
+    config, run = CompressionFiguresConfig(**SMALL), RunConfig(out=tmp_path)
+    fmt, name = QuantFormat(2, 0), "GPTQ, large inputs first"
+    chosen = chosen_settings(bench, fmt, name, config, run)
+    tried = json.loads((tmp_path / "measured.json").read_text())
+    assert (
+        chosen.act_order
+        and min(next(iter(tried.values())).values()) == next(iter(tried.values()))[f"{chosen.damping:g}"]
+    )
+    assert chosen_settings(bench, fmt, name, config, run) == chosen and "taken from" in capsys.readouterr().out
+    assert bench.judged.rows[0] != bench.exam.rows[0] and len(bench.judged.rows) == len(bench.exam.rows)
+
+
+def test_gptq_beside_nearest_on_the_same_grid(bench, tmp_path) -> None:
+    """At 2 bits and with one step for a row the difference is far beyond its noise, in the outputs and in the loss."""
+    config, fmt = CompressionFiguresConfig(**SMALL | {"n_calibration": 32}, folder=tmp_path), QuantFormat(2, 0)
+    nearest = measure_rounding(bench, Recipe("rtn", fmt, 0), config, 0, None)
+    ours = measure_rounding(bench, Recipe("gptq", fmt, 0), config, 0, None)
+    assert 0 < ours["outputs"] < 0.9 and ours["beside_error"] > 0
+    again = measure_rounding(bench, Recipe("gptq", fmt, 0), config, 1, None)
+    assert again["added"] != ours["added"] and "outputs" not in again, "another draw of calibration"
+    save_against_nearest({(f"nearest, {BY_ROW}", fmt): [nearest], (f"GPTQ, {BY_ROW}", fmt): [ours, again]}, config)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["gptq-against-nearest"]["rows"]
+    assert row[:3] == [f"2 bits, {BY_ROW}", "as they stand", nearest["added"]]
+    assert row[3] == [each["added"] - nearest["added"] for each in (ours, again)]
+
+
+def test_a_models_layers_beside_themselves(bench) -> None:
+    name, layer = next(iter(compression_experiments.block_linears(bench.model).items()))
+    moved = with_weights(bench.model, {name: 1.01 * layer.weight})
+    twice = with_weights(bench.model, {name: 1.02 * layer.weight})
+    fresh = compression_experiments.input_statistics(bench.model, calibration_batches(bench.tokenizer, 4, 5), [name])
+    assert mean_output_ratio(bench.model, twice, moved, fresh) == pytest.approx(4, rel=1e-3), "squared errors"
+    assert torch.equal(bench.model.get_submodule(name).weight, layer.weight) and bench.added(moved) != 0
+
+
+def test_every_rounding_is_named_once() -> None:
+    named = [(name, fmt) for _, fmt, name in roundings()]
+    assert len(set(named)) == len(named)
+    grids = {(fmt.n_bits, fmt.quant_group_size) for method, fmt, _ in roundings() if method == "gptq"}
+    assert grids == {(4, 32), (3, 32), (2, 32), (4, 0), (3, 0)}
+
+
 def test_prefill_through_a_wide_cache_costs_next_to_nothing(bench) -> None:
     fine = WithCache(bench.model, lambda: QuantisedKVCache(KVFormat(8)))
     coarse = WithCache(bench.model, lambda: QuantisedKVCache(KVFormat(2)))
@@ -71,10 +122,21 @@ def test_prefill_through_a_wide_cache_costs_next_to_nothing(bench) -> None:
 
 def test_students_cost_the_same(bench) -> None:
     config = CompressionFiguresConfig(**SMALL)
-    student, steps = train_student(bench, DistillConfig("logits"), config, 200, 0)
+    student, steps, cost = train_student(bench, DistillConfig("logits"), config, 200, 0)
     scratch = 6 * step_flops(student, bench.model, DistillConfig("scratch"), 128)
     spent = steps * step_flops(student, bench.model, DistillConfig("logits"), 128)
     assert steps < 6 and abs(spent - scratch) < scratch / 4
+    assert cost == pytest.approx(spent / scratch)
+    assert train_student(bench, DistillConfig("logits"), config, 200, 0, as_many=True)[1] == 6
+
+
+def test_decoding_writes_what_generate_does_and_goes_on_after_an_end(bench) -> None:
+    ids = torch.randint(16, bench.model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    damaged = pruned(bench.model, "neurons", 0.5, calibration_batches(bench.tokenizer, 64, 0))
+    found = damaged.generate(ids, SamplingConfig(24, temperature=0.0))  # (1, at most 24)
+    written = compression_experiments.decode(damaged, ids, 24)  # (1, 24)
+    assert found.shape[1] < 24 == written.shape[1], "the damaged model ends its text early"
+    assert torch.equal(written[:, : found.shape[1]], found)
 
 
 def test_left_out_zeros_compute_what_zeros_do(bench) -> None:
@@ -90,17 +152,21 @@ def test_tables_land_in_results(experiment, n_rows, tmp_path) -> None:
     experiment(CompressionFiguresConfig(**SMALL, folder=tmp_path), RunConfig(out=tmp_path))
     (result,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert len(result["rows"]) == (n_rows or 4 * load_course_model()[0].config.n_layers)
-    assert all(math.isfinite(row[-1]) for row in result["rows"])
+    last = [row[-1] if isinstance(row[-1], list) else [row[-1]] for row in result["rows"]]
+    assert all(math.isfinite(number) for cell in last for number in cell)
     assert result["command"].split()[-1] in COMPRESSION_EXPERIMENTS
 
 
 def test_plot_shows_every_method() -> None:
-    names = ("nearest, absmax", "nearest, affine", "GPTQ", "AWQ", "AWQ, then GPTQ")
+    names = ["nearest, absmax", "nearest, affine", "GPTQ", "AWQ", "AWQ, then GPTQ"]
+    names += [f"nearest, {BY_ROW}", f"GPTQ, large inputs first, {BY_ROW}"]
     rows = [
-        [f"{name}, {bits} bits", bits + 0.5, [1 / bits**3, 2 / bits**3], 0.1, 0.5] for name in names for bits in (4, 2)
+        [f"{name}, {bits} bits", bits + 0.5, "", 2.0, [1 / bits**3, 2 / bits**3], 0.1, 0.5]
+        for name in names
+        for bits in (4, 2)
     ]
     figure = plot_bits(rows)
-    assert len(figure.axes[0].get_legend().get_texts()) == 5
+    assert len(figure.axes[0].get_legend().get_texts()) == 7
     compression_experiments.plt.close(figure)
 
 
@@ -113,3 +179,5 @@ def test_bad_input() -> None:
         CompressionFiguresConfig(n_seeds=0)
     with pytest.raises(ValueError, match="qat_steps must be finite and >= 2, got 1"):
         CompressionFiguresConfig(qat_steps=1)
+    with pytest.raises(ValueError, match="n_draws must be finite and >= 1, got 0"):
+        CompressionFiguresConfig(n_draws=0)
