@@ -383,8 +383,9 @@ class StepRows:
     ) -> None:
         size, device = store.block_size, store.tensors[0].device
         n_rows, width = ids.shape
-        positions = starts[:, None] + np.arange(width)  # (rows, new)
-        n_blocks = int((starts + n_new).max() - 1) // size + 1
+        last = (starts + n_new)[:, None] - 1  # (rows, 1)
+        positions = np.minimum(starts[:, None] + np.arange(width), last)  # (rows, new); filling stays within the row
+        n_blocks = int(last.max()) // size + 1
         self.n_rows, self.width, self.n_keys = n_rows, width, n_blocks * size
         self.full = bool((n_new == width).all())
         flat = np.arange(n_rows * width) if self.full else np.flatnonzero(np.arange(width) < n_new[:, None])  # (tokens)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from engine_requests import Overloaded, RowState
 from paged_cache import BlockPool, BlockTable, PoolFull
+from stop_strings import TextStream
 from workbench import check_range
 
 Phase = Literal["queued", "prefill", "decode", "preempted", "finished"]
@@ -55,9 +56,11 @@ class Request:
     shared: bool = False  # the block to be written next may be another's too
     slot: int = -1  # its row in the engine's list of tables while it runs
     n_listed: int = 0  # blocks that the engine has listed there
+    n_drafted: int = 0  # positions that a draft model has read
+    counted: bool = False  # whether its n_cached is in the engine's sum
+    text: TextStream | None = None  # its text as it grows
     leader: "Request | None" = None  # whose prompt it waits for, to take a copy
     followers: list["Request"] = field(default_factory=list)
-    output: Any = None  # what the engine keeps beside it
 
     def __post_init__(self) -> None:
         self.ids = self.row.prompt_ids + self.row.new_ids
@@ -202,6 +205,7 @@ class Scheduler:
 
     def start(self, request: Request, table: BlockTable, phase: Phase) -> None:
         request.table, request.phase, request.slot, request.n_listed = table, phase, self.slots.pop(), 0
+        request.n_drafted = table.n_tokens
         self.running.append(request)
 
     def stop(self, request: Request) -> None:
