@@ -95,7 +95,7 @@ class EngineThread:
     """An engine with its thread, and the event loop's side of it.
 
     Args:
-        engine: anything with the engine's add, abort, step, busy and stats
+        engine: anything with the engine's add_choices, abort, step, busy and stats
         max_pending: pieces of an answer that wait for a slow reader, for each choice
     """
 
@@ -122,7 +122,7 @@ class EngineThread:
     async def submit(self, prompt: list[int], params: Sequence[RequestParams]) -> Answer:
         """Queue one request for each of `params`: all of them or none.
 
-        Raises what the engine's `add` raises (ValueError for what can never fit, Overloaded), and EngineDead.
+        Raises what the engine's `add_choices` raises (ValueError for what can never fit, Overloaded), and EngineDead.
         """
         if self.failure is not None:
             raise dead(self.failure)
@@ -203,14 +203,9 @@ class EngineThread:
             wait = False
 
     def admit(self, prompt: list[int], requests: dict[str, RequestParams], admitted: asyncio.Future) -> None:
-        added: list[str] = []
         try:
-            for request_id, params in requests.items():
-                added.append(self.engine.add(prompt, params, request_id))
-        except Exception as error:
-            self.abort_all(added)
-            if not isinstance(error, ValueError | Overloaded):
-                raise
+            self.engine.add_choices(prompt, list(requests.values()), list(requests))
+        except (ValueError, Overloaded) as error:  # any other one ends the thread
             self.tell(settle, admitted, error)
         else:
             self.tell(settle, admitted, None)
