@@ -35,7 +35,7 @@ class BadLogits(ValueError):
     """Some rows have no distribution to choose from. Nothing was drawn; the other rows can be chosen without them."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
-        self.rows = tuple(reasons)
+        self.reasons, self.rows = reasons, tuple(reasons)
         super().__init__("; ".join(f"row {row} of the batch: {reason}" for row, reason in reasons.items()))
 
 
@@ -197,13 +197,16 @@ def check_rows(logits: Tensor, best: Tensor, rows: Sequence[RowState]) -> None:
     raise BadLogits(reasons)
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: half precision would make a hundred tokens equally likely."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
 def prepared(logits: Tensor, rows: Sequence[RowState], end_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Raw logits in float32 or wider, the adjusted ones, and the likeliest id of each row; all rows checked."""
     if logits.dim() != 2 or len(logits) != len(rows):
         raise ValueError(f"{len(rows)} rows need logits of shape ({len(rows)}, vocab), got {tuple(logits.shape)}")
-    logits = logits.detach()
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
+    logits = widened(logits.detach())
     best = likeliest(logits)  # (rows)
     check_rows(logits, best, rows)
     adjusted = adjusted_logits(logits, rows, end_ids)  # (rows, vocab)
@@ -291,7 +294,7 @@ def token_logprobs(logits: Tensor, ids: Sequence[int], rows: Sequence[RowState])
     wanted = [index for index, row in enumerate(rows) if row.params.logprobs >= 0]
     if not wanted:
         return found
-    logprobs = logits[wanted].log_softmax(dim=1)  # (*, vocab)
+    logprobs = widened(logits[wanted]).log_softmax(dim=1)  # (*, vocab)
     n_top = min(max(rows[index].params.logprobs for index in wanted), logits.shape[1])
     values, top = logprobs.topk(n_top, dim=1)  # (*, *)
     for place, index in enumerate(wanted):
