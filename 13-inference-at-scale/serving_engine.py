@@ -40,9 +40,7 @@ class EngineConfig(SchedulerConfig):
     n_blocks: int = 0  # blocks of the pool; 0: enough for max_batch requests of the longest context
     prefix_cache: bool = True  # prompts that begin alike share blocks
     kv_bits: int = 0  # bits of a cached number, 8 or 4; 0 keeps the model's own type
-    speculate: Literal["none", "ngram", "draft"] = (
-        "none"  # who guesses tokens ahead: the text so far, or a smaller model
-    )
+    speculate: Literal["none", "ngram", "draft"] = "none"  # who guesses ahead: the text so far, or a smaller model
     n_draft: int = 4  # tokens guessed in a step
 
     def __post_init__(self) -> None:
