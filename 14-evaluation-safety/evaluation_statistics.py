@@ -73,26 +73,30 @@ def wilson(n_right: int, n: int, level: float = 0.95) -> Interval:
     return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
 
 
-def binomial_logs(n: int, share: float) -> np.ndarray:
-    """log P(k of n) for k = 0..n."""
-    k, logs = np.arange(n + 1), np.array([math.lgamma(i + 1) for i in range(n + 1)])
-    choose = logs[n] - logs - logs[::-1]
-    yes = np.where(k > 0, k * (math.log(share) if share > 0 else -math.inf), 0.0)
-    no = np.where(k < n, (n - k) * (math.log1p(-share) if share < 1 else -math.inf), 0.0)
-    return choose + yes + no
+@cache
+def log_choices(n: int) -> np.ndarray:
+    """log of the number of ways to take k of n, for k = 0..n."""
+    logs = np.array([math.lgamma(i + 1) for i in range(n + 1)])
+    return logs[n] - logs - logs[::-1]
 
 
 def binomial_chances(n: int, share: float) -> np.ndarray:
-    return np.exp(binomial_logs(n, share))
+    """P(k of n) for k = 0..n."""
+    if share in (0, 1):
+        return (np.arange(n + 1) == share * n).astype(float)
+    k = np.arange(n + 1)
+    return np.exp(log_choices(n) + k * math.log(share) + (n - k) * math.log1p(-share))
 
 
 def clopper_pearson(n_right: int, n: int, level: float = 0.95) -> Interval:
     """All shares that a two-sided exact test does not reject: covers at least as often as it says, mostly more."""
     check_count(n_right, n)
     tail = (1 - check_level(level)) / 2
-    low = 0.0 if n_right == 0 else bisect(lambda p: binomial_chances(n, p)[n_right:].sum() - tail)
-    high = 1.0 if n_right == n else bisect(lambda p: tail - binomial_chances(n, p)[: n_right + 1].sum())
-    return Interval(low, high)
+
+    def lowest(k: int) -> float:
+        return 0.0 if k == 0 else bisect(lambda p: binomial_chances(n, p)[k:].sum() - tail)
+
+    return Interval(lowest(n_right), 1 - lowest(n - n_right))
 
 
 def bisect(rising: Callable[[float], float], low: float = 0.0, high: float = 1.0) -> float:
