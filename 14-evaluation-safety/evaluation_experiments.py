@@ -336,8 +336,8 @@ def judge(config: EvaluationFiguresConfig, run: RunConfig) -> None:
 
     Predicted: every planted coefficient lies in its interval; uncorrected, A wins although it is worse; swapping brings
     the position to nothing but leaves the length; the regression brings the win rate to within 3 points of an unbiased
-    judge's. The model as a judge, on answers alike in length on average, agrees with the truth, but prefers short ones by
-    its sum and long ones by its mean.
+    judge's. The model as a judge, on answers alike in length on average, agrees with the truth, but prefers short ones
+    by its sum and long ones by its mean.
     """
     planted = {
         "no bias": {},
