@@ -28,6 +28,7 @@ class ServingTokenizer(Protocol):
     """What a server needs of a tokenizer; `decode` is what the engine needs."""
 
     size: int  # ids
+    tokenizer: object  # the one within, whose tokens a constraint reads
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
@@ -116,9 +117,6 @@ class ServedModel:
 
     def __init__(self, name: str, model: CausalLM, tokenizer: ServingTokenizer) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
-        config = model.config
-        unlimited = config.window_size or config.rope_scaling.kind == "dynamic"
-        self.max_context = 2**31 if unlimited else config.max_seq_len  # positions of prompt and answer together
         self.longest_token = max(len(tokenizer.spelling(token_id)) for token_id in range(tokenizer.size))  # bytes
 
     def encode(self, text: str) -> list[int]:
