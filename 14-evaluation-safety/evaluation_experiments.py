@@ -68,7 +68,7 @@ class EvaluationFiguresConfig:
 
     n_seeds: int = 3  # seeds 0, 1, ... of exams, judges, games and trainings
     n_truth: int = 3000  # questions of the exam that stands for all questions
-    n_draws: int = 500  # small exams that are drawn from it, for each seed
+    n_draws: int = 400  # small exams that are drawn from it, for each seed
     n_questions: int = 150  # questions of each format and seed
     n_duels: int = 1000  # duels that a judge sees, for each seed
     n_fresh: int = 1000  # fresh documents of the training that plants secrets

@@ -13,7 +13,7 @@ Holtzman et al. 2021, arXiv 2104.08315, on the competition of surface forms).
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -355,6 +355,3 @@ def with_examples(task: Task, examples: Sequence[dict[str, Any]], between: str =
         shown_first.append(f"{prompt}{task.delimiter}{answer}")
     before = "".join(text + between for text in shown_first)
     return replace(task, template=before.replace("{", "{{").replace("}", "}}") + task.template)
-
-
-Runner = Callable[[TextModel, Task], TaskResult]

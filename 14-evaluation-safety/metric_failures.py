@@ -1,6 +1,6 @@
 """Topic 14 - Metric failures: scores that come out of a sound program and mean nothing, each beside the right number.
 
-python 14-evaluation-safety/evaluation_experiments.py metric-breaks      # all, the chapter's table
+python 14-evaluation-safety/evaluation_safety.py figures metric-breaks      # all, the chapter's table
 
 Every entry of METRIC_BREAKS is (function, seconds); the function takes the run and returns rows
 (what is measured, its sound value, its broken value).

@@ -28,6 +28,8 @@ from modern_llm_architectures import CausalLM
 from sequence_modeling import device_of
 from text_metrics import TextScore, logits_of, token_nats
 
+MOST_LOGITS = 2**26  # of one batch: 256 MiB in float32
+
 
 class Likelihood(NamedTuple):
     nats: float  # what the continuation costs: -log p
@@ -86,37 +88,18 @@ class TextModel:
             raise ValueError(f"the continuation {continuation!r} adds no token to its context; it cannot be scored")
         return whole[:n_context], whole[n_context:]
 
-    @torch.no_grad()
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """What each continuation costs after its context. Raises ValueError for one longer than the model reads."""
         rows = [self.pair(*pair) for pair in pairs]
         found: list[Likelihood | None] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            for index, value in zip(chosen, self.score_rows([rows[index] for index in chosen]), strict=True):
+        while order:  # the longest first: what does not fit into memory shows at once
+            longest = sum(map(len, rows[order[-1]]))
+            n = max(1, min(self.batch_size, MOST_LOGITS // (longest * self.model.config.vocab_size)))
+            chosen, order = order[-n:], order[:-n]
+            scored = row_likelihoods(self.model, [rows[index] for index in chosen], self.max_seq_len)
+            for index, value in zip(chosen, scored, strict=True):
                 found[index] = value
-        return found
-
-    def score_rows(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-        """Contexts and continuations as ids, in one batch, filled up on the right where nothing looks at it."""
-        limit, kept = self.max_seq_len, []
-        for context, continuation in rows:
-            if len(continuation) > limit:
-                raise ValueError(f"a continuation has {len(continuation)} tokens, the model reads {limit}; shorten it")
-            kept.append((context + continuation)[-limit - 1 :])
-        width = max(map(len, kept)) - 1
-        inputs = torch.zeros(len(kept), width, dtype=torch.long)  # (batch, seq)
-        for place, ids in enumerate(kept):
-            inputs[place, : len(ids) - 1] = torch.tensor(ids[:-1])
-        logits = logits_of(self.model, inputs.to(device_of(self.model))).cpu()  # (batch, seq, vocab)
-        found = []
-        for place, (ids, (_, continuation)) in enumerate(zip(kept, rows, strict=True)):
-            n = len(continuation)
-            own = logits[place, len(ids) - 1 - n : len(ids) - 1].double()  # (seq, vocab)
-            targets = torch.tensor(continuation)
-            nats = -own.log_softmax(dim=-1)[torch.arange(n), targets].sum().item()
-            found.append(Likelihood(nats, n, bool((own.argmax(dim=-1) == targets).all())))
         return found
 
     def rolling(self, text: str, stride: int | None = None) -> TextScore:
@@ -144,7 +127,7 @@ class TextModel:
         found, order = [""] * len(rows), sorted(range(len(rows)), key=lambda index: len(rows[index]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            made = self.write([rows[index] for index in chosen], until, max_new_tokens)
+            made = write_greedily(self, [rows[index] for index in chosen], until, max_new_tokens)
             for index, ids in zip(chosen, made, strict=True):
                 found[index] = cut(self.text(ids), until)
         return found
@@ -154,25 +137,55 @@ class TextModel:
         end = next((place for place, token_id in enumerate(ids) if token_id in self.end_ids), len(ids))
         return self.decode([token_id for token_id in ids[:end] if token_id not in self.specials])
 
-    @torch.no_grad()
-    def write(self, rows: list[list[int]], until: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-        """New ids of each row; stops early when every row has ended or holds a stop string, looked for now and then."""
-        token_ids, real = (part.to(device_of(self.model)) for part in left_padded(rows, self.bos_id))
-        if not isinstance(self.model, CausalLM):
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self.bos_id}
-            options |= {"attention_mask": real.long(), "eos_token_id": list(self.end_ids)}
-            return self.model.generate(token_ids, **options)[:, token_ids.shape[1] :].tolist()
-        new: list[Tensor] = []
-        for step in self.model.stream(token_ids, SamplingConfig(max_new_tokens, temperature=0.0), real):
-            new.append(step)
-            if until and len(new) % 8 == 0:
-                made = torch.cat(new, dim=1).tolist()  # (batch, *)
-                if all(self.ended(ids, until) for ids in made):
-                    break
-        return torch.cat(new, dim=1).tolist()  # (batch, *)
-
     def ended(self, ids: list[int], until: Sequence[str]) -> bool:
         return any(token_id in self.end_ids for token_id in ids) or any(stop in self.text(ids) for stop in until)
+
+
+@torch.no_grad()
+def row_likelihoods(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], max_seq_len: int
+) -> list[Likelihood]:
+    """Contexts and continuations as ids, in one batch, filled up on the right where nothing looks at it."""
+    kept = []
+    for context, continuation in rows:
+        if len(continuation) > max_seq_len:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, the model reads {max_seq_len}; shorten it"
+            )
+        kept.append((context + continuation)[-max_seq_len - 1 :])
+    width = max(map(len, kept)) - 1
+    inputs = torch.zeros(len(kept), width, dtype=torch.long)  # (batch, seq)
+    for place, ids in enumerate(kept):
+        inputs[place, : len(ids) - 1] = torch.tensor(ids[:-1])
+    logits = logits_of(model, inputs.to(device_of(model))).cpu()  # (batch, seq, vocab)
+    found = []
+    for place, (ids, (_, continuation)) in enumerate(zip(kept, rows, strict=True)):
+        n = len(continuation)
+        own = logits[place, len(ids) - 1 - n : len(ids) - 1].double()  # (seq, vocab)
+        targets = torch.tensor(continuation)
+        nats = -own.log_softmax(dim=-1)[torch.arange(n), targets].sum().item()
+        found.append(Likelihood(nats, n, bool((own.argmax(dim=-1) == targets).all())))
+    return found
+
+
+@torch.no_grad()
+def write_greedily(
+    examined: TextModel, rows: list[list[int]], until: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """New ids of each row; stops early when every row has ended or holds a stop string, looked for now and then."""
+    token_ids, real = (part.to(device_of(examined.model)) for part in left_padded(rows, examined.bos_id))
+    if not isinstance(examined.model, CausalLM):
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": examined.bos_id}
+        options |= {"attention_mask": real.long(), "eos_token_id": list(examined.end_ids)}
+        return examined.model.generate(token_ids, **options)[:, token_ids.shape[1] :].tolist()
+    new: list[Tensor] = []
+    for step in examined.model.stream(token_ids, SamplingConfig(max_new_tokens, temperature=0.0), real):
+        new.append(step)
+        if until and len(new) % 8 == 0:
+            made = torch.cat(new, dim=1).tolist()  # (batch, *)
+            if all(examined.ended(ids, until) for ids in made):
+                break
+    return torch.cat(new, dim=1).tolist()  # (batch, *)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
@@ -197,7 +210,8 @@ def load_text_model(folder: Path | str, begin: bool | None = None) -> TextModel:
         bos_id, ends, longest = config.bos_id, [config.eos_id, *config.more_eos_ids], config.max_seq_len
     else:
         model, bos_id, ends, longest = foreign_model(folder, given)
-    if [tokenizer.token_to_id(name) for name in COURSE_SPECIAL_TOKENS] == list(range(len(COURSE_SPECIAL_TOKENS))):
+    ids = [tokenizer.token_to_id(name) for name in COURSE_SPECIAL_TOKENS]
+    if isinstance(model, CausalLM) and ids == list(range(len(COURSE_SPECIAL_TOKENS))):
         options = {} if begin is None else {"begin": begin}
         return TextModel.of(model, load_course_tokenizer(folder), folder.name, **options)
     writes_bos = tokenizer.encode("").ids[:1] == [bos_id]
@@ -209,7 +223,7 @@ def load_text_model(folder: Path | str, begin: bool | None = None) -> TextModel:
         bos_id,
         tuple(ends),
         longest,
-        (bos_id is not None and not writes_bos) if begin is None else begin,
+        (given.get("bos_token_id") is not None and not writes_bos) if begin is None else begin,
         foreign_chat(folder),
         folder.name,
         specials=specials,
