@@ -34,7 +34,6 @@ from fine_tuning_adaptation import (
     adapt,
     answer_gap,
     answer_loss,
-    base_parameters,
     encode_dialogues,
     examine_answers,
     fine_tune,
@@ -137,7 +136,6 @@ def measure(trial: Trial, config: FiguresConfig, run: RunConfig, seed: int) -> d
         **examine_answers(model, tokenizer, config.exam),
         "loss": log[-1]["loss"],
         "trained": trained_parameters(model),
-        "parameters": base_parameters(),
         "state_bytes": adam_bytes(model),
         "weight_bytes": weight_bytes(model),
         "seconds": seconds,
@@ -279,21 +277,18 @@ def methods(config: FiguresConfig, run: RunConfig) -> None:
     for name, trial in METHOD_TRIALS.items():
         found = measured(trial, config, run)
         first, means, gaps = found[0], [item["mean"] for item in found], [item["gap"] for item in found]
-        hard = [[item["accuracy"][category] for item in found] for category in ("sum", "sort")]
+        sums = [item["accuracy"]["sum"] for item in found]
         points[name] = (means, gaps)
         answers = [item["answer_gap"] for item in found]
-        sizes = [float(first["trained"]), first["trained"] / first["parameters"]]
-        sizes += [first["state_bytes"] / 2**10, first["weight_bytes"] / 2**10]
-        rows.append([name, *sizes, means, *hard, answers, gaps, [item["seconds"] for item in found]])
+        sizes = [float(first["trained"]), first["state_bytes"] / 2**10, first["weight_bytes"] / 2**10]
+        rows.append([name, *sizes, means, sums, answers, gaps, [item["seconds"] for item in found]])
     columns = [
         Column("Method"),
         Column("trained", "", ",.0f"),
-        Column("share", "", ".1%"),
         Column("AdamW's state", "KiB", ",.0f"),
         Column("weights", "KiB", ",.0f"),
         Column("right, mean", "", ".1%"),
         Column("sum", "", ".0%"),
-        Column("sort", "", ".0%"),
         *GAPS,
         Column("training", "CPU s", ".0f"),
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from chat_model import load_chat_model
 from course_model import load_course_model, upto
 from course_tokenizer import Chat, CourseTokenizer
 from fine_tuning_adaptation import (
@@ -199,19 +200,21 @@ def end_not_trained(run: RunConfig) -> list[Row]:
     return [("share of the answers that end within 60 tokens", *shares)]
 
 
+ASKED = ("read", "sum")
+
+
 def other_template(run: RunConfig) -> list[Row]:
-    """The model is asked as "User: ... Assistant:", not in the words of its template."""
-    dialogues = training_dialogues(load_course_model()[1], TWO, run.seed)
-    model, tokenizer = trained_on(dialogues, TWO, run)
+    """The chat model is asked as "User: ... Assistant:", not in the words of its template."""
+    model, tokenizer = load_chat_model()
     exam = AnswerConfig(n_questions=40)
-    sound = category_accuracy(model, tokenizer, exam, TWO.names)
+    sound = category_accuracy(model, tokenizer, exam, ASKED)
     right = 0
-    for name in TWO.names:
+    for name in ASKED:
         asked = World().instructions(exam.n_questions, exam.exam_seed, exam.exam_split, name)
         rows = [[tokenizer.bos_id, *tokenizer.encode(f"User: {join(item.prompt)} Assistant:")] for item in asked]
         texts = [tokenizer.decode(upto(ids, tokenizer.im_end_id)) for ids in written(model, tokenizer, rows)]
         right += sum(item.check(words(text)) for item, text in zip(asked, texts, strict=True))
-    wrong = right / (exam.n_questions * len(TWO.names))
+    wrong = right / (exam.n_questions * len(ASKED))
     return [("right answers to held-out questions", sum(sound.values()) / len(sound), wrong)]
 
 
@@ -235,7 +238,7 @@ BREAKS: dict[str, tuple[Callable[[RunConfig], list[Row]], float]] = {  # name ->
     "all-masked": (all_masked, 2),
     "loss-on-prompt": (loss_on_prompt, 16),
     "end-not-trained": (end_not_trained, 16),
-    "other-template": (other_template, 10),
+    "other-template": (other_template, 5),
     "packed-together": (packed_together, 2),
 }
 
