@@ -331,7 +331,7 @@ def preemption(config: FiguresConfig, run: RunConfig) -> None:
 # Guessing ahead
 
 
-N_IDLE = 14  # blocks that add nothing, behind the chat model's own: a target of the same function and 8 times the price
+N_IDLE = 46  # blocks that add nothing behind the chat model's own two: the same function at many times the price
 
 
 def speculation_run(target: CausalLM, settings: EngineConfig, prompts: list[list[int]], seed: int) -> dict[str, float]:
