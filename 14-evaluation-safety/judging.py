@@ -242,16 +242,16 @@ class Agreement:
 
 
 def agreement(verdicts: Sequence[Verdict], swapped: bool = True) -> Agreement:
-    """Agreement with the truth, over duels with a winner; swapped: a verdict counts if both orders agree, else it is
-    wrong by half.
+    """Agreement with the truth, over duels with a winner; kappa is that of the verdicts with A read first.
 
-    Raises ValueError if no duel has a known winner.
+    swapped: where the two orders disagree, half of the verdict is right, whatever the truth is. Raises ValueError if no
+    duel has a known winner.
     """
     decided = [each for each in verdicts if each.duel.truth in (0.0, 1.0)]
     if not decided:
         raise ValueError("no duel has a known winner; agreement with the truth is not defined")
     said = [each.both if swapped else each.a_first for each in decided]
     right = [1 - abs(score - each.duel.truth) for score, each in zip(said, decided, strict=True)]
-    names = [int(each.a_first) for each in decided], [int(each.duel.truth) for each in decided]
+    names = [each.a_first for each in decided], [each.duel.truth for each in decided]
     kappa = cohen_kappa(*names) if len(set(names[0]) | set(names[1])) > 1 else math.nan
     return Agreement(float(np.mean(right)), wilson(round(sum(right)), len(right)), kappa, len(right))
