@@ -139,7 +139,9 @@ class Fleet:
         await process.stop(self.grace)
 
     async def close(self) -> None:
-        await asyncio.gather(*self.leaving, *(process.stop(1.0) for process in self.processes if process.process))
+        await asyncio.gather(
+            *self.leaving, *(process.stop(self.grace) for process in self.processes if process.process)
+        )
 
 
 async def counts_of(replica: Replica) -> tuple[float, float]:

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import random
 import re
+import signal
 import sys
 import time
 from collections import OrderedDict, deque
@@ -477,19 +479,24 @@ class ReplicaProcess:
         found = re.search(r"(http://\S+?)/v1", line)
         if found is None:
             said = (await self.process.stderr.read()).decode().strip()
+            await self.process.wait()
             raise ValueError(f"a replica did not start: {said[-300:] or line}")
         self.url = found[1]
         return self.url
 
-    async def stop(self, grace: float = 30.0) -> int:
-        """Let it finish what it has and end; its exit code. One that does not end in time is killed."""
+    def send(self, number: int) -> None:
+        """A signal, if it still runs; Popen's own way would take its exit code from asyncio, which waits for it."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
+                os.kill(self.process.pid, number)
+
+    async def stop(self, grace: float = 30.0) -> int:
+        """Let it finish what it has and end; its exit code. One that does not end in time is killed."""
+        self.send(signal.SIGTERM)
         try:
             await asyncio.wait_for(self.process.wait(), grace + 5)
         except TimeoutError:
-            self.process.kill()
+            self.send(signal.SIGKILL)
         return await self.process.wait()
 
 
@@ -554,7 +561,7 @@ async def run_router(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(process.stop(1.0) for process in processes if process.process is not None))
+        await asyncio.gather(*(process.stop(config.grace) for process in processes if process.process is not None))
 
 
 def route(config: RouteConfig, run: RunConfig) -> None:

@@ -678,7 +678,8 @@ def end_with_parent() -> None:
     """Send ourselves SIGTERM when standard input closes: the process that holds its other end has died."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not sys.stdin: its lock, held for ever, would abort the end of the interpreter
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
