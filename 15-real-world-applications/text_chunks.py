@@ -4,8 +4,8 @@
     chunks[0].text == document.text[chunks[0].start : chunks[0].end]           # always, to the character
     kept, dropped = without_duplicates(chunks)           # by topic 10's hashes
 
-A chunk never crosses a heading. Paragraphs are joined until the budget of tokens is full. One that is too long is cut at
-lines, sentences or words, whichever is the largest that fits. `overlap` tokens of whole pieces are repeated.
+A chunk never crosses a heading. Paragraphs are joined until the budget of tokens is full. One that is too long is cut
+at lines, sentences or words, whichever is the largest that fits. `overlap` tokens of whole pieces are repeated.
 """
 
 import re
