@@ -9,10 +9,7 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -676,62 +673,7 @@ def test_metrics_count_what_happened(server) -> None:
     assert server.metric("request_seconds_count") - before["request_seconds_count"] == 2
 
 
-# HT11: the end of a process
-
-
-PROGRAM = """
-import sys
-from server import SERVER_VERBS
-from workbench import run_verbs
-run_verbs("", SERVER_VERBS, sys.argv[1:])
-"""
-
-
-@contextlib.contextmanager
-def process(*flags: str) -> Iterator[tuple[subprocess.Popen, Running]]:
-    """A server in a process of its own, with its port."""
-    command = [sys.executable, "-c", PROGRAM, "serve", "--port", "0", *flags]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = started.stdout.readline()
-        found = Running.__new__(Running)
-        found.port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)[1])
-        yield started, found
-    finally:
-        started.kill()
-        started.communicate()
-
-
-def test_sigterm_lets_answers_finish_and_a_second_one_does_not() -> None:
-    with process("--grace", "100") as (started, server), concurrent.futures.ThreadPoolExecutor(10) as pool:
-        short = LONG | {"max_tokens": 250}
-        waiting = send(server, b"")  # a connection from before, on which a new request will come
-        futures = [
-            pool.submit(ask, server, "POST", "/v1/completions", short | {"stream": n % 2 == 0}) for n in range(10)
-        ]
-        until(lambda: server.metric("running") == 10)
-        started.send_signal(signal.SIGTERM)
-        until(lambda: ask(server, "GET", "/health")[0] == 503)
-        status, error = error_of(ask(server, "POST", "/v1/completions", LONG))
-        assert (status, error["code"]) == (503, "shutting_down")
-        waiting.sendall(post("/v1/completions", LONG))
-        assert waiting.recv(4096).startswith(b"HTTP/1.1 503 ")
-        for number, future in enumerate(futures):
-            status, _, body = future.result()
-            assert status == 200
-            if number % 2 == 0:
-                assert body.endswith(b'"finish_reason":"length"}]}\n\ndata: [DONE]\n\n')
-            else:
-                assert json.loads(body)["usage"]["completion_tokens"] == 250
-        assert started.wait(PATIENCE) == 0 and "Traceback" not in started.stderr.read()
-    with process() as (started, server), concurrent.futures.ThreadPoolExecutor(2) as pool:
-        future = pool.submit(raw, server, post("/v1/completions", LONG | {"n": 8, "stream": True}))
-        until(lambda: server.metric("running") == 8)
-        started.send_signal(signal.SIGTERM)
-        until(lambda: ask(server, "GET", "/health")[0] == 503)
-        started.send_signal(signal.SIGTERM)
-        assert started.wait(PATIENCE) == 128 + signal.SIGTERM
-        assert b"[DONE]" not in future.result()
+# Starting
 
 
 @pytest.mark.parametrize(
