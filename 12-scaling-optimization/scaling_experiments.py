@@ -303,6 +303,8 @@ def plot_isoflop(runs: Runs) -> Figure:
         left.plot(grid, law.loss(grid, flops / 6 / grid), color=color, lw=1)
     left.plot(frontier.best, frontier.least, "k+", ms=10)
     left.set(xscale="log", xlabel="N, weights that multiply a token", ylabel="loss (nats per token)")
+    left.set_xticks([5e3, 1e4, 2e4, 5e4], ["5,000", "10,000", "20,000", "50,000"])
+    left.minorticks_off()
     left.legend(frameon=False, fontsize=8)
     reach = np.geomspace(budgets[0] / 2, budgets[-1] * 8, 20)
     right.loglog(reach, law.optimum(reach)[0], color="C0", label=f"approach 3, a = {law.exponent:.2f}")
