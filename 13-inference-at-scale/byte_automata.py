@@ -344,7 +344,7 @@ class Nfa:
             entry_after = self.state()
             self.empty[self.add(node.node, begin)].append(entry_after)
             entry, count = entry_after, count + 1
-            if node.most is None and count >= max(node.least, 1):
+            if node.most is None and count >= node.least:
                 self.empty[entry].append(stop)
                 self.empty[self.add(node.between, entry) if node.between else entry].append(begin)
                 return stop
