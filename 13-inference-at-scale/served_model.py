@@ -61,14 +61,17 @@ class FolderServing:
     """Any tokenizer.json, read by the `tokenizers` library, with the folder's chat template if it has one."""
 
     def __init__(self, folder: Path, model: CausalLM) -> None:
-        self.folder, self.model = folder, model
+        self.model = model
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.size = self.tokenizer.get_vocab_size()
         self.has_template = (folder / "chat_template.jinja").is_file()
         settings = folder / "tokenizer_config.json"
         if settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8"):
             self.has_template = True
-        self.template_tokenizer = None
+        if self.has_template:  # now: the import takes seconds, and a request would hold up all others
+            from transformers import AutoTokenizer
+
+            self.template_tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -100,10 +103,7 @@ class FolderServing:
     def render(self, messages: Messages) -> str:
         """The template as text. Raises ValueError with its own words for a conversation that it refuses."""
         from jinja2 import TemplateError
-        from transformers import AutoTokenizer
 
-        if self.template_tokenizer is None:
-            self.template_tokenizer = AutoTokenizer.from_pretrained(self.folder)
         try:
             return self.template_tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
