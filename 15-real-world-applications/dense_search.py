@@ -35,15 +35,15 @@ from workbench import check_range, seed_everything
 class DenseConfig(PairConfig):
     """How the encoder of questions and passages is built and trained."""
 
-    d_model: int = 96  # width of the encoder
+    d_model: int = 64  # width of the encoder
     n_layers: int = 1  # blocks
     d_shared: int = 64  # width of the vectors
-    batch_size: int = 64  # pairs in a batch: each question is compared with so many passages
+    batch_size: int = 48  # pairs in a batch: each question is compared with so many passages
     max_steps: int = 350  # optimizer steps
     warmup_steps: int = 30  # steps of rising learning rate
     learning_rate: float = 4e-3  # the peak
     temperature: float = 0.05  # at the start; it is learned
-    max_tokens: int = 96  # tokens of a passage that are read
+    max_tokens: int = 64  # tokens of a passage that are read
     heading_share: float = 0.5  # questions made of headings; the others are sentences taken out of their passage
 
     def __post_init__(self) -> None:

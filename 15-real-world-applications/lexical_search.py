@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import regex
@@ -73,6 +74,34 @@ def analyse(text: str) -> list[str]:
                 terms += [run[0][at : at + 2] for at in range(max(1, len(run[0]) - 1))]
                 place = run.end()
     return terms
+
+
+STOP_WORDS = frozenset(  # words that questions are asked with; what a passage is about is said with others
+    "a about after all an and any are as at be before been between by can could did do doe each every for from had has "
+    "have he her his how i if in into is it its may me might my no not of on one only or our over she should so such "
+    "than that the their them then there these they this those to too under was we were what when where which who why "
+    "will with without would you your".split()
+)
+ENDINGS = tuple(  # the longest that leaves four letters goes
+    "ational ization isation ingly ations ation ings edly ment ness ing ers est ied ies ity ed er ly es al e s".split()
+)
+
+
+@cache
+def stem(word: str) -> str:
+    """An English word without its ending, so that trained, training and trains are one term; crude, and one way only.
+
+    Porter's rules (1980) look at syllables too; this takes the first of ENDINGS that leaves at least four letters.
+    """
+    for ending in ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 4:
+            return word[: -len(ending)]
+    return word
+
+
+def analyse_english(text: str) -> list[str]:
+    """The terms of `analyse` without the words of questions, and without endings; other scripts pass unchanged."""
+    return [stem(word) for word in analyse(text) if word not in STOP_WORDS]
 
 
 # BM25

@@ -333,7 +333,6 @@ def test_pages_that_are_too_large_or_nested_are_refused() -> None:
     for name, data, reason in (
         ("a.html", b"x" * (2**20 + 1), "limit is 1,048,576"),
         ("a.html", b"<b>" * 501, "more than 500 elements"),
-        ("a.html", b"<p>text</p><!-- " + b"x" * 2000, "ends inside"),
         ("a.html", b"<p " + b"x" * (2 * MAX_OPEN_MARKUP), "more than 65,536"),
         ("a.json", b"[" * 200_000, "too deeply nested"),
         ("a.json", b'{"a": ', "Expecting value"),
@@ -346,6 +345,13 @@ def test_pages_that_are_too_large_or_nested_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             load_bytes(name, data)
+
+
+def test_a_page_that_ends_inside_a_comment_is_refused_or_cut_there() -> None:
+    try:  # newer versions of html.parser close it themselves
+        assert html_text("<p>text</p><!-- " + "x" * 2000) == ("", "text\n")
+    except ValueError as error:
+        assert "ends inside a tag, comment or script" in str(error)
 
 
 def test_a_page_is_what_its_reader_sees() -> None:

@@ -14,9 +14,11 @@ from lexical_search import (
     BM25Index,
     Hit,
     analyse,
+    analyse_english,
     bm25_naively,
     saturated,
     singular,
+    stem,
     term_weight,
 )
 
@@ -122,6 +124,13 @@ def test_plurals() -> None:
         assert singular(plural) == one
     for plural, one in ("tokens", "token"), ("caches", "cache"), ("is", "is"), ("gas", "gas"), ("axes", "axe"):
         assert singular(plural) == one
+
+
+def test_english_endings_and_words_of_questions() -> None:
+    assert analyse_english("What is the trained model of training trains?") == ["train", "model", "train", "train"]
+    assert analyse_english("How to divide by it: dividing?") == ["divid", "divid"]
+    assert analyse_english("\u81ea\u7136 d 64") == ["\u81ea\u7136", "d", "64"]
+    assert len({stem(word) for word in "token tokens tokenization tokenizing".split()}) <= 2
 
 
 def test_edges() -> None:
