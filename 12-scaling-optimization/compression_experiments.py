@@ -75,7 +75,7 @@ class CompressionFiguresConfig:
     n_questions: int = 60  # questions of each topic
     n_calibration: int = 128  # documents that a quantiser or pruner looks at
     qat_steps: int = 120  # optimizer steps of training through rounding
-    heal_steps: int = 120  # optimizer steps of a pruned model
+    heal_steps: int = 60  # optimizer steps of a pruned model
     student_steps: int = 200  # optimizer steps of a student from scratch; the others get the same FLOPs
     again: bool = False  # measure again what an earlier run has left in --out
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
@@ -390,12 +390,12 @@ TUNING_RATES = (1.5e-4, 5e-4)  # peak learning rates of a model that has been tr
 
 
 def qat(config: CompressionFiguresConfig, run: RunConfig) -> None:
-    """Training through rounding at 4, 3 and 2 bits, beside GPTQ, and beside as many steps without rounding.
+    """Training through rounding at 4 and 2 bits, beside GPTQ, and beside as many steps without rounding.
 
     The rate is the one that adds least on documents of the training side, with the first seed.
     """
     bench, rows = Bench.of(config), []
-    for n_bits in (0, 4, 3, 2):
+    for n_bits in (0, 4, 2):
 
         def measured(rate: float, seed: int, n_bits: int = n_bits) -> dict[str, float]:
             what = f"qat, {config.qat_steps} steps at {rate:g}, {n_bits} bits, seed {seed}"
@@ -465,7 +465,7 @@ PRUNINGS = (
     *((what, 0.5) for what in ("magnitude-2:4", "wanda-2:4", "heads", "neurons", "layers")),
 )
 HEALING_RATE = 2e-3  # peak learning rate of a pruned model: of 5e-4 and 2e-3 better on training documents, for heads
-HEALED = ("wanda-2:4", "heads", "neurons", "layers")  # at a share of one half
+HEALED = ("wanda-2:4", "heads", "layers")  # at a share of one half
 
 
 def pruning(config: CompressionFiguresConfig, run: RunConfig) -> None:
