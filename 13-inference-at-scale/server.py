@@ -43,7 +43,17 @@ from engine_requests import Constraint, Overloaded, RequestOutput, RequestParams
 from engine_thread import Answer, EngineDead, EngineThread, SlowReader
 from http_limits import HttpLimits, bounded_protocol, read_body, while_connected
 from served_model import ServedModel, load_served_model
-from server_schema import ApiError, ChatRequest, CompletionRequest, bad_request, checked, read_object
+from server_schema import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    JsonFormat,
+    SchemaFormat,
+    TextFormat,
+    bad_request,
+    checked,
+    read_object,
+)
 from serving_engine import Engine, EngineConfig
 from workbench import RunConfig, check_range, pick_device
 
@@ -228,6 +238,38 @@ COUNTS = ("n_prompt", "n_cached")
 # From a request to its answer
 
 
+class ConstraintCache:
+    """Automata for the forms that answers were asked for, built beside the event loop and kept for the next one."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+        self.kept: OrderedDict[str, Constraint] = OrderedDict()  # by schema, the least recently used first
+        self.words: TokenBytes | None = None
+        self.building = threading.Lock()
+
+    async def get(self, form: TextFormat | JsonFormat | SchemaFormat) -> Constraint | None:
+        """What the text must obey; None for plain text. ApiError for a schema that is not understood."""
+        if form.type == "text":
+            return None
+        schema = form.json_schema.schema_ if form.type == "json_schema" else None
+        key = json.dumps(schema)  # unsorted: the order of the properties is that of the answer
+        if key not in self.kept:
+            try:
+                self.kept[key] = await asyncio.to_thread(self.build, schema)
+            except ValueError as error:
+                raise bad_request(f"response_format: {error}", "response_format") from None
+            if len(self.kept) > MAX_CONSTRAINTS:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+    def build(self, schema: dict[str, Any] | None) -> Constraint:
+        with self.building:  # one at a time: the spellings of the tokens are read once
+            if self.words is None:
+                self.words = TokenBytes(self.served.tokenizer.tokenizer, self.served.model.config.vocab_size)
+            return json_constraint(self.words) if schema is None else schema_constraint(schema, self.words)
+
+
 class Service:
     """What the routes share: the model, the engine's thread, the meters, and whether the server still takes work."""
 
@@ -236,9 +278,7 @@ class Service:
         self.meters = Meters(thread)
         self.draining = False
         self.in_flight = 0  # requests to /v1 that are being answered
-        self.constraints: OrderedDict[str, Constraint] = OrderedDict()  # by schema, the least recently used first
-        self.words: TokenBytes | None = None
-        self.building = threading.Lock()
+        self.constraints = ConstraintCache(served)
         key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         self.key_digest = sha256(key.encode()).digest() if key else None
         pool = thread.engine.stats().n_blocks * thread.engine.config.block_size
@@ -251,7 +291,7 @@ class Service:
             raise ApiError(404, message, "model_not_found", "model")
         watch = Stopwatch(self.meters)
         prompt = self.prompt_of(wanted)
-        params = self.params_of(wanted, prompt, await self.constraint_of(wanted))
+        params = self.params_of(wanted, prompt, await self.constraints.get(wanted.response_format))
         try:
             answer = await self.thread.submit(prompt, params)
         except Overloaded as error:
@@ -303,29 +343,6 @@ class Service:
         )
         param = "messages" if isinstance(wanted, ChatRequest) else "prompt"
         return bad_request(message, param, "context_length_exceeded")
-
-    async def constraint_of(self, wanted: CompletionRequest | ChatRequest) -> Constraint | None:
-        """What the text must obey. It is built beside the event loop, and kept for those who ask for the same."""
-        form = wanted.response_format
-        if form.type == "text":
-            return None
-        schema = form.json_schema.schema_ if form.type == "json_schema" else None
-        key = json.dumps(schema, sort_keys=False)  # the order of properties is that of the answer
-        if key not in self.constraints:
-            try:
-                self.constraints[key] = await asyncio.to_thread(self.build_constraint, schema)
-            except ValueError as error:
-                raise bad_request(f"response_format: {error}", "response_format") from None
-            if len(self.constraints) > MAX_CONSTRAINTS:
-                self.constraints.popitem(last=False)
-        self.constraints.move_to_end(key)
-        return self.constraints[key]
-
-    def build_constraint(self, schema: dict[str, Any] | None) -> Constraint:
-        with self.building:  # one at a time: the tokens' spellings are read once
-            if self.words is None:
-                self.words = TokenBytes(self.served.tokenizer.tokenizer, self.served.model.config.vocab_size)
-        return json_constraint(self.words) if schema is None else schema_constraint(schema, self.words)
 
     async def whole(self, answer: Answer, shape: Shape, watch: Stopwatch) -> dict[str, Any]:
         """The answer at once, as a dict."""
