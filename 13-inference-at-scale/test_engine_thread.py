@@ -116,6 +116,7 @@ def test_closing_an_answer_gives_its_blocks_back_and_leaves_the_others_alone() -
             answer.close()  # and once more, for nothing
         made = await whole(staying)
         await until(lambda: is_empty(thread))
+        assert thread.latest.generated_tokens < 6 * LONG.max_tokens / 2  # they were not computed to the end
         return made, thread.answers
 
     made, left = with_thread(ask)
