@@ -403,7 +403,7 @@ def check_accept_or_replace(answer: Callable) -> str | None:
                 continue
             n_kept = 0
             for u, v in itertools.product(midpoints(n_u), midpoints(n_v)):
-                token, kept = answer(list(p), list(q), guess, u, v)
+                token, kept = answer(list(p), list(q), guess, u, v) or (None, False)
                 if type(token) is not int or not 0 <= token < len(p) or bool(kept) != (token == guess):
                     return f"{case}: a guess of {guess} gave {(token, kept)!r}, which is no (token, was it the guess)"
                 n_kept += bool(kept)
