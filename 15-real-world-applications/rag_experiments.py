@@ -72,7 +72,7 @@ class RagFiguresConfig:
     rerank_steps: int = 60  # optimizer steps of a reranker
     n_people: int = 40  # people of each group in the experiment on hallucination
     n_questions: int = 60  # questions about each group
-    n_vectors: int = 2000  # vectors in the graph
+    n_vectors: int = 1500  # vectors in the graph
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
