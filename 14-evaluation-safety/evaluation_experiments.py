@@ -399,7 +399,7 @@ def elo_games(config: EvaluationFiguresConfig, run: RunConfig) -> None:
         covered, widths = [], []
         for seed in range(config.n_seeds):
             found, inside, wide = {name: [] for name in methods}, [], []
-            for repeat in range(max(1, config.n_draws // 20)):
+            for repeat in range(max(1, config.n_draws // 5)):
                 games = draw_games(truth, n_games, np.random.default_rng([seed, repeat, n_games]))
                 rated = bradley_terry(win_table(games, 6) + np.where(np.eye(6), 0, 1e-9))  # finite, whoever never won
                 ratings = [elo(games, 6, k) - 1000 for k in (32.0, 8.0)] + [rated.elo - 1000]

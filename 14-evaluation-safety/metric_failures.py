@@ -67,7 +67,7 @@ def mean_of_means(run: RunConfig) -> list[Row]:
     """Perplexity as a mean over texts of each text's perplexity: one hard short text outweighs all others."""
     model, rows = untrained(run.seed)
     short = [rows[0][0], *range(100, 103)]
-    losses = [(row_loss(model, row) * 0.1, len(row) - 1) for row in rows] + [(3 * row_loss(model, short), 3)]
+    losses = [(row_loss(model, row) * 0.1, len(row) - 1) for row in rows] + [(row_loss(model, short), 3)]
     sound = math.exp(sum(loss * count for loss, count in losses) / sum(count for _, count in losses))
     broken = sum(math.exp(loss) for loss, _ in losses) / len(losses)
     return [("mean-of-means: perplexity of 24 easy texts and 3 hard tokens", sound, broken)]
