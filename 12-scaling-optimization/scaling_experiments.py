@@ -607,7 +607,8 @@ def save_plans(config: FiguresConfig) -> None:
 
 def plot_plans(curves: dict[str, list[tuple[int, Any]]]) -> Figure:
     """What a GPU holds in the fastest layout, by number of GPUs."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.8 * len(curves), 3.6), sharey=True, squeeze=False)
+    size = (4.8 * len(curves), 3.8)
+    figure, axes = plt.subplots(1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
         places, base = range(len(points)), np.zeros(len(points))
         for index, term in enumerate(("weights", "gradients", "optimizer", "activations", "gathered")):
@@ -617,7 +618,9 @@ def plot_plans(curves: dict[str, list[tuple[int, Any]]]) -> Figure:
         axis.set_xticks(list(places), [str(n_gpus) for n_gpus, _ in points])
         axis.set(xlabel="GPUs", title=name)
     axes[0, 0].set_ylabel("fullest GPU (GB)")
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
+    )
     return figure
 
 
