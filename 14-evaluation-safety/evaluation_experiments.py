@@ -10,6 +10,7 @@ python 14-evaluation-safety/evaluation_safety.py figures coverage power     # so
 
 import functools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ from evaluation_statistics import (
     wilson,
     win_table,
 )
-from evaluation_tasks import FORMATS, in_format, run_task, with_examples, world_task
+from evaluation_tasks import FORMATS, Task, fact_choices, in_format, run_task, with_examples, world_task
 from judging import Duel, PlantedJudge, agreement, first_wins, judge_duels, judge_model, likelihood_judge, win_rate
 from memorisation import COUNTS, attack, fine_tuned, planted_corpus
 from metric_failures import METRIC_BREAKS
@@ -468,28 +469,47 @@ def canaries(config: EvaluationFiguresConfig, run: RunConfig) -> None:
 # Calibration
 
 
-def choice_chances(examined: TextModel, task_name: str, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log probabilities of the choices (n, 4) and the number of the right one."""
-    result = run_task(examined, world_task(task_name, n, seed))
-    logs = -np.array([sample["nats"] for sample in result.samples])
+def told_facts(n: int, seed: int, fitting: bool) -> Task:
+    """Questions about people that no quiz asks about: one half of them to fit a temperature, the other to judge it.
+
+    The halves share no person. Two draws from all of them would share most facts, since there are few.
+    """
+    people, rng = list(the_world().unasked), random.Random(seed)
+    rng.shuffle(people)
+    half = people[: len(people) // 2] if fitting else people[len(people) // 2 :]
+    questions = tuple(fact_choices(the_world(), rng, half) for _ in range(n))
+    return replace(world_task("facts-told", 1, seed), questions=questions)
+
+
+def choice_chances(examined: TextModel, task: Task, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log probabilities of the choices (n, 4), times a factor, and the number of the right one."""
+    result = run_task(examined, task)
+    logs = -np.array([sample["nats"] for sample in result.samples]) * factor
     return logs, np.array([sample["answer"] for sample in result.samples])
 
 
+CALIBRATED = (  # model, factor of its log probabilities: 3 plants a temperature three times as high
+    (course, 1.0),
+    (course, 3.0),
+    (rounded, 1.0),
+    (chatting, 1.0),
+)
+
+
 def calibration(config: EvaluationFiguresConfig, run: RunConfig) -> None:
-    """What the base and the chat model say of four choices, before and after a temperature fitted on other questions.
+    """What the base and the chat model say of four choices, before and after a temperature fitted on other people.
 
     Predicted: all are too sure of facts that they were told and never asked, the chat model most; rounding to 3 bits
     makes it worse; one temperature removes most of the error in each case, and changes no answer and hardly the
     resolution.
     """
     rows, curves = [], {}
-    cases = [(course, "facts-told"), (chatting, "facts-told"), (rounded, "facts-told"), (rounded, "facts")]
-    for make, task_name in cases:
+    for make, factor in CALIBRATED:
         cells: dict[str, list[float]] = {}
         for seed in range(config.n_seeds):
-            fitted = choice_chances(make(), task_name, 2 * config.n_questions, 700 + seed)
-            logs, labels = choice_chances(make(), task_name, 2 * config.n_questions, 800 + seed)
-            temperature = fit_temperature(*fitted)
+            asked = [told_facts(2 * config.n_questions, 700 + seed, fitting) for fitting in (True, False)]
+            fitted, (logs, labels) = (choice_chances(make(), task, factor) for task in asked)
+            temperature = float(fit_temperature(*fitted))
             numbers = [float((logs.argmax(1) == labels).mean()), temperature]
             for scale in (1.0, temperature):
                 chances = softmax(logs, scale)
@@ -498,15 +518,16 @@ def calibration(config: EvaluationFiguresConfig, run: RunConfig) -> None:
                 of_right = chances[np.arange(len(labels)), labels]
                 numbers += [calibration_error(sure, right, 10, "mass"), brier_score(sure, right), parts.resolution]
                 numbers.append(log_loss(of_right, np.ones(len(labels))))
-                if seed == 0 and make is chatting:
-                    name = "chat model" if scale == 1.0 else f"divided by {temperature:.2f}"
+                if seed == 0 and factor != 1:
+                    name = "log p times 3" if scale == 1.0 else f"divided by {temperature:.2f}"
                     curves[name] = reliability(sure, right, 8, "mass")
             for place, value in enumerate(numbers):
                 cells.setdefault(str(place), []).append(value)
-        rows.append([f"{make().name}, {task_name}", *cells.values()])
+        planted = f", log p times {factor:g}" if factor != 1 else ""
+        rows.append([f"{make().name}{planted}", *cells.values()])
         print(rows[-1], flush=True)
     columns = [
-        Column("model and questions", digits="s"),
+        Column("model", digits="s"),
         Column("right", digits=".1%"),
         Column("temperature", digits=".2f"),
     ]

@@ -20,6 +20,7 @@ from evaluation_experiments import (
     rejects_unpaired,
     right_answer,
     rounded,
+    told_facts,
 )
 from tiny_world import World
 from workbench import RunConfig
@@ -59,6 +60,11 @@ def test_the_truth_of_duels_is_the_worlds() -> None:
     assert np.mean([duel.truth for duel in duels]) == pytest.approx((1 + 0.6 - 0.75) / 2, abs=0.06)
     person = World().asked[0]
     assert right_answer(f"Question: where does {person} live? Answer:", World().facts[person]["town"] + ".") == 1.0
+
+
+def test_no_person_is_in_both_halves() -> None:
+    sides = [{q["person"] for q in told_facts(80, 3, fitting).questions} for fitting in (True, False)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(World().unasked)
 
 
 def test_games_are_won_as_often_as_elo_says() -> None:
