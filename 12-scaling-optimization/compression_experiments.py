@@ -30,13 +30,11 @@ from course_tokenizer import CourseTokenizer
 from distillation import DistillConfig, distilled, step_flops, student_training
 from equal_compute import remembered
 from gptq import (
-    STAGES,
     Batch,
     GPTQConfig,
     InputStatistics,
     block_linears,
     calibration_batches,
-    gptq,
     input_statistics,
     output_error,
 )
@@ -46,7 +44,7 @@ from quantized_layers import KVFormat, QuantisedKVCache, quantised_kv_bytes
 from quantized_model import Exam, QuantisedLM, Recipe, float_bytes, quantize_model, row_nats, train_rounded
 from shards import ShardBatches, ShardConfig
 from tiny_world import World
-from weight_quantization import QuantFormat, bits_per_weight, quantise
+from weight_quantization import QuantFormat, bits_per_weight
 from workbench import (
     Column,
     RunConfig,
@@ -300,68 +298,19 @@ def gptq_damping(config: CompressionFiguresConfig, run: RunConfig) -> None:
 
 
 def spectra(config: CompressionFiguresConfig, run: RunConfig) -> None:
-    """For each place where layers read: how uneven its inputs are, and 3-bit GPTQ of those layers alone beside nearest.
-
-    Two dampings; the error of the outputs is on fresh text, what is added is the whole model's loss.
-    """
-    bench, fmt, rows = Bench.of(config), QuantFormat(3, 32), []
-    found = input_statistics(bench.model, calibration_batches(bench.tokenizer, config.n_calibration, 1000))
-    layers = block_linears(bench.model)
-    for first, statistics in found.items():
-        if first.rpartition(".")[2] in ("k_proj", "v_proj", "up_proj"):
+    """How unevenly the power of each layer's inputs is spread over directions, and their largest value."""
+    model, tokenizer = load_course_model()
+    found = input_statistics(model, calibration_batches(tokenizer, config.n_calibration, 1000))
+    rows = []
+    for name, statistics in found.items():
+        if name.rpartition(".")[2] in ("k_proj", "v_proj", "up_proj"):
             continue  # they read what the layer before them in the list reads
         powers = torch.linalg.eigvalsh(statistics.second_moment)  # (columns), rising
         shares = powers / powers.sum()  # (columns)
-        rows.append([f"`{first}`", *(part.item() for part in (shares[-1], shares.median(), statistics.max_abs.max()))])
-        stage = next(stage for stage in STAGES if first.rpartition(".")[2] in stage)
-        here = [f"{first.rpartition('.')[0]}.{name}" for name in stage]
-        what = f"spectra, {config.n_held_out} documents, {first}"
-        rows[-1] += remembered(config, run, what, partial(measure_alone, bench, layers, here, fmt, config))["cells"]
-        print(rows[-1], flush=True)
+        rows.append([f"`{name}`", *(part.item() for part in (shares[-1], shares.median(), statistics.max_abs.max()))])
     columns = [Column("Inputs of"), Column("Strongest direction", "share of power", ".0%")]
     columns += [Column("Median direction", "share of power", ".3%"), Column("Largest value", digits=".1f")]
-    columns.append(replace(ADDED, name="Nearest adds"))
-    for damping in ALONE:
-        columns.append(Column(f"GPTQ, damping {damping:g}: outputs", "share of nearest's error", ".2f"))
-        columns.append(replace(ADDED, name=f"GPTQ, damping {damping:g} adds"))
-    config.save_table("input-spectra", columns, rows, config.n_seeds)
-
-
-ALONE = (0.01, 0.3)  # dampings
-
-
-def measure_alone(
-    bench: Bench, layers: dict[str, nn.Linear], here: list[str], fmt: QuantFormat, config: CompressionFiguresConfig
-) -> dict[str, list]:
-    """The layers of one stage rounded alone: what nearest adds; for each damping, outputs' errors and what is added."""
-    fresh = input_statistics(bench.model, calibration_batches(bench.tokenizer, config.n_calibration, 2000), here)
-    nearest = {name: quantise(layers[name].weight.detach(), fmt).dequantise() for name in here}
-    cells: list = [bench.added(with_weights(bench.model, nearest))]
-    for damping in ALONE:
-        ratios, added = [], []
-        for seed in range(config.n_seeds):
-            known = input_statistics(bench.model, bench.calibration(config, seed), here)
-            ours = {
-                name: gptq(layers[name].weight, known[name].second_moment, fmt, GPTQConfig(damping)).dequantise()
-                for name in here
-            }
-            errors = [
-                sum(output_error(layers[name].weight.detach(), part[name], fresh[name].second_moment) for name in here)
-                for part in (ours, nearest)
-            ]
-            ratios.append(errors[0] / errors[1])
-            added.append(bench.added(with_weights(bench.model, ours)))
-        cells += [ratios, added]
-    return {"cells": cells}
-
-
-@torch.no_grad()
-def with_weights(model: CausalLM, weights: dict[str, Tensor]) -> CausalLM:
-    """A copy of the model in which some layers have other weights."""
-    made = copy.deepcopy(model)
-    for name, weight in weights.items():
-        made.get_submodule(name).weight.copy_(weight)
-    return made
+    config.save_table("input-spectra", columns, rows)
 
 
 def outliers(config: CompressionFiguresConfig, run: RunConfig) -> None:
@@ -671,7 +620,7 @@ def compression_breaks(config: CompressionFiguresConfig, run: RunConfig) -> None
 COMPRESSION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "quantisation": (quantisation, 900),
     "gptq-damping": (gptq_damping, 80),
-    "input-spectra": (spectra, 150),
+    "input-spectra": (spectra, 5),
     "outliers": (outliers, 25),
     "qat": (qat, 450),
     "kv-cache": (kv_cache, 25),

@@ -1,5 +1,6 @@
 """Proofs of the experiments' parts: sizes, paired comparison, equal FLOPs, tables that land in results.json."""
 
+import copy
 import json
 import math
 
@@ -26,7 +27,6 @@ from compression_experiments import (
     sparse_model,
     spectra,
     train_student,
-    with_weights,
 )
 from course_model import load_course_model
 from distillation import DistillConfig, step_flops
@@ -100,11 +100,12 @@ def test_gptq_beside_nearest_on_the_same_grid(bench, tmp_path) -> None:
 
 def test_a_models_layers_beside_themselves(bench) -> None:
     name, layer = next(iter(compression_experiments.block_linears(bench.model).items()))
-    moved = with_weights(bench.model, {name: 1.01 * layer.weight})
-    twice = with_weights(bench.model, {name: 1.02 * layer.weight})
+    moved, twice = copy.deepcopy(bench.model), copy.deepcopy(bench.model)
+    for model, factor in ((moved, 1.01), (twice, 1.02)):
+        with torch.no_grad():
+            model.get_submodule(name).weight.mul_(factor)
     fresh = compression_experiments.input_statistics(bench.model, calibration_batches(bench.tokenizer, 4, 5), [name])
     assert mean_output_ratio(bench.model, twice, moved, fresh) == pytest.approx(4, rel=1e-3), "squared errors"
-    assert torch.equal(bench.model.get_submodule(name).weight, layer.weight) and bench.added(moved) != 0
 
 
 def test_every_rounding_is_named_once() -> None:
