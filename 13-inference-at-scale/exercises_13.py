@@ -179,6 +179,12 @@ def check_batcher(answer: Callable) -> str | None:
             return f"a pool with room for all: {fault}"
     if roomy.owed:
         return "a pool with room for all: they should run side by side and be done in 8 steps"
+    crowded = Trace(answer, 8, 2, 8)
+    crowded.add("a", 6, 11)
+    crowded.add("b", 6, 9)
+    crowded.step()
+    if [n_got for _, _, n_got in crowded.owed.values()] != [1, 1]:
+        return "two prompts that fit the pool: both should be read at once, though their answers will not fit together"
     return None
 
 
@@ -247,6 +253,22 @@ class OneByOne(MendedBatcher):
     def step(self) -> list[str]:
         waiting, self.waiting = self.waiting, self.waiting[: 0 if self.tables else 1]
         held_back = waiting[len(self.waiting) :]
+        got = super().step()
+        self.waiting += held_back
+        return got
+
+
+class ReservesEverything(MendedBatcher):
+    """Nobody is ever preempted, for everybody waits for all blocks that it can ever need."""
+
+    def step(self) -> list[str]:
+        longest = {name: self.blocks_for(job.n_prompt + job.n_answer - 1) for name, job in self.jobs.items()}
+        room = self.n_blocks - sum(longest[name] for name in self.tables)
+        fit = list(
+            itertools.takewhile(lambda total: total <= room, itertools.accumulate(map(longest.get, self.waiting)))
+        )
+        held_back = self.waiting[len(fit) :]
+        del self.waiting[len(fit) :]
         got = super().step()
         self.waiting += held_back
         return got
@@ -915,7 +937,8 @@ EXERCISES = [
         statement=(
             "broken_parts.LeakyBatcher loses blocks on three ways out. Write a class that does the same without loss. "
             "After every call each block is in `free` or in one of `tables`, once; every request gets exactly its "
-            "n_answer tokens, from step to step, however often it was preempted; in a pool with room they run together."
+            "n_answer tokens, from step to step, however often it was preempted; and requests run side by side as long "
+            "as there is room for what they hold now."
         ),
         signature="MendedBatcher(n_blocks, block_size, chunk) -> what LeakyBatcher is; it may extend it",
         hint="Who can end without ever being decoded? Who leaves `tables` without having ended?",
@@ -932,6 +955,7 @@ EXERCISES = [
             "a preempted answer starts over": StartsOver,
             "a preempted request is dropped": GivesUp,
             "one by one, so that nobody is preempted": OneByOne,
+            "all blocks reserved beforehand, so that nobody is preempted": ReservesEverything,
             "who waits cannot be aborted": ForgetsTheQueue,
             "an abort empties the pool": EmptiesThePool,
             "no blocks are taken at all": HoldsNothing,
