@@ -55,7 +55,7 @@ from retrieval_answers import (
     score_people,
 )
 from text_chunks import Chunk, ChunkConfig
-from tiny_world import World
+from tiny_world import ATTRIBUTES, World
 from workbench import Column, RunConfig, announce, check_range, save_figure, save_results
 
 QUESTION_SET = Path(__file__).parent / "question_set.jsonl"
@@ -315,6 +315,8 @@ def hallucination(config: RagFiguresConfig, run: RunConfig) -> None:
                 scores.append(score_people(said, asked, name != "nowhere"))
             cells += [[score.right for score in scores], [score.wrong for score in scores]]
         rows.append([f"{way} ({'chat' if model is chat else 'base'} model)", *cells])
+    chance = float(np.mean([1 / len(world.words[attribute.word_class]) for attribute in ATTRIBUTES.values()]))
+    rows.append(["guessing among the values", *[chance, 1 - chance] * 2, 0.0, 1.0])
     columns = [Column("Way")]
     columns += [Column(f"{what}, {name}", digits=".1%") for name in groups for what in ("right", "wrong")]
     config.save_table("hallucination", columns, rows, config.n_seeds)
