@@ -220,7 +220,7 @@ def power(config: EvaluationFiguresConfig, run: RunConfig) -> None:
     difference, apart = float((first - second).mean()), float((first != second).mean())
     pooled = float((first.mean() + second.mean()) / 2)
     rows = []
-    for n in (50, 100, 200, 400, 800):
+    for n in (50, 200, 800, 3200, 6400):
         seen: dict[str, list[float]] = {name: [] for name in ("paired", "unpaired", "null")}
         for seed in range(config.n_seeds):
             rng, counts = np.random.default_rng(2000 + seed), dict.fromkeys(seen, 0)
@@ -235,7 +235,7 @@ def power(config: EvaluationFiguresConfig, run: RunConfig) -> None:
                 found.append(counts[name] / config.n_draws)
         said = [paired_power(n, difference, apart), exact_mcnemar_power(n, difference, apart)]
         spread = math.sqrt(2 * pooled * (1 - pooled) / n)
-        alone = 1 - normal_below(two_sided(0.95) - abs(difference) / spread)
+        alone = sum(normal_below(side * difference / spread - two_sided(0.95)) for side in (-1, 1))
         rows.append([f"{n}", seen["paired"], *said, seen["unpaired"], alone, seen["null"]])
     columns = [Column("questions", digits="s"), Column("paired test finds it", digits=".1%")]
     columns += [Column("normal formula", digits=".1%"), Column("exact", digits=".1%")]
