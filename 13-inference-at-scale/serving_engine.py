@@ -6,7 +6,7 @@
         for output in engine.step():
             print(output.request_id, output.text, output.finish_reason)
 
-A step is one forward pass: a token for every answer that runs, and pieces of the prompts that come next to it. Requests
+A step computes a token for every answer that runs, and pieces of the prompts that come next, together. Requests
 join, leave, lose their memory and get it back between steps (request_scheduler.py); keys and values are in blocks
 (paged_cache.py); the model is topic 09's (model_runner.py). Yu et al. 2022 (Orca, OSDI), Kwon et al. 2023 (vLLM, arXiv
 2309.06180), Agrawal et al. 2024 (Sarathi-Serve, arXiv 2403.02310).
@@ -24,7 +24,7 @@ from torch import Tensor
 from engine_requests import EngineStats, RequestOutput, RequestParams, TextDecoder, TokenLogprob, new_row
 from model_runner import make_runner
 from modern_llm_architectures import CausalLM
-from paged_cache import BlockPool, FloatStore, QuantisedStore, StepRows
+from paged_cache import BlockPool, FloatStore, QuantisedStore, StepRows, store_bytes
 from request_sampling import BadLogits, choose
 from request_scheduler import Plan, Request, Scheduler, SchedulerConfig
 from speculative_decoding import Draft, NgramLookup, Verdict, check_draft_model, draft_tokens, ends_text, verify
@@ -37,7 +37,8 @@ KV_BITS = (0, 8, 4)
 @dataclass(frozen=True)
 class EngineConfig(SchedulerConfig):
     block_size: int = 16  # positions of a block
-    n_blocks: int = 0  # blocks of the pool; 0: enough for max_batch requests of the longest context
+    n_blocks: int = 0  # blocks of the pool; 0: enough for max_batch longest requests, if cache_gib allows
+    cache_gib: float = 4.0  # GiB of memory that the pool takes at most where n_blocks is 0
     prefix_cache: bool = True  # prompts that begin alike share blocks
     kv_bits: int = 0  # bits of a cached number, 8 or 4; 0 keeps the model's own type
     speculate: Literal["none", "ngram", "draft"] = "none"  # who guesses ahead: the text so far, or a smaller model
@@ -47,9 +48,18 @@ class EngineConfig(SchedulerConfig):
         super().__post_init__()
         check_range(self, "block_size", "n_draft", least=1)
         check_range(self, "n_blocks", least=0)
+        check_range(self, "cache_gib", above=0)
         check_name("speculate", self.speculate, ("none", "ngram", "draft"))
         if self.kv_bits not in KV_BITS:
             raise ValueError(f"kv_bits={self.kv_bits} is not known; use 8 or 4, or 0 for the model's own type")
+
+
+def pool_size(model: CausalLM, config: EngineConfig) -> int:
+    """Blocks for max_batch requests of the longest context, or as many as cache_gib holds, if those are fewer."""
+    wanted = config.max_batch * -(-model.config.max_seq_len // config.block_size)
+    one_block, n_bytes = BlockPool(1, config.block_size), model.final_norm.weight.element_size()
+    affordable = int(config.cache_gib * 2**30) // store_bytes(one_block, model.config, config.kv_bits, n_bytes)
+    return max(1, min(wanted, affordable))
 
 
 class Tables:
@@ -153,8 +163,7 @@ class Engine:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.end_ids = (model.config.eos_id, *model.config.more_eos_ids)
         self.max_context = model.config.max_seq_len  # positions of prompt and answer together
-        n_blocks = config.n_blocks or config.max_batch * -(-self.max_context // config.block_size)
-        self.pool = BlockPool(n_blocks, config.block_size, config.prefix_cache)
+        self.pool = BlockPool(config.n_blocks or pool_size(model, config), config.block_size, config.prefix_cache)
         self.tables = Tables(self.pool, config.max_batch, self.max_context)
         weight = model.final_norm.weight
         kind = (self.pool, model.config, weight.dtype, weight.device)

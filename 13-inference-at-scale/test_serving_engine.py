@@ -452,6 +452,14 @@ def test_a_quantised_store_computes_what_topic_12s_cache_does(llama, n_bits: int
     assert n_bits == 8 or [output.new_ids for output in outputs] != [output.new_ids for output in exact]
 
 
+@pytest.mark.parametrize("n_bits", [0, 8])
+def test_a_pool_of_no_given_size_is_as_large_as_the_contexts_or_the_memory(llama, n_bits: int) -> None:
+    config = replace(SMALL, n_blocks=0, kv_bits=n_bits)
+    assert Engine(llama, None, config).stats().n_blocks == 5 * 64 // 4
+    engine = Engine(llama, None, replace(config, cache_gib=20_000 / 2**30))
+    assert 20_000 - engine.store.n_bytes // engine.pool.n_blocks < engine.store.n_bytes <= 20_000
+
+
 # The end of an answer
 
 
