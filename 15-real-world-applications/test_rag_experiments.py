@@ -42,7 +42,7 @@ def test_each_experiment_saves_its_table(name: str, one_chapter, tmp_path) -> No
     work, seconds = RAG_EXPERIMENTS[name]
     work(RagFiguresConfig(**TINY, folder=tmp_path), RunConfig(out=tmp_path))
     table = json.loads((tmp_path / "results.json").read_text())[name]
-    assert len(table["rows"]) >= 3 and seconds <= 90 and name in table["command"]
+    assert len(table["rows"]) >= 3 and seconds <= 150 and name in table["command"]
     for row in table["rows"]:
         for column, cell in zip(table["columns"], row, strict=True):
             values = [value for value in (cell if isinstance(cell, list) else [cell]) if not isinstance(value, str)]
