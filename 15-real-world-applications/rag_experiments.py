@@ -1,6 +1,6 @@
 """Topic 15 - Retrieval experiments: which searcher finds the right section, and what a found passage is worth.
 
-Registered for the `figures` verb of the topic's command line; each takes at most a minute or two on one core. Retrievers are
+Registered for the `figures` verb of the topic's command line, a minute or two at most on one core each. Retrievers are
 compared on question_set.jsonl: half of its questions may be looked at, by the other half the numbers are reported. A
 question counts as answered at k if one of its right sections is among the first k sections.
 """
