@@ -53,6 +53,8 @@ def test_a_chunk_never_crosses_a_heading_and_lone_headings_join_what_follows() -
     assert chunks[1].link == "a.md#b" and chunks[1].line == 7
     assert chunks[1].search_text == "T\nB\n## B\n\nFour five six."
     assert [chunk.headings for chunk in cut_document(document, ChunkConfig(min_tokens=0))][0] == ("T",)
+    apart = cut_document(document_of("a.md", "markdown", "# One\n## Two"), ChunkConfig(1, min_tokens=2))
+    assert [chunk.headings for chunk in apart] == [("One",)] * 2 + [("One", "Two")] * 3  # "#", "One", "#", "#", "Two"
 
 
 def test_budget_overlap_and_cuts_by_hand() -> None:

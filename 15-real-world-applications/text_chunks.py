@@ -163,7 +163,8 @@ def cut_document(document: SourceDocument, config: ChunkConfig, count: TokenCoun
             for piece in pieces(text, paragraph, config.max_tokens, count)
         ]
         for span in packed(text, small, config, count):
-            where = (section.headings, section.anchor, span.start, span.end, text.count("\n", 0, span.start) + 1)
+            home = document.section_at(span.end - 1)  # a tiny budget can cut a heading off again
+            where = (home.headings, home.anchor, span.start, span.end, text.count("\n", 0, span.start) + 1)
             found.append(Chunk(document.source, document.title, *where, text[span.start : span.end]))
     return found
 
