@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # One server, from idle to more than it can do
 
 
-SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)  # of the highest throughput that a closed loop finds
-N_LOAD = 160  # requests of one measurement
+SHARES = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)  # of the highest throughput that a closed loop finds
+N_LOAD = 400  # requests of one measurement
 
 
 async def load_curve(seeds: range) -> tuple[float, dict[float, list[LoadReport]]]:

@@ -354,7 +354,7 @@ def test_a_mask_lets_each_row_see_its_own_past() -> None:
     keys = torch.arange(8)
     mask = rows.mask()
     assert mask.shape == (2, 1, 2, 8)
-    for row, new, last in ((0, 0, 3), (0, 1, 4), (1, 0, 6), (1, 1, 6)):  # what fills up a row stays at its last position
+    for row, new, last in ((0, 0, 3), (0, 1, 4), (1, 0, 6), (1, 1, 6)):  # filling stays at a row's last position
         assert torch.equal(mask[row, 0, new], keys <= last)
     windowed = rows.mask(window_size=3, n_sinks=1)
     assert torch.equal(windowed[1, 0, 0], (keys <= 6) & ((keys > 3) | (keys < 1)))
