@@ -334,13 +334,15 @@ def preemption(config: FiguresConfig, run: RunConfig) -> None:
 N_IDLE = 46  # blocks that add nothing behind the chat model's own two: the same function at many times the price
 
 
-def speculation_run(target: CausalLM, settings: EngineConfig, prompts: list[list[int]], seed: int) -> dict[str, float]:
+def speculation_run(
+    target: CausalLM, settings: EngineConfig, prompts: list[list[int]], seed: int, endless: bool = False
+) -> dict[str, float]:
     """One answer after the other at temperature 1: share of guesses accepted of those looked at, tokens, seconds."""
     draft = load_draft_model()[0] if settings.speculate == "draft" else None
     engine = Engine(target, None, settings, draft)
     looked, before, seen = 0, time.perf_counter(), (0, 0)
     for index, prompt in enumerate(prompts):
-        engine.add(prompt, RequestParams(40, seed=1000 * seed + index))
+        engine.add(prompt, RequestParams(40, seed=1000 * seed + index, ignore_eos=endless))
         while engine.busy:
             engine.step()
             stats = engine.stats()
@@ -364,8 +366,10 @@ def speculation(config: FiguresConfig, run: RunConfig) -> None:
     settings = {("none", 0): plain}
     settings |= {(who, n): replace(plain, speculate=who, n_draft=n) for who in ("ngram", "draft") for n in (1, 2, 4, 8)}
     found: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
+    endless: list[dict[str, float]] = []  # of answers that no end cuts off: what the formula is about
     for seed in range(config.n_seeds):
         prompts = questions(24, seed)
+        endless.append(speculation_run(chat, settings["draft", 4], prompts, seed, endless=True))
         for key, each in settings.items():  # in turns
             for name, target in targets.items():
                 made = speculation_run(target, each, prompts, seed)
@@ -382,6 +386,9 @@ def speculation(config: FiguresConfig, run: RunConfig) -> None:
         formula = [expected_tokens(value, n) for value in accepted]
         rows.append([f"{who}, {n} ahead", accepted, per_pass, formula, rates["chat"], rates["dear"]])
         points.setdefault(who, []).append((n, np.mean(per_pass), np.mean(formula), np.mean(rates["dear"])))
+    accepted, per_pass = ([item[key] for item in endless] for key in ("acceptance", "per_pass"))
+    formula = [expected_tokens(value, 4) for value in accepted]
+    rows.append(["draft, 4 ahead, ends ignored", accepted, per_pass, formula, "", ""])
     columns = [
         Column("Guesses"),
         Column("accepted", "of those looked at", ".0%"),
