@@ -333,17 +333,18 @@ def ranks(config: FiguresConfig, run: RunConfig) -> None:
         means, gaps = [item["mean"] for item in found], [item["gap"] for item in found]
         curves[kind][rank] = means
         scale = LoraConfig(**{"lora_rank": rank, **rank_trial(rank, stable).lora}).scale
-        answers = [item["answer_gap"] for item in found]
-        rows.append([f"{kind.split(',')[0]}, rank {rank}", scale, float(found[0]["trained"]), means, answers, gaps])
+        rest = [[item["accuracy"]["sum"] for item in found], [item["answer_gap"] for item in found], gaps]
+        rows.append([f"{kind.split(',')[0]}, rank {rank}", scale, float(found[0]["trained"]), means, *rest])
     full = measured(METHOD_TRIALS["full"], config, run)
     means, gaps = [item["mean"] for item in full], [item["gap"] for item in full]
-    answers = [item["answer_gap"] for item in full]
-    rows.append(["full", "", float(full[0]["trained"]), means, answers, gaps])
+    rest = [[item["accuracy"]["sum"] for item in full], [item["answer_gap"] for item in full], gaps]
+    rows.append(["full", "", float(full[0]["trained"]), means, *rest])
     columns = [
         Column("Update"),
         Column("scale", "", ".2f"),
         Column("trained", "", ",.0f"),
         Column("right, mean", "", ".1%"),
+        Column("sum", "", ".0%"),
         *GAPS,
     ]
     config.save("ranks", columns, rows, "ranks")
