@@ -3,6 +3,7 @@
 python 14-evaluation-safety/evaluation_safety.py                          # base and chat model on tasks of the world
 python 14-evaluation-safety/evaluation_safety.py evaluate --checkpoint FOLDER --task facts,new-sums
 python 14-evaluation-safety/evaluation_safety.py task --task facts        # the questions as a file
+python 14-evaluation-safety/evaluation_safety.py report                   # everything, as a page with a verdict
 python 14-evaluation-safety/evaluation_safety.py --break wrong-count      # a failure on purpose
 python 14-evaluation-safety/evaluation_safety.py figures coverage judge   # measure, and keep the tables
 
@@ -15,9 +16,13 @@ from typing import Any, Literal
 
 from chat_model import FOLDER as CHAT_FOLDER
 from course_model import FOLDER as BASE_FOLDER
+from course_model import command_line
 from evaluation_experiments import EVALUATION_EXPERIMENTS, EvaluationFiguresConfig
+from evaluation_report import ReportPlan, examine, subject_of
 from evaluation_tasks import WORLD_TASKS, Task, read_task, run_task, world_task, write_task
 from metric_failures import METRIC_BREAKS
+from report_page import write_report
+from report_verdict import headline
 from text_model import TextModel, load_text_model
 from workbench import RunConfig, announce, check_name, check_range, run_experiments, run_verbs, shown
 
@@ -71,6 +76,27 @@ def task(config: EvaluateConfig, run: RunConfig) -> None:
 
 
 @dataclass(frozen=True)
+class ReportConfig(ReportPlan):
+    """Who is examined for the report, and how long."""
+
+    checkpoint: str = f"{shown(BASE_FOLDER)},{shown(CHAT_FOLDER)},{shown(CHAT_FOLDER)}@3"  # folders; FOLDER@BITS rounds
+
+    @property
+    def places(self) -> list[str]:
+        return [place.strip() for place in self.checkpoint.split(",") if place.strip()]
+
+
+def report(config: ReportConfig, run: RunConfig) -> None:
+    """Examine models with everything that stands in this topic; write one page with plots and a verdict."""
+    subjects = [subject_of(place) for place in config.places]
+    announce(f"examine {', '.join(subject.name for subject in subjects)}", 0.1 * config.n_questions * len(subjects))
+    made = examine(subjects, ReportPlan(config.n_questions, config.n_forbidden), run.seed)
+    for examined in made.subjects:
+        print(f"{examined.subject.name}: {headline(examined).text}")
+    print(f"wrote {shown(write_report(made, run.out, command_line()))}")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The tour, or the failure to show in its place."""
 
@@ -118,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         "demo": (demo, DemoConfig, RunConfig),
         "evaluate": (evaluate, EvaluateConfig, RunConfig),
         "task": (task, EvaluateConfig, RunConfig),
+        "report": (report, ReportConfig, RunConfig),
         "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)

@@ -309,7 +309,10 @@ def world_task(name: str, n: int, seed: int, world: World | None = None) -> Task
         template = "Meet {opening} {verb}" if name == "cloze" else QUIZ
         return Task(name, "choice", template, questions=tuple(questions), **options)
     if name == "held-out":
-        texts = [{"text": document.text} for document in world.documents(n, seed, "validation")]
+        texts = [
+            {"text": document.text, "surprisal": sum(document.surprisal[:-1])}  # nats, of all that the text shows
+            for document in world.documents(n, seed, "validation")
+        ]
         return Task(name, "text", questions=tuple(texts), **options)
     if name.startswith("ask-"):
         asked = instruction_questions(world, seed, n, name.removeprefix("ask-"))
