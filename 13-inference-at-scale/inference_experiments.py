@@ -8,6 +8,7 @@ counted, and the same on every machine.
 """
 
 import json
+import math
 import random
 import resource
 import time
@@ -25,11 +26,13 @@ from chat_model import chat_instructions, load_chat_model
 from constrained_decoding import TokenBytes, schema_constraint
 from course_tokenizer import CourseTokenizer
 from draft_model import load_draft_model, made_dearer
+from dynamic_batching import ArrivalsServed, BatchRule, CountedClock, StepCost, WallClock, serve_arrivals
 from engine_requests import RequestParams
 from fine_tuning_adaptation import prompt_ids
 from inference_failures import INFERENCE_BREAKS
 from llm_calculators import forward_flops
 from llm_config import ModelConfig
+from load_generator import LoadConfig, arrivals, percentiles
 from machine_roofline import measure
 from modern_llm_architectures import CausalLM
 from paged_cache import store_bytes
@@ -162,6 +165,80 @@ def prompt_rate(model: CausalLM, n_tokens: int = 256) -> float:
         engine.generate([job.prompt], RequestParams(1, temperature=0, ignore_eos=True))
         spent.append(time.perf_counter() - before)
     return n_tokens / float(np.median(spent[1:]))
+
+
+N_ROWS = 8  # rows of a batch, as in `systems`
+RULES = {
+    "static": BatchRule(N_ROWS, math.inf),
+    "dynamic, 200 ms": BatchRule(N_ROWS, 0.2),
+    "dynamic, 50 ms": BatchRule(N_ROWS, 0.05),
+    "dynamic, at once": BatchRule(N_ROWS, 0.0),
+    "continuous": BatchRule(N_ROWS, joins=True),
+}
+LOADS = (0.5, 0.9, 1.5)  # of what static batches can do that never wait for company
+CLOCKED = 0.9  # the load that is also run on the machine's clock, with the chat model
+
+
+def measured_cost(model: CausalLM) -> StepCost:
+    """A line through the seconds of decoding steps of 1 to N_ROWS rows, and what a token of a prompt adds to it.
+
+    The best of five each: neighbours of this process only ever add.
+    """
+    batches = [batch for batch in BATCHES if batch <= N_ROWS]
+    per_row, fixed = np.polyfit(batches, [min(step_seconds(model, batch) for _ in range(5)) for batch in batches], 1)
+    reading = 256 / max(prompt_rate(model) for _ in range(5))
+    return StepCost(float(fixed), float(per_row), (reading - float(fixed + per_row)) / 256)
+
+
+def batching(config: FiguresConfig, run: RunConfig) -> None:
+    """Poisson arrivals under three rules for who may start, by counted steps at measured costs, and by the clock.
+
+    Who starts when does not depend on what the tokens are, so what is counted is run on the smallest of models.
+    """
+    chat, n = chat_model()[0], 400
+    cost = measured_cost(chat)
+    small = CausalLM(ModelConfig(chat.config.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_head=8))
+
+    def engine(model: CausalLM) -> Engine:
+        return Engine(model, None, EngineConfig(max_batch=N_ROWS, prefix_cache=False))
+
+    jobs = {seed: mixed_jobs(ServingBenchConfig(n), chat.config.vocab_size, seed) for seed in range(config.n_seeds)}
+    full = [
+        serve_arrivals(engine(small), own, [0.0] * n, RULES["static"], CountedClock(cost)).throughput
+        for own in jobs.values()
+    ]
+    rows, rate = [], float(np.mean(full))
+    for load in LOADS:
+        moments = {seed: arrivals(LoadConfig(rate=load * rate, n_requests=n), seed) for seed in jobs}
+        for name, rule in RULES.items():
+            found = [
+                serve_arrivals(engine(small), jobs[seed], moments[seed], rule, CountedClock(cost)) for seed in jobs
+            ]
+            rows.append([f"{load:.0%}, {name}", *batching_cells(found), "", ""])
+            if load == CLOCKED:
+                clocked = [serve_arrivals(engine(chat), jobs[seed], moments[seed], rule, WallClock()) for seed in jobs]
+                rows[-1][-2:] = first_tokens(clocked)
+    price = f"{seconds(cost.fixed):.2f} ms + {seconds(cost.per_row):.2f} a row + {seconds(cost.per_token):.2f} a token"
+    columns = [Column("Load and rule", f"100%: {rate:.0f} requests/s; a step: {price} of a prompt")]
+    columns += [Column("start together", "", ".1f"), Column("wasted rows", "", ".0%"), Column("steps", "", ",.0f")]
+    columns += [Column("answered", "requests/s", ".1f"), Column("first token, p50", "ms", ",.0f")]
+    columns += [Column("p99", "ms", ",.0f"), Column("whole answer, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
+    columns += [Column("first token by the clock, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
+    config.save("batching", columns, rows)
+
+
+def batching_cells(found: list[ArrivalsServed]) -> list[list[float]]:
+    """The cells of one rule, a number for each seed."""
+    cells = [[float(np.mean(own.starts)) for own in found], [own.wasted for own in found]]
+    cells += [[float(own.steps) for own in found], [own.throughput for own in found], *first_tokens(found)]
+    whole = [percentiles([record.latency for record in own.records]) for own in found]
+    return [*cells, *([seconds(own[key]) for own in whole] for key in ("p50", "p99"))]
+
+
+def first_tokens(found: list[ArrivalsServed]) -> list[list[float]]:
+    """Milliseconds to the first token: the median and the 99th percentile."""
+    firsts = [percentiles([record.ttft for record in own.records]) for own in found]
+    return [[seconds(own[key]) for own in firsts] for key in ("p50", "p99")]
 
 
 def phases(config: FiguresConfig, run: RunConfig) -> None:
@@ -528,6 +605,7 @@ def inference_breaks(config: FiguresConfig, run: RunConfig) -> None:
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]] = {  # name -> function, seconds
     "systems": (systems, 150),
+    "batching": (batching, 200),
     "phases": (phases, 60),
     "blocks": (blocks, 60),
     "prefix": (prefix, 60),

@@ -1,0 +1,95 @@
+"""Topic 13 - Proofs of the batching rules: starts and times worked by hand, and answers that no rule changes."""
+
+import math
+
+import pytest
+import torch
+
+from dynamic_batching import BatchRule, CountedClock, StepCost, WallClock, serve_arrivals
+from modern_llm_architectures import CausalLM, ModelConfig
+from serving_bench import Job, naive_answers
+from serving_engine import Engine, EngineConfig
+
+STATIC, AT_ONCE = BatchRule(2, math.inf), BatchRule(2, 0.0)
+CONTINUOUS = BatchRule(2, joins=True)
+SECOND = StepCost(1, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(ModelConfig(vocab_size=31, d_model=12, n_layers=1, n_heads=2, d_head=6, d_ff=14, max_seq_len=64))
+
+
+def served(model, rule, n_new, moments, cost=SECOND, n_prompt=1):
+    jobs = [Job([1 + index] * n_prompt, n) for index, n in enumerate(n_new)]
+    engine = Engine(model, None, EngineConfig(max_batch=rule.max_batch, prefix_cache=False))
+    return serve_arrivals(engine, jobs, moments, rule, CountedClock(cost))
+
+
+@pytest.mark.parametrize(
+    ("rule", "firsts", "lasts", "starts", "rows"),
+    [
+        (CONTINUOUS, [1, 1, 2, 8], [3, 1, 3, 8], [2, 1, 1], (7, 7)),  # C takes B's row at once
+        (AT_ONCE, [1, 1, 4, 8], [3, 1, 5, 8], [2, 1, 1], (7, 9)),  # C waits for A, D for nobody
+        (BatchRule(2, 5.0), [1, 1, 7, 13], [3, 1, 8, 13], [2, 1, 1], (7, 9)),  # C until 1 + 5, D until 7 + 5
+        (BatchRule(2, 10.0), [1, 1, 8, 8], [3, 1, 9, 8], [2, 2], (7, 10)),  # D comes within C's window
+        (STATIC, [1, 1, 8, 8], [3, 1, 9, 8], [2, 2], (7, 10)),
+    ],
+)
+def test_four_requests_by_hand(model, rule, firsts, lasts, starts, rows) -> None:
+    """A, B, C and D want 3, 1, 2 and 1 tokens and come at 0, 0, 1 and 7 s; two rows, a second for each step."""
+    found = served(model, rule, (3, 1, 2, 1), (0, 0, 1, 7))
+    assert [record.first for record in found.records] == firsts
+    assert [record.last for record in found.records] == lasts
+    assert [record.n_tokens for record in found.records] == [3, 1, 2, 1]
+    assert found.starts == starts and (found.live, found.slots) == rows
+    assert found.wasted == pytest.approx(1 - rows[0] / rows[1])
+    assert found.throughput == 4 / max(lasts)
+
+
+def test_the_window_is_the_oldests_and_does_not_begin_anew_with_each_arrival(model) -> None:
+    moments = [0.4 * index for index in range(10)]
+    found = served(model, BatchRule(16, 1.0), [1] * 10, moments, StepCost(0.1, 0, 0))
+    assert found.starts == [3, 3, 3, 1]  # at 1.0, 2.2, 3.4 and 4.6
+    assert [round(found.records[index].ttft, 9) for index in (0, 2, 9)] == [1.1, 0.3, 1.1]
+
+
+def test_nobody_else_comes_and_the_last_who_fill_no_batch_are_served(model) -> None:
+    found = served(model, STATIC, (1, 1, 4), (0, 0, 0))
+    assert found.starts == [2, 1] and [record.last for record in found.records] == [1, 1, 5]
+
+
+def test_a_step_costs_its_rows_and_the_tokens_of_its_prompts(model) -> None:
+    found = served(model, STATIC, (1, 3), (0, 0), StepCost(10, 1, 0.5), n_prompt=4)
+    # two rows to the end although one is done: 10 + 2 + 8 * 0.5, then twice 10 + 2
+    assert [record.last for record in found.records] == [16, 40]
+
+
+@pytest.mark.parametrize("rule", [CONTINUOUS, AT_ONCE, BatchRule(2, 0.001), STATIC])
+def test_no_rule_changes_an_answer_on_the_machines_own_clock(model, rule) -> None:
+    jobs = [Job([2, 5, 3 + index], 1 + index % 4) for index in range(7)]
+    engine = Engine(model, None, EngineConfig(max_batch=2))
+    found = serve_arrivals(engine, jobs, [0.002 * index for index in range(7)], rule, WallClock())
+    assert found.ids == naive_answers(model, jobs) and sum(found.starts) == 7
+    assert all(record.due < record.first <= record.last for record in found.records)
+    assert (found.wasted == 0) if rule.joins else (0 <= found.wasted < 1)
+
+
+def test_rules_refuse_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="window must be >= 0 seconds .*got nan"):
+        BatchRule(4, math.nan)
+    with pytest.raises(ValueError, match="window must be >= 0 seconds .*got -1"):
+        BatchRule(4, -1)
+    with pytest.raises(ValueError, match="max_batch"):
+        BatchRule(0)
+
+
+def test_who_joins_needs_a_row_that_is_free() -> None:
+    rule = BatchRule(4, joins=True)
+    assert [rule.n_start([0.0] * n, n_running, 0.0) for n, n_running in ((3, 2), (1, 2), (3, 4), (0, 1))] == [
+        2,
+        1,
+        0,
+        0,
+    ]
