@@ -74,13 +74,25 @@ class CompressionFiguresConfig:
     n_calibration: int = 128  # documents that a quantiser or pruner looks at
     qat_steps: int = 120  # optimizer steps of training through rounding
     heal_steps: int = 60  # optimizer steps of a pruned model
-    student_steps: int = 200  # optimizer steps of a student from scratch; the others get the same FLOPs
+    student_steps: str = "200,400,800"  # optimizer steps of students from scratch, commas between; others: same FLOPs
     again: bool = False  # measure again what an earlier run has left in --out
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
         check_range(self, "n_seeds", "n_draws", "n_questions", "n_calibration", least=1)
-        check_range(self, "n_held_out", "n_many", "qat_steps", "heal_steps", "student_steps", least=2)
+        check_range(self, "n_held_out", "n_many", "qat_steps", "heal_steps", least=2)
+        if min(self.student_budgets) < 2:
+            raise ValueError(f"student_steps must be at least 2 each, got {self.student_steps!r}")
+
+    @property
+    def student_budgets(self) -> list[int]:
+        """The steps from scratch whose FLOPs every student gets, smallest first."""
+        try:
+            return sorted({int(word) for word in self.student_steps.split(",")})
+        except ValueError:
+            raise ValueError(
+                f"student_steps must be whole numbers with commas between, such as 200,800; got {self.student_steps!r}"
+            ) from None
 
     def save_table(self, name: str, columns: list[Column], rows: list[list], n_seeds: int = 1, of: str = "") -> None:
         results = self.folder / "results.json"
@@ -489,41 +501,49 @@ def distillation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     bench, rows = Bench.of(config), []
     for n_documents, names in CORPORA:
         for name in names:
-            what = f"student, {config.student_steps} steps, {n_documents} documents, {name}, seed "
-            made = [
-                remembered(
-                    config, run, what + f"{seed}", partial(measure_student, bench, name, config, n_documents, seed)
-                )
-                for seed in range(config.n_seeds)
-            ]
-            gaps, right = ([each[key] for each in made] for key in ("gap", "right"))
-            rows.append([f"{n_documents:,} documents: {name}", float(made[0]["steps"]), made[0]["cost"], gaps, right])
+            made = [[measured_student(bench, name, n_documents, n_steps, seed, config, run)
+                     for seed in range(config.n_seeds)] for n_steps in config.student_budgets]  # fmt: skip
+            share = made[-1][0]["steps"] / config.student_budgets[-1]
+            right = [each["right"] for each in made[-1]]
+            gaps = [[each["gap"] for each in seeds] for seeds in made]
+            rows.append([f"{n_documents:,} documents: {name}", share, *gaps, right])
             print(rows[-1], flush=True)
-    rows.append(["the teacher", "", "", bench.gap(bench.model), bench.right(bench.model)])
-    columns = [Column("Student"), Column("Steps", digits=",.0f"), Column("FLOPs", "times scratch's", ".2f"), GAP, RIGHT]
+    nothing = [""] * (len(config.student_budgets) - 1)
+    rows.append(["the teacher", "", *nothing, bench.gap(bench.model), bench.right(bench.model)])
+    columns = [Column("Student"), Column("Steps", "share of scratch's", ".2f")]
+    columns += [
+        Column(f"Gap for the FLOPs of {n_steps} steps", "nats per token", ".3f") for n_steps in config.student_budgets
+    ]
+    columns.append(replace(RIGHT, name=f"Right answers for {config.student_budgets[-1]}"))
     config.save_table("distillation", columns, rows, config.n_seeds)
 
 
-def measure_student(
-    bench: Bench, name: str, config: CompressionFiguresConfig, n_documents: int, seed: int
+def measured_student(
+    bench: Bench, name: str, n_documents: int, n_steps: int, seed: int, config: CompressionFiguresConfig, run: RunConfig
 ) -> dict[str, float]:
+    """One student's numbers, or those that an earlier run has left in --out."""
+    what = f"student, {n_steps} steps, {n_documents} documents, {name}, seed {seed}"
+    return remembered(config, run, what, partial(measure_student, bench, name, n_documents, n_steps, seed))
+
+
+def measure_student(bench: Bench, name: str, n_documents: int, n_steps: int, seed: int) -> dict[str, float]:
     """One student: its steps and FLOPs, its gap and its right answers."""
-    student, steps, cost = train_student(bench, STUDENTS[name], config, n_documents, seed)
+    student, steps, cost = train_student(bench, STUDENTS[name], n_documents, n_steps, seed)
     return {"steps": steps, "cost": cost, "gap": bench.gap(student), "right": bench.right(student)}
 
 
 def train_student(
-    bench: Bench, settings: DistillConfig, config: CompressionFiguresConfig, n_documents: int, seed: int
+    bench: Bench, settings: DistillConfig, n_documents: int, n_scratch: int, seed: int
 ) -> tuple[CausalLM, int, float]:
-    """A student of half the width, the steps that the FLOPs of `student_steps` from scratch pay for, and its share."""
+    """A student of half the width, the steps that the FLOPs of `n_scratch` from scratch pay for, and its share."""
     seed_everything(seed)
     sizes = ModelSizes(d_model=bench.model.config.d_model // 2, d_ff=bench.model.config.d_ff // 2)
     student = start_small(CausalLM(sizes.config(bench.tokenizer)))
     own, scratch = (step_flops(student, bench.model, each, 128) for each in (settings, DistillConfig("scratch")))
-    n_steps = round(config.student_steps * scratch / own)
+    n_steps = round(n_scratch * scratch / own)
     with training_batches(n_documents, seed) as batches:
         trained = distilled(student, bench.model, batches, settings, student_training(n_steps, 1e-2))
-    return trained, n_steps, n_steps * own / (config.student_steps * scratch)
+    return trained, n_steps, n_steps * own / (n_scratch * scratch)
 
 
 # Speed and memory, in one run
@@ -625,7 +645,7 @@ COMPRESSION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "qat": (qat, 450),
     "kv-cache": (kv_cache, 25),
     "pruning": (pruning, 500),
-    "distillation": (distillation, 700),
+    "distillation": (distillation, 2400),
     "compression-speed": (compression_speed, 20),
     "compression-breaks": (compression_breaks, 5),
 }

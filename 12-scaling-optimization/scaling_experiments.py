@@ -62,6 +62,7 @@ from scaling_optimization import PredictConfig, predicted_run, write_prediction
 from training_cost import GPUS, training_flops
 from training_planner import (
     MEGATRON,
+    RESERVED,
     SELECTIVE,
     Plan,
     best_plan,
@@ -239,9 +240,9 @@ def save_laws(config: FiguresConfig, runs: Runs, bodies: Runs, run: RunConfig) -
         rows.append([name, f"{law.e:.4f}", f"{low:.4f} to {high:.4f}"])
         if delta == 1e-2:
             fitted = [law, laws]
-    for field in ("a", "alpha", "b", "beta"):
+    for name, field in (("A", "a"), ("alpha", "alpha"), ("B", "b"), ("beta", "beta")):
         low, high = interval([getattr(each, field) for each in fitted[1]])
-        rows.append([field, f"{getattr(fitted[0], field):.4g}", f"{low:.4g} to {high:.4g}"])
+        rows.append([name, f"{getattr(fitted[0], field):.4g}", f"{low:.4g} to {high:.4g}"])
     for name, kept in halves(runs).items():
         law, laws = fit_chinchilla(kept), bootstrap_laws(kept, config.n_boot, run.seed)
         low, high = interval([each.e for each in laws])
@@ -309,7 +310,7 @@ def plot_isoflop(runs: Runs) -> Figure:
     reach = np.geomspace(budgets[0] / 2, budgets[-1] * 8, 20)
     right.loglog(reach, law.optimum(reach)[0], color="C0", label=f"approach 3, a = {law.exponent:.2f}")
     right.loglog(reach, frontier.size(reach), "k--", lw=1, label=f"approach 2, a = {frontier.exponent:.2f}")
-    right.loglog(frontier.budgets, frontier.best, "k+", ms=10)
+    right.loglog(frontier.budgets, frontier.best, "k+", ms=10, label="lowest point of each parabola")
     right.set(xlabel="C, FLOPs of the training", ylabel="best N")
     right.legend(frameon=False, fontsize=8)
     return figure
@@ -551,7 +552,7 @@ def save_megatron(config: FiguresConfig) -> None:
     ]
     config.save(
         "megatron-days",
-        [Column("Training"), Column("8TP/(nX)", "days", ".1f"), Column("printed", "days")],
+        [Column("Training"), Column("by the paper's formula", "days", ".1f"), Column("printed", "days")],
         days,
         "planner",
     )
@@ -606,7 +607,8 @@ def save_plans(config: FiguresConfig) -> None:
 
 
 def plot_plans(curves: dict[str, list[tuple[int, Any]]]) -> Figure:
-    """What a GPU holds in the fastest layout, by number of GPUs."""
+    """What a GPU holds in the fastest layout, by number of GPUs; dotted: the room that a plan has on an H100."""
+    room = GPUS["H100 SXM"].memory * (1 - RESERVED) / 1e9
     size = (4.8 * len(curves), 3.8)
     figure, axes = plt.subplots(1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
@@ -615,11 +617,12 @@ def plot_plans(curves: dict[str, list[tuple[int, Any]]]) -> Figure:
             heights = np.array([getattr(best.memory, term) / 1e9 for _, best in points])
             axis.bar(places, heights, bottom=base, color=f"C{index}", label=term)
             base += heights
+        axis.axhline(room, color="k", lw=1, ls=":", label="room")
         axis.set_xticks(list(places), [str(n_gpus) for n_gpus, _ in points])
         axis.set(xlabel="GPUs", title=name)
     axes[0, 0].set_ylabel("fullest GPU (GB)")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
     )
     return figure
 

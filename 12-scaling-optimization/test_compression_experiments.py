@@ -16,6 +16,7 @@ from compression_experiments import (
     WithCache,
     chosen_settings,
     compression_breaks,
+    distillation,
     kv_cache,
     mean_bits,
     mean_output_ratio,
@@ -39,7 +40,7 @@ from weight_quantization import QuantFormat
 from workbench import RunConfig
 
 SMALL = {"n_seeds": 1, "n_draws": 2, "n_held_out": 12, "n_many": 14, "n_questions": 2, "n_calibration": 4}
-SMALL |= {"qat_steps": 2, "heal_steps": 2, "student_steps": 6}
+SMALL |= {"qat_steps": 2, "heal_steps": 2, "student_steps": "6"}
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +123,25 @@ def test_prefill_through_a_wide_cache_costs_next_to_nothing(bench) -> None:
 
 
 def test_students_cost_the_same(bench) -> None:
-    config = CompressionFiguresConfig(**SMALL)
-    student, steps, cost = train_student(bench, DistillConfig("logits"), config, 200, 0)
+    student, steps, cost = train_student(bench, DistillConfig("logits"), 200, 6, 0)
     scratch = 6 * step_flops(student, bench.model, DistillConfig("scratch"), 128)
     spent = steps * step_flops(student, bench.model, DistillConfig("logits"), 128)
     assert steps < 6 and abs(spent - scratch) < scratch / 4
     assert cost == pytest.approx(spent / scratch)
+
+
+def test_students_of_every_budget_stand_in_one_row(bench, tmp_path, monkeypatch) -> None:
+    def made(_: object, name: str, n_documents: int, n_steps: int, seed: int) -> dict[str, float]:
+        return {"steps": n_steps // 2, "cost": 1.0, "gap": n_documents / n_steps + seed, "right": n_steps / 100}
+
+    monkeypatch.setattr(compression_experiments, "measure_student", made)
+    settings = SMALL | {"n_seeds": 2, "student_steps": "40,8"}
+    distillation(CompressionFiguresConfig(**settings, folder=tmp_path), RunConfig(out=tmp_path))
+    rows = {row[0]: row[1:] for row in json.loads((tmp_path / "results.json").read_text())["distillation"]["rows"]}
+    assert rows["500 documents: logits"] == [0.5, [62.5, 63.5], [12.5, 13.5], [0.4, 0.4]]
+    for steps, message in (("8,x", "whole numbers with commas"), ("1,8", "at least 2 each")):
+        with pytest.raises(ValueError, match=message):
+            CompressionFiguresConfig(student_steps=steps)
 
 
 def test_decoding_writes_what_generate_does_and_goes_on_after_an_end(bench) -> None:
