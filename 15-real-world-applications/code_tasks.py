@@ -96,7 +96,9 @@ OPERATIONS = {
         operation("split", "text>words", "split it into words|take its words", "s.split()"),
         operation("alphabet", "words>words", "put the words in alphabetical order", "sorted(ws)"),
         operation("turned", "words>words", "reverse the order of the words", "ws[::-1]"),
-        operation("long", "words>words", "keep words of over {k} letters", "[w for w in ws if len(w) > {k}]", (2, 3, 4)),
+        operation(
+            "long", "words>words", "keep words of over {k} letters", "[w for w in ws if len(w) > {k}]", (2, 3, 4)
+        ),
         operation("capitals", "words>words", "put each word in capitals", "[w.upper() for w in ws]"),
         operation("mirrored", "words>words", "reverse each word", "[w[::-1] for w in ws]"),
         operation("initials", "words>words", "take the first letter of each word", "[w[0] for w in ws]"),

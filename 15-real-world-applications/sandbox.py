@@ -6,9 +6,9 @@
 
 python 15-real-world-applications/real_world_applications.py sandbox --selftest
 
-Tier A: own user ids, process ids, network, IPC and file system, and all of B. Tier B: resource limits, Landlock, seccomp,
-another user where root starts it; no process beside the candidate, nothing to write to. Tier C: this machine has less;
-then nothing is run, unless the caller accepts limits alone. Which tier a machine reaches is found out by trying.
+Tier A: own user ids, process ids, network, IPC and file system, and all of B. Tier B: resource limits, Landlock,
+seccomp, another user where root starts it; no process beside the candidate, nothing to write to. Tier C: this machine
+has less; then nothing is run, unless the caller accepts limits alone. Which tier a machine reaches is found by trying.
 
 No tier holds against a fault of the kernel, against measuring time, or against somebody who wants the CPU busy.
 """
@@ -272,8 +272,8 @@ def judge(
 ) -> list[Verdict]:
     """Run each submission on its inputs in the sandbox, and compare here what came out.
 
-    Whatever a candidate prints, patches, raises or returns, it passes only if it ended by itself and delivered one plain
-    value for every case, each equal to the right one. Values travel as JSON, so a tuple is a list; True is not 1.
+    Whatever a candidate prints, patches, raises or returns, it passes only if it ended by itself and delivered one
+    plain value for every case, each equal to the right one. Values travel as JSON, so a tuple is a list; True is not 1.
     """
     programs = [Program(item.source, item.function, [case[0] for case in item.cases]) for item in submissions]
     outcomes = (sandbox or find_sandbox()).run(programs, limits, mark)

@@ -132,7 +132,7 @@ def run_job(job: dict, request: dict) -> dict:
 def collect(ends: list[int], child: int, job: dict, began: float) -> tuple[list[bytearray], str]:
     """Read the pipes until the child ends, and say why it has to be ended: "wall", "output", or "" if it did itself.
 
-    The child is asked, not its pipes: a process that it left behind may hold them open, and it may close them and go on.
+    The child is asked, not its pipes: what it left behind may hold them open, and it may close them and go on.
     """
     kept: list[bytearray] = [bytearray() for _ in ends]
     handle = os.pidfd_open(child)
@@ -209,8 +209,8 @@ def shut_in(job: dict, request: dict, parent: int, ends: list[int]) -> None:
     if mode != "A" and request["user"] and mode != "guard":
         kernel.become(request["user"])
     kernel.die_with_parent(parent)
-    counted = mode == "A" or request["user"]  # a user's limit of tasks counts all that the user runs elsewhere
-    kernel.limit(job["memory"], job["cpu"], job["disk"], job["tasks"] + (mode == "A") if counted else 0)
+    elsewhere = 1 if mode == "A" else 0 if request["user"] else tasks_elsewhere()
+    kernel.limit(job["memory"], job["cpu"], job["disk"], job["tasks"] + elsewhere)
     if mode in ("A", "B"):
         os.chdir(SCRATCH if mode == "A" else "/")
         kernel.forget_capabilities()
@@ -220,6 +220,16 @@ def shut_in(job: dict, request: dict, parent: int, ends: list[int]) -> None:
         prove_shut()
     elif mode == "guard":
         disarm()
+
+
+def tasks_elsewhere() -> int:
+    """How many tasks this user runs already, in all programs: the kernel's limit of tasks counts them too."""
+    found, user = 0, os.getuid()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{name}").st_uid == user:
+                found += len(os.listdir(f"/proc/{name}/task"))
+    return found - 1  # this one is among the candidate's
 
 
 def prove_shut() -> None:
@@ -234,7 +244,19 @@ def prove_shut() -> None:
         raise OSError("the sandbox is open: a socket can be made")
 
 
-DISARMED = ("kill", "killpg", "system", "fork", "forkpty", "setuid", "remove", "unlink", "rmdir", "removedirs", "rename")
+DISARMED = (
+    "kill",
+    "killpg",
+    "system",
+    "fork",
+    "forkpty",
+    "setuid",
+    "remove",
+    "unlink",
+    "rmdir",
+    "removedirs",
+    "rename",
+)
 DISARMED += ("renames", "truncate", "replace", "fchmod", "chmod", "chown", "chroot", "link", "putenv", "walk", "chdir")
 
 

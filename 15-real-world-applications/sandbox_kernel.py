@@ -76,14 +76,12 @@ def become(user: int) -> None:
 
 
 def limit(memory: int, cpu: int, file_size: int, n_tasks: int) -> None:
-    """rlimits in bytes, seconds and tasks, soft and hard alike: address space, CPU, one file, tasks (0: no limit), files.
+    """rlimits, soft and hard alike: bytes of address space, seconds of CPU, bytes of one file, tasks.
 
     The memory is that of one process: n_tasks of them may have n_tasks times as much. The kernel ignores the number of
     tasks for root, which is one of the reasons why nothing here runs as root.
     """
     limits = {"AS": memory, "CPU": cpu, "FSIZE": file_size, "NPROC": n_tasks, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0}
-    if not n_tasks:
-        del limits["NPROC"]
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -294,7 +292,7 @@ def call_filter(n_tasks: int, alone: bool) -> list[Instruction]:
 
 
 def filter_calls(n_tasks: int, alone: bool) -> None:
-    """From now on the kernel refuses the calls of `call_filter`. Raises OSError on other machines or without seccomp."""
+    """From now on the kernel refuses what `call_filter` says. Raises OSError on other machines or without seccomp."""
     if PLACE < 0:
         raise OSError(errno.ENOSYS, f"no numbers of system calls for {platform.machine()}; known: {MACHINES}")
     install(call_filter(n_tasks, alone))
@@ -309,7 +307,10 @@ def install(program: Sequence[Instruction]) -> None:
 
     no_new_rights()
     made = Program(len(program), ctypes.addressof(code))
-    check(LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(made), ctypes.c_ulong(0), ctypes.c_ulong(0)), "seccomp")
+    check(
+        LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(made), ctypes.c_ulong(0), ctypes.c_ulong(0)),
+        "seccomp",
+    )
 
 
 def refusing(*names: str, error: int = errno.EPERM) -> list[Instruction]:
