@@ -53,7 +53,7 @@ class ToolResult(NamedTuple):
 
     text: str
     error: str = ""
-    citations: tuple[Citation, ...] = ()
+    citations: tuple[Citation, ...] = ()  # the places that [1], [2], ... in the text stand for
 
 
 def call_tool(call: object, allowed: Mapping[str, Tool]) -> ToolResult:
@@ -70,7 +70,8 @@ def call_tool(call: object, allowed: Mapping[str, Tool]) -> ToolResult:
     except Exception as error:  # a defect of a tool is no reason to end a conversation
         return failed(f"{type(error).__name__} in the tool")
     if isinstance(found, Answer):
-        return ToolResult(shortened(render_text(found, 100)), "", found.citations)
+        sentences = render_text(found).partition("\n\n")[0]  # the places behind them are in the citations
+        return ToolResult(shortened(sentences), "", found.citations)
     return ToolResult(shortened(found))
 
 
@@ -146,6 +147,11 @@ def tools_constraint(tools: Mapping[str, Tool], words: TokenBytes) -> TokenAutom
     return schema_constraint(call_schema(tools), words)
 
 
+def text_mask(words: TokenBytes) -> Tensor:
+    """Which tokens spell something: all but the special ones. (vocab), bool."""
+    return torch.tensor([data is not None for data in words.spelled])  # (vocab)
+
+
 class CallOrText:
     """Either ordinary text, or the token that begins a call and then a valid call: the first token decides.
 
@@ -154,7 +160,7 @@ class CallOrText:
 
     def __init__(self, calls: TokenAutomaton, tool_call_id: int) -> None:
         self.calls, self.tool_call_id = calls, tool_call_id
-        self.text = torch.tensor([data is not None for data in calls.words.spelled])  # (vocab)
+        self.text = text_mask(calls.words)  # (vocab)
         self.first = self.text.clone()  # (vocab)
         self.first[tool_call_id] = True
 
