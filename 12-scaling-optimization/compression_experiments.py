@@ -351,12 +351,12 @@ TUNING_RATES = (1.5e-4, 5e-4)  # peak learning rates of a model that has been tr
 
 
 def qat(config: CompressionFiguresConfig, run: RunConfig) -> None:
-    """Training through rounding at 4 and 2 bits, beside GPTQ, and beside as many steps without rounding.
+    """Training through rounding at 4 to 2 bits, beside GPTQ, and beside as many steps without rounding.
 
     The rate is the one that adds least on documents of the training side, with the first seed.
     """
     bench, rows = Bench.of(config), []
-    for n_bits in (0, 4, 2):
+    for n_bits in (0, 4, 3, 2):
 
         def measured(rate: float, seed: int, n_bits: int = n_bits) -> dict[str, float]:
             what = f"qat, {config.qat_steps} steps at {rate:g}, {n_bits} bits, seed {seed}"
@@ -642,7 +642,7 @@ COMPRESSION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "gptq-damping": (gptq_damping, 80),
     "input-spectra": (spectra, 5),
     "outliers": (outliers, 25),
-    "qat": (qat, 450),
+    "qat": (qat, 600),
     "kv-cache": (kv_cache, 25),
     "pruning": (pruning, 500),
     "distillation": (distillation, 2400),
