@@ -1,9 +1,19 @@
 """Topic 01 - Workbench: the tools that every topic uses - seeds, devices, command line, figures, results, exercises.
 
 python 01-prerequisites/workbench.py              # what this machine offers to the course
+python 01-prerequisites/workbench.py doctor       # what is wrong with this installation, and how to mend it
 python 01-prerequisites/workbench.py links        # rewrite the line ranges of links into code, in every chapter
 python 01-prerequisites/workbench.py --help
 """
+
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["doctor"]:  # asked where the imports below may fail
+    import environment_doctor
+
+    sys.exit(environment_doctor.main())
+
+# ruff: noqa: E402
 
 import argparse
 import ast
@@ -23,7 +33,6 @@ import platform
 import random
 import re
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -35,6 +44,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
+
+import environment_doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE_STYLE = {
@@ -653,6 +664,11 @@ def demo() -> None:
     print(f"course folder: {ROOT}")
 
 
+def doctor() -> None:
+    """Say what is wrong with this installation, and how to mend it."""
+    sys.exit(environment_doctor.main())
+
+
 def hardware() -> None:
     """Print the published figures of the processors that the later topics plan with."""
     print(f"{'processor':15} {'memory':>8} {'bandwidth':>11} {'matrix rate':>13} {'ridge':>12}  source")
@@ -774,6 +790,7 @@ def parity() -> None:
 def main(argv: list[str] | None = None) -> None:
     verbs = {
         "demo": (demo,),
+        "doctor": (doctor,),
         "hardware": (hardware,),
         "links": (links,),
         "contents": (contents,),
