@@ -1,7 +1,7 @@
-"""Topic 13 - Dynamic batching: three rules for who may start when, on the clock of the machine or on one that counts.
+"""Topic 13 - Dynamic batching: three rules for who may start when, by counted steps or on the real engine.
 
     rule = BatchRule(max_batch=8, window=0.05)                   # dynamic; window=inf: static; joins=True: continuous
-    served = serve_arrivals(engine, jobs, moments, rule, CountedClock(cost))
+    served = serve_arrivals(CountedEngine(), jobs, moments, rule, CountedClock(cost))
     python 13-inference-at-scale/inference_at_scale.py figures batching
 
 A batch that nobody may join runs to its longest answer, and the rows of those who are done before it still cost.
@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from engine_requests import RequestParams
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from engine_requests import RequestOutput, RequestParams
 from load_generator import Record
 from serving_bench import Job
 from serving_engine import Engine
@@ -79,21 +82,46 @@ class CountedClock:
         self.now = max(self.now, moment)
 
 
-class WallClock:
-    """The machine's time; the step itself has spent it."""
+class ProcessClock:
+    """Seconds that this process has computed, and those that it would have slept: other processes take none of them."""
 
     def __init__(self) -> None:
-        self.begin = time.perf_counter()
+        self.begin, self.slept = time.process_time(), 0.0
 
     @property
     def now(self) -> float:
-        return time.perf_counter() - self.begin
+        return time.process_time() - self.begin + self.slept
 
     def spend(self, n_rows: int, n_tokens: int) -> None:
-        """Nothing to add."""
+        """Nothing to add: the step itself has spent it."""
 
     def wait_until(self, moment: float) -> None:
-        time.sleep(max(0.0, moment - self.now))
+        self.slept += max(0.0, moment - self.now)
+
+
+class CountedEngine:
+    """An engine without a model, for counting: a step reads all new prompts and gives every request a token."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, list[int]] = {}  # tokens made, tokens wanted, tokens of a prompt still to be read
+        self.prompt_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests)
+
+    def add(self, prompt: Sequence[int], params: RequestParams, request_id: str) -> None:
+        self.requests[request_id] = [0, params.max_tokens, len(prompt)]
+
+    def step(self) -> list[RequestOutput]:
+        outputs = []
+        for request_id, (made, wanted, unread) in list(self.requests.items()):
+            self.prompt_tokens += unread
+            self.requests[request_id] = [made + 1, wanted, 0]
+            if made + 1 == wanted:
+                del self.requests[request_id]
+            outputs.append(RequestOutput(request_id, [], "", n_generated=made + 1))
+        return outputs
 
 
 @dataclass
@@ -119,7 +147,7 @@ class ArrivalsServed:
 
 
 def serve_arrivals(
-    engine: Engine, jobs: Sequence[Job], moments: Sequence[float], rule: BatchRule, clock: Clock
+    engine: Engine | CountedEngine, jobs: Sequence[Job], moments: Sequence[float], rule: BatchRule, clock: Clock
 ) -> ArrivalsServed:
     """Let each job arrive at its moment (in order) and run the engine by the rule until all are answered.
 
@@ -157,3 +185,27 @@ def serve_arrivals(
             record.first, record.last = record.first or clock.now, clock.now
             record.n_tokens, record.outcome = output.n_generated, "ok"
     return served
+
+
+def plot_batches(found: dict[str, ArrivalsServed], step: float = 1.0) -> Figure:
+    """A line for each request: when it waited, when it ran, and for how long its row was then kept for its batch.
+
+    `step`: seconds of an engine step, by which a request started before its first token.
+    """
+    figure, axes = plt.subplots(1, len(found), figsize=(9, 3.4), sharex=True, sharey=True)
+    for axis, (name, served) in zip(axes, found.items(), strict=True):
+        records, first = served.records, 0
+        for index, record in enumerate(records):
+            axis.plot([record.due, record.first - step], [index] * 2, lw=1, color="C1", label="waits")
+            axis.plot([record.first - step, record.last], [index] * 2, lw=3, color="C0", label="runs")
+        for n in served.starts if served.wasted else ():
+            end = max(record.last for record in records[first : first + n])
+            for index in range(first, first + n):
+                axis.plot([records[index].last, end], [index] * 2, lw=3, color="0.82", label="row kept, empty")
+            first += n
+        axis.set(title=name, xlabel="step")
+    axes[0].set(ylabel="request, by arrival")
+    axes[0].invert_yaxis()
+    labels = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+    axes[-1].legend(labels.values(), labels.keys(), loc="upper right", frameon=False, fontsize=9)
+    return figure

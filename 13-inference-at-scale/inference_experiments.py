@@ -26,7 +26,16 @@ from chat_model import chat_instructions, load_chat_model
 from constrained_decoding import TokenBytes, schema_constraint
 from course_tokenizer import CourseTokenizer
 from draft_model import load_draft_model, made_dearer
-from dynamic_batching import ArrivalsServed, BatchRule, CountedClock, StepCost, WallClock, serve_arrivals
+from dynamic_batching import (
+    ArrivalsServed,
+    BatchRule,
+    CountedClock,
+    CountedEngine,
+    ProcessClock,
+    StepCost,
+    plot_batches,
+    serve_arrivals,
+)
 from engine_requests import RequestParams
 from fine_tuning_adaptation import prompt_ids
 from inference_failures import INFERENCE_BREAKS
@@ -139,7 +148,13 @@ WIDE = ModelConfig(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, d_head=64, 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def step_seconds(model: CausalLM, batch: int, n_prompt: int = 64, n_steps: int = 12) -> float:
+def step_seconds(
+    model: CausalLM,
+    batch: int,
+    n_prompt: int = 64,
+    n_steps: int = 12,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Median seconds of a decoding step with so many requests of n_prompt tokens and a little more."""
     engine = Engine(model, None, EngineConfig(max_batch=batch, max_step_tokens=batch * n_prompt, prefix_cache=False))
     for job in mixed_jobs(ServingBenchConfig(batch, n_prompt, n_prompt), model.config.vocab_size, 0):
@@ -149,21 +164,21 @@ def step_seconds(model: CausalLM, batch: int, n_prompt: int = 64, n_steps: int =
     engine.step()
     spent = []
     for _ in range(n_steps):
-        before = time.perf_counter()
+        before = clock()
         engine.step()
-        spent.append(time.perf_counter() - before)
+        spent.append(clock() - before)
     return float(np.median(spent))
 
 
-def prompt_rate(model: CausalLM, n_tokens: int = 256) -> float:
+def prompt_rate(model: CausalLM, n_tokens: int = 256, clock: Callable[[], float] = time.perf_counter) -> float:
     """Tokens per second of reading one prompt."""
     engine = Engine(model, None, EngineConfig(max_batch=1, prefix_cache=False))
     [job] = mixed_jobs(ServingBenchConfig(1, n_tokens, n_tokens), model.config.vocab_size, 0)
     spent = []
     for _ in range(4):
-        before = time.perf_counter()
+        before = clock()
         engine.generate([job.prompt], RequestParams(1, temperature=0, ignore_eos=True))
-        spent.append(time.perf_counter() - before)
+        spent.append(clock() - before)
     return n_tokens / float(np.median(spent[1:]))
 
 
@@ -176,61 +191,68 @@ RULES = {
     "continuous": BatchRule(N_ROWS, joins=True),
 }
 LOADS = (0.5, 0.9, 1.5)  # of what static batches can do that never wait for company
-CLOCKED = 0.9  # the load that is also run on the machine's clock, with the chat model
+CLOCKED = 0.9  # the load that the chat model's engine serves as well
 
 
 def measured_cost(model: CausalLM) -> StepCost:
-    """A line through the seconds of decoding steps of 1 to N_ROWS rows, and what a token of a prompt adds to it.
-
-    The best of five each: neighbours of this process only ever add.
-    """
-    batches = [batch for batch in BATCHES if batch <= N_ROWS]
-    per_row, fixed = np.polyfit(batches, [min(step_seconds(model, batch) for _ in range(5)) for batch in batches], 1)
-    reading = 256 / max(prompt_rate(model) for _ in range(5))
+    """A line through the CPU seconds of decoding steps of 1 to N_ROWS rows, and what a token of a prompt adds to it."""
+    batches, clock = [batch for batch in BATCHES if batch <= N_ROWS], time.process_time
+    spent = [min(step_seconds(model, batch, clock=clock) for _ in range(5)) for batch in batches]
+    per_row, fixed = np.polyfit(batches, spent, 1)
+    reading = 256 / max(prompt_rate(model, clock=clock) for _ in range(5))
     return StepCost(float(fixed), float(per_row), (reading - float(fixed + per_row)) / 256)
 
 
 def batching(config: FiguresConfig, run: RunConfig) -> None:
-    """Poisson arrivals under three rules for who may start, by counted steps at measured costs, and by the clock.
+    """Poisson arrivals under three rules for who may start: counted steps at measured costs, and the real engine."""
+    model, n, seeds = chat_model()[0], 400, range(config.n_seeds)
+    cost = measured_cost(model)
+    jobs = [mixed_jobs(ServingBenchConfig(n), model.config.vocab_size, seed) for seed in seeds]
 
-    Who starts when does not depend on what the tokens are, so what is counted is run on the smallest of models.
-    """
-    chat, n = chat_model()[0], 400
-    cost = measured_cost(chat)
-    small = CausalLM(ModelConfig(chat.config.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_head=8))
+    def counted(rule: BatchRule, moments: list[list[float]]) -> list[ArrivalsServed]:
+        pairs = zip(jobs, moments, strict=True)
+        return [serve_arrivals(CountedEngine(), *pair, rule, CountedClock(cost)) for pair in pairs]
 
-    def engine(model: CausalLM) -> Engine:
-        return Engine(model, None, EngineConfig(max_batch=N_ROWS, prefix_cache=False))
-
-    jobs = {seed: mixed_jobs(ServingBenchConfig(n), chat.config.vocab_size, seed) for seed in range(config.n_seeds)}
-    full = [
-        serve_arrivals(engine(small), own, [0.0] * n, RULES["static"], CountedClock(cost)).throughput
-        for own in jobs.values()
-    ]
-    rows, rate = [], float(np.mean(full))
+    rate = float(np.mean([own.throughput for own in counted(RULES["static"], [[0.0] * n for _ in seeds])]))
+    rows = []
     for load in LOADS:
-        moments = {seed: arrivals(LoadConfig(rate=load * rate, n_requests=n), seed) for seed in jobs}
+        moments = [arrivals(LoadConfig(rate=load * rate, n_requests=n), seed) for seed in seeds]
         for name, rule in RULES.items():
-            found = [
-                serve_arrivals(engine(small), jobs[seed], moments[seed], rule, CountedClock(cost)) for seed in jobs
-            ]
-            rows.append([f"{load:.0%}, {name}", *batching_cells(found), "", ""])
+            rows.append([f"{load:.0%}, {name}", *batching_cells(counted(rule, moments)), "", ""])
             if load == CLOCKED:
-                clocked = [serve_arrivals(engine(chat), jobs[seed], moments[seed], rule, WallClock()) for seed in jobs]
-                rows[-1][-2:] = first_tokens(clocked)
-    price = f"{seconds(cost.fixed):.2f} ms + {seconds(cost.per_row):.2f} a row + {seconds(cost.per_token):.2f} a token"
-    columns = [Column("Load and rule", f"100%: {rate:.0f} requests/s; a step: {price} of a prompt")]
-    columns += [Column("start together", "", ".1f"), Column("wasted rows", "", ".0%"), Column("steps", "", ",.0f")]
+                found = []
+                for pair in zip(jobs, moments, strict=True):
+                    engine = Engine(model, None, EngineConfig(max_batch=N_ROWS, prefix_cache=False))
+                    found.append(serve_arrivals(engine, *pair, rule, ProcessClock()))
+                rows[-1][-2:] = first_tokens(found)
+    price = f"{seconds(cost.fixed):.2f} ms + {seconds(cost.per_row):.2f} a row + {seconds(cost.per_token):.3f} a token"
+    columns = [Column("Load and rule", f"100% is {rate:.0f} requests/s; a step costs {price} of a prompt")]
+    columns += [Column("start together", "", ".1f"), Column("wasted rows", "", ".0%")]
     columns += [Column("answered", "requests/s", ".1f"), Column("first token, p50", "ms", ",.0f")]
     columns += [Column("p99", "ms", ",.0f"), Column("whole answer, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
-    columns += [Column("first token by the clock, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
+    columns += [Column("real engine: first token, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
     config.save("batching", columns, rows)
+
+
+def batches(config: FiguresConfig, run: RunConfig) -> None:
+    """The chapter's first figure: 24 requests and four rows under three rules, a second for each step."""
+    jobs = mixed_jobs(ServingBenchConfig(24, most_prompt=16, most_tokens=40), 64, run.seed)
+    moments = arrivals(LoadConfig(rate=0.2, n_requests=24), run.seed)
+    rules = {
+        "static: until four are there": BatchRule(4, math.inf),
+        "dynamic: at most 10 steps": BatchRule(4, 10.0),
+        "continuous: joins any step": BatchRule(4, joins=True),
+    }
+    found = {}
+    for name, rule in rules.items():
+        found[name] = serve_arrivals(CountedEngine(), jobs, moments, rule, CountedClock(StepCost(1, 0, 0)))
+    save_figure(plot_batches(found), config.folder / "batches.svg")
 
 
 def batching_cells(found: list[ArrivalsServed]) -> list[list[float]]:
     """The cells of one rule, a number for each seed."""
     cells = [[float(np.mean(own.starts)) for own in found], [own.wasted for own in found]]
-    cells += [[float(own.steps) for own in found], [own.throughput for own in found], *first_tokens(found)]
+    cells += [[own.throughput for own in found], *first_tokens(found)]
     whole = [percentiles([record.latency for record in own.records]) for own in found]
     return [*cells, *([seconds(own[key]) for own in whole] for key in ("p50", "p99"))]
 
@@ -605,6 +627,7 @@ def inference_breaks(config: FiguresConfig, run: RunConfig) -> None:
 
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]] = {  # name -> function, seconds
     "systems": (systems, 150),
+    "batches": (batches, 5),
     "batching": (batching, 200),
     "phases": (phases, 60),
     "blocks": (blocks, 60),

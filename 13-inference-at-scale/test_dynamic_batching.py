@@ -1,11 +1,12 @@
 """Topic 13 - Proofs of the batching rules: starts and times worked by hand, and answers that no rule changes."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from dynamic_batching import BatchRule, CountedClock, StepCost, WallClock, serve_arrivals
+from dynamic_batching import BatchRule, CountedClock, CountedEngine, ProcessClock, StepCost, serve_arrivals
 from modern_llm_architectures import CausalLM, ModelConfig
 from serving_bench import Job, naive_answers
 from serving_engine import Engine, EngineConfig
@@ -21,10 +22,9 @@ def model() -> CausalLM:
     return CausalLM(ModelConfig(vocab_size=31, d_model=12, n_layers=1, n_heads=2, d_head=6, d_ff=14, max_seq_len=64))
 
 
-def served(model, rule, n_new, moments, cost=SECOND, n_prompt=1):
+def served(rule, n_new, moments, cost=SECOND, n_prompt=1):
     jobs = [Job([1 + index] * n_prompt, n) for index, n in enumerate(n_new)]
-    engine = Engine(model, None, EngineConfig(max_batch=rule.max_batch, prefix_cache=False))
-    return serve_arrivals(engine, jobs, moments, rule, CountedClock(cost))
+    return serve_arrivals(CountedEngine(), jobs, moments, rule, CountedClock(cost))
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ def served(model, rule, n_new, moments, cost=SECOND, n_prompt=1):
         (STATIC, [1, 1, 8, 8], [3, 1, 9, 8], [2, 2], (7, 10)),
     ],
 )
-def test_four_requests_by_hand(model, rule, firsts, lasts, starts, rows) -> None:
+def test_four_requests_by_hand(rule, firsts, lasts, starts, rows) -> None:
     """A, B, C and D want 3, 1, 2 and 1 tokens and come at 0, 0, 1 and 7 s; two rows, a second for each step."""
-    found = served(model, rule, (3, 1, 2, 1), (0, 0, 1, 7))
+    found = served(rule, (3, 1, 2, 1), (0, 0, 1, 7))
     assert [record.first for record in found.records] == firsts
     assert [record.last for record in found.records] == lasts
     assert [record.n_tokens for record in found.records] == [3, 1, 2, 1]
@@ -48,32 +48,45 @@ def test_four_requests_by_hand(model, rule, firsts, lasts, starts, rows) -> None
     assert found.throughput == 4 / max(lasts)
 
 
-def test_the_window_is_the_oldests_and_does_not_begin_anew_with_each_arrival(model) -> None:
+def test_the_window_is_the_oldests_and_does_not_begin_anew_with_each_arrival() -> None:
     moments = [0.4 * index for index in range(10)]
-    found = served(model, BatchRule(16, 1.0), [1] * 10, moments, StepCost(0.1, 0, 0))
+    found = served(BatchRule(16, 1.0), [1] * 10, moments, StepCost(0.1, 0, 0))
     assert found.starts == [3, 3, 3, 1]  # at 1.0, 2.2, 3.4 and 4.6
     assert [round(found.records[index].ttft, 9) for index in (0, 2, 9)] == [1.1, 0.3, 1.1]
 
 
-def test_nobody_else_comes_and_the_last_who_fill_no_batch_are_served(model) -> None:
-    found = served(model, STATIC, (1, 1, 4), (0, 0, 0))
+def test_nobody_else_comes_and_the_last_who_fill_no_batch_are_served() -> None:
+    found = served(STATIC, (1, 1, 4), (0, 0, 0))
     assert found.starts == [2, 1] and [record.last for record in found.records] == [1, 1, 5]
 
 
-def test_a_step_costs_its_rows_and_the_tokens_of_its_prompts(model) -> None:
-    found = served(model, STATIC, (1, 3), (0, 0), StepCost(10, 1, 0.5), n_prompt=4)
+def test_a_step_costs_its_rows_and_the_tokens_of_its_prompts() -> None:
+    found = served(STATIC, (1, 3), (0, 0), StepCost(10, 1, 0.5), n_prompt=4)
     # two rows to the end although one is done: 10 + 2 + 8 * 0.5, then twice 10 + 2
     assert [record.last for record in found.records] == [16, 40]
 
 
 @pytest.mark.parametrize("rule", [CONTINUOUS, AT_ONCE, BatchRule(2, 0.001), STATIC])
-def test_no_rule_changes_an_answer_on_the_machines_own_clock(model, rule) -> None:
+def test_no_rule_changes_an_answer_of_the_real_engine(model, rule) -> None:
     jobs = [Job([2, 5, 3 + index], 1 + index % 4) for index in range(7)]
     engine = Engine(model, None, EngineConfig(max_batch=2))
-    found = serve_arrivals(engine, jobs, [0.002 * index for index in range(7)], rule, WallClock())
+    found = serve_arrivals(engine, jobs, [0.002 * index for index in range(7)], rule, ProcessClock())
     assert found.ids == naive_answers(model, jobs) and sum(found.starts) == 7
     assert all(record.due < record.first <= record.last for record in found.records)
     assert (found.wasted == 0) if rule.joins else (0 <= found.wasted < 1)
+
+
+@pytest.mark.parametrize("rule", [BatchRule(3, joins=True), BatchRule(3, 4.0), BatchRule(3, math.inf)])
+def test_what_is_counted_is_what_the_engine_does(model, rule) -> None:
+    """The same records from the engine and from counting, step for step, at costs that no two steps share."""
+    rng, cost = random.Random(3), StepCost(1, 0.37, 0.011)
+    jobs = [Job([1] * rng.randint(1, 12), rng.randint(1, 9)) for _ in range(14)]
+    moments = sorted(rng.uniform(0, 60) for _ in jobs)
+    engine = Engine(model, None, EngineConfig(max_batch=3, prefix_cache=False))
+    real = serve_arrivals(engine, jobs, moments, rule, CountedClock(cost))
+    counted = serve_arrivals(CountedEngine(), jobs, moments, rule, CountedClock(cost))
+    assert counted.records == real.records and counted.starts == real.starts
+    assert (counted.steps, counted.slots, counted.live) == (real.steps, real.slots, real.live)
 
 
 def test_rules_refuse_what_cannot_be() -> None:
