@@ -66,19 +66,26 @@ class Memory:
 def memory_tools(memory: Memory) -> dict[str, Tool]:
     """The tools by which a model keeps and asks for facts of one conversation."""
 
-    def remember(name: str, value: str) -> str:
+    def remember(fact: str) -> str:
+        name, _, value = fact.partition(" is ")
         memory.keep(name, value)
-        return "kept"
+        return f"I know your {name} now."
+
+    def recall(name: str) -> str:
+        return f"Your {name} is {memory.recall(name)}."
 
     def forget(name: str) -> str:
         memory.erase(name)
-        return "forgotten"
+        return f"I forgot your {name}."
 
     name = {"type": "string", "pattern": f"^{NAME.pattern}$"}
-    value = {"type": "string", "pattern": rf"^[A-Za-z0-9 .,'/:@+-]{{1,{MAX_VALUE}}}$"}
+    fact = {
+        "type": "string",
+        "pattern": rf"^{NAME.pattern} is [A-Za-z0-9.,'/:@+-][A-Za-z0-9 .,'/:@+-]{{0,{MAX_VALUE - 1}}}$",
+    }
     tools = (
-        Tool("remember", "Keeps what the user says about themselves.", object_of(name=name, value=value), remember),
-        Tool("recall", "Says what was kept under a name.", object_of(name=name), memory.recall),
+        Tool("remember", 'Keeps a fact about the user, such as "town is Oslo".', object_of(fact=fact), remember),
+        Tool("recall", "Says what was kept under a name.", object_of(name=name), recall),
         Tool("forget", "Forgets what was kept under a name.", object_of(name=name), forget),
     )
     return {tool.name: tool for tool in tools}

@@ -261,10 +261,6 @@ def read_conversation(content: dict[str, Any]) -> Conversation:
             raise bad_request(f"{place}.role is user or assistant; only the server writes other turns", place)
         if not isinstance(message["content"], str) or not 1 <= len(message["content"]) <= MAX_TEXT:
             raise bad_request(f"{place}.content is a text of 1 to {MAX_TEXT:,} characters", place)
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise bad_request(f"{place}.content holds half of a character", place) from None
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise bad_request("the last message is the user's and not empty", f"messages.{len(messages) - 1}")
     try:

@@ -10,6 +10,7 @@ The schema that a constraint is built from is the one that a call is checked wit
 """
 
 import json
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -71,8 +72,13 @@ def call_tool(call: object, allowed: Mapping[str, Tool]) -> ToolResult:
         return failed(f"{type(error).__name__} in the tool")
     if isinstance(found, Answer):
         sentences = render_text(found).partition("\n\n")[0]  # the places behind them are in the citations
-        return ToolResult(shortened(sentences), "", found.citations)
+        return ToolResult(shortened(without_marks(sentences)), "", found.citations)
     return ToolResult(shortened(found))
+
+
+def without_marks(text: str) -> str:
+    """Markdown's marks for lists, emphasis and formulas taken out of sentences, which are shown as text."""
+    return re.sub(r"(?m)^[-*] |\*\*|\$`|`\$", "", text)
 
 
 def failed(reason: str) -> ToolResult:
@@ -183,9 +189,52 @@ class CallOrText:
         return state == "text" or (isinstance(state, int) and self.calls.may_end(state))
 
 
-def call_or_text(tools: Mapping[str, Tool], words: TokenBytes, tool_call_id: int) -> CallOrText:
-    """The constraint under which a model answers or calls one of the tools; see CallOrText."""
+def call_or_text(tools: Mapping[str, Tool], words: TokenBytes, tool_call_id: int, spaced: bool = False) -> CallOrText:
+    """The constraint under which a model answers or calls one of the tools; see CallOrText, and `spaced_call`."""
+    if spaced:
+        tools = {name: replace(tool, parameters=spaced_schema(tool.parameters)) for name, tool in tools.items()}
     return CallOrText(tools_constraint(tools, words), tool_call_id)
+
+
+# Calls for small models: every text in them begins with a blank
+
+
+def spaced_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose texts begin with a blank, as words in a sentence do.
+
+    A word after a blank and the same word after a quotation mark are different tokens: a model that cannot spell has to
+    know both, and to copy a name that it never saw it would have to translate. With the blank, copying is copying.
+    """
+    arguments = {name: f" {value}" if isinstance(value, str) else value for name, value in call["arguments"].items()}
+    return {**call, "arguments": arguments}
+
+
+def unspaced_call(call: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `spaced_call`; a call without such blanks stays as it is."""
+    arguments = call.get("arguments")
+    if not isinstance(arguments, dict):
+        return call
+    plain = {name: value[value[:1] == " " :] if isinstance(value, str) else value for name, value in arguments.items()}
+    return {**call, "arguments": plain}
+
+
+def spaced_schema(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of arguments whose texts begin with a blank: those with enum, const or a pattern from the start on.
+
+    Raises ValueError for a text of another kind.
+    """
+    properties = {}
+    for name, rule in parameters["properties"].items():
+        if isinstance(rule.get("const"), str):
+            rule = {**rule, "const": f" {rule['const']}"}
+        elif "enum" in rule:
+            rule = {**rule, "enum": [f" {value}" if isinstance(value, str) else value for value in rule["enum"]]}
+        elif rule.get("pattern", "").startswith("^"):
+            rule = {**rule, "pattern": "^ " + rule["pattern"][1:]}
+        elif rule.get("type") == "string":
+            raise ValueError(f"the text {name} needs an enum, a const or a pattern that begins with ^ to be spaced")
+        properties[name] = rule
+    return {**parameters, "properties": properties}
 
 
 # The calculator

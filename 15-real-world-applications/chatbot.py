@@ -20,7 +20,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from chat_endpoint import Endpoint, HttpEndpoint, LocalEndpoint
 from chat_memory import Memory, memory_tools
-from chat_tools import TOOLS, Tool, ToolResult, call_or_text, call_schema, call_tool, text_mask, with_question
+from chat_tools import (
+    TOOLS,
+    Tool,
+    ToolResult,
+    call_or_text,
+    call_schema,
+    call_tool,
+    text_mask,
+    unspaced_call,
+    with_question,
+)
 from constrained_decoding import TokenBytes
 from content_guard import load_guard
 from retrieval_answers import Citation
@@ -176,7 +186,7 @@ class CourseSpeaker:
     def speak(self, messages: Sequence[Message], tools: Mapping[str, Tool], **settings: Any) -> Iterator[Piece]:
         prompt = self.tokenizer.chat(messages, add_generation_prompt=True).ids
         call_id = self.tokenizer.tool_call_id
-        settings["constraint"] = call_or_text(tools, self.words, call_id) if tools else self.plain
+        settings["constraint"] = call_or_text(tools, self.words, call_id, spaced=True) if tools else self.plain
         settings["max_tokens"] = max(1, min(settings["max_tokens"], self.context - len(prompt)))
         outputs = self.endpoint.follow(self.endpoint.begin(prompt, settings))
         written: list[int] = []  # ids of a call, which is decided by an id and not by any text
@@ -189,7 +199,7 @@ class CourseSpeaker:
         if written:
             ends = (self.tokenizer.im_end_id, self.tokenizer.eos_id)
             text = self.tokenizer.decode([*takewhile(lambda token_id: token_id not in ends, written[1:])])
-            yield Piece("", read_call(text))
+            yield Piece("", unspaced_call(read_call(text)))
 
 
 def read_call(text: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class ScriptedSpeaker:
         if "sum" in last and not calls:
             yield Piece("", {"name": "calculator", "arguments": {"expression": "345 + 67"}})
         elif last.startswith("remember"):
-            yield Piece("", {"name": "remember", "arguments": {"name": "town", "value": "Oslo"}})
+            yield Piece("", {"name": "remember", "arguments": {"fact": "town is Oslo"}})
         elif last.startswith("slow"):
             yield Piece("The first part. ")
             self.gate.wait(30)
@@ -217,7 +217,7 @@ def test_tools_citations_and_memory_are_shown_and_memory_can_be_erased(page):
     page.driver.find_element("css selector", "#memory summary").click()
     assert "town: Oslo" in page.run("document.getElementById('memory-facts').innerText")
     page.driver.find_element("css selector", "#memory-facts button").click()
-    assert page.run("document.getElementById('memory-count').textContent") == "(empty)"
+    assert page.run("document.getElementById('memory-count').textContent") == "(0)"
     assert page.run("JSON.parse(sessionStorage.getItem('chat')).memory") == {}
 
 

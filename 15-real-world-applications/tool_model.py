@@ -22,7 +22,16 @@ from typing import Any
 
 from chat_memory import MAX_FACTS, Memory, memory_tools
 from chat_model import chat_instructions, load_chat_model
-from chat_tools import TOOLS, Tool, call_or_text, call_tool, course_world, with_question
+from chat_tools import (
+    TOOLS,
+    Tool,
+    call_or_text,
+    call_tool,
+    course_world,
+    spaced_call,
+    unspaced_call,
+    with_question,
+)
 from constrained_decoding import TokenBytes
 from course_model import command_line
 from course_tokenizer import Chat, CourseTokenizer
@@ -40,7 +49,7 @@ from workbench import RunConfig, announce, check_range, describe_machine, seed_e
 ADAPTER = Path(__file__).parent / "tool_adapter"
 BASE = "11-fine-tuning-adaptation/model"
 REPORT = "report.json"
-SYSTEM = "Please ask a tool before you say what you do not know."  # the system prompt of lessons, exams and chats
+SYSTEM = "Please ask the tools."  # the system prompt of lessons, exams and chats
 LONGEST = 320  # positions of a row; a longer lesson loses its oldest exchanges
 
 
@@ -156,7 +165,7 @@ def teach_remember(world: World, rng: random.Random, new: bool) -> Lesson:
     kept = {chr(ord("a") + number): "x" for number in range(MAX_FACTS)} if full else {}
     answer = "I cannot keep more." if full else f"I know your {name} now."
     question = sentence(pick(rng, KEEP).format(name, value))
-    return Lesson("remember", question, call_of("remember", name=name, value=value), answer, kept)
+    return Lesson("remember", question, call_of("remember", fact=f"{name} is {value}"), answer, kept)
 
 
 def teach_recall(world: World, rng: random.Random, new: bool) -> Lesson:
@@ -183,7 +192,7 @@ def teach_said(world: World, rng: random.Random, new: bool) -> Lesson:
     other, thing = (name, value) if told else draw_kept(rng, new)
     told = other == name
     before = ({"role": "user", "content": f"My {other} is {thing}."}, {"role": "assistant", "content": "I see."})
-    answer = f"You said {thing}." if told else "You did not say."
+    answer = f"You said your {name} is {thing}." if told else "You did not say."
     return Lesson("said", f"What did I say is my {name}?", None, answer, before=before)
 
 
@@ -264,7 +273,8 @@ TEACH: dict[str, Callable[[World, random.Random, bool], Lesson]] = {
     "greet": teach_greet,
     **{category: teach_plain(category) for category in ("read", "story", "sort", "refuse", "safe")},
 }
-SHARES = {"sum": 3.0, "listed": 2.0, "unknown": 2.0, "said": 2.0, "forget": 0.5, "tell": 0.5, "greet": 0.5, "safe": 0.5}
+SHARES = {"sum": 3.0, "listed": 2.0, "unknown": 2.0, "remember": 1.5, "said": 2.0, "forget": 0.5}  # times n_lessons
+SHARES |= dict.fromkeys(("tell", "greet", "safe"), 0.3) | dict.fromkeys(("story", "sort", "refuse"), 0.7)
 
 
 def draw_lessons(category: str, n: int, seed: int, new: bool) -> list[Lesson]:
@@ -279,7 +289,8 @@ def tools_of(lesson: Lesson) -> dict[str, Tool]:
 
 
 def call_message(call: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}
+    """A call as the model writes it; see `spaced_call`."""
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": spaced_call(call)}]}
 
 
 def reaction(lesson: Lesson) -> list[dict[str, Any]]:
@@ -322,10 +333,10 @@ class ToolTrainConfig:
     """How the adapter is made."""
 
     n_lessons: int = 600  # lessons of each category, some more or less often
-    tool_steps: int = 2400  # optimizer steps
-    tool_batch: int = 16  # lessons and documents of a step
-    tool_rate: float = 5e-3  # the peak learning rate
-    later_share: float = 0.6  # fraction of the lessons that follow one to four other exchanges
+    tool_steps: int = 1300  # optimizer steps
+    tool_batch: int = 12  # lessons and documents of a step
+    tool_rate: float = 1e-2  # the peak learning rate
+    later_share: float = 0.3  # fraction of the lessons that follow one to three other exchanges
     document_share: float = 0.1  # fraction of each batch that is pretraining documents
     tool_rank: int = 16  # of the low-rank updates
 
@@ -353,7 +364,7 @@ def lesson_rows(tokenizer: CourseTokenizer, config: ToolTrainConfig, seed: int) 
     earlier = [lesson for lesson in lessons if lesson.category in IN_HISTORY]
     rows = []
     for lesson in lessons:
-        n_before = rng.randrange(1, 5) if rng.random() < config.later_share else 0
+        n_before = rng.randrange(1, 4) if rng.random() < config.later_share else 0
         row = lesson_row(tokenizer, lesson, [pick(rng, earlier) for _ in range(n_before)])
         rows += [row] if row else []
     return rows
@@ -443,7 +454,7 @@ class ToolPupil:
             constraint = None
             if tools is not None and self.constrained:
                 offered = with_question(tools[number], row[-1]["content"])
-                constraint = call_or_text(offered, self.words, self.tokenizer.tool_call_id)
+                constraint = call_or_text(offered, self.words, self.tokenizer.tool_call_id, spaced=True)
             params.append(RequestParams(max_tokens=100, temperature=0.0, constraint=constraint))
         return self.engine.generate(prompts, params) if rows else []
 
@@ -457,7 +468,7 @@ class ToolPupil:
             call = json.loads(written)
         except ValueError:
             return None, written or "{", ""
-        return (call, "", "") if isinstance(call, dict) else (None, written, "")
+        return (unspaced_call(call), "", "") if isinstance(call, dict) else (None, written, "")
 
 
 def score_reactions(lessons: Sequence[Lesson], reactions: Sequence[Reaction]) -> dict[str, float]:

@@ -110,7 +110,7 @@ function showProblem(text) {
 
 function showMemory() {
   const names = Object.keys(state.memory);
-  $("memory-count").textContent = names.length ? `(${names.length})` : "(empty)";
+  $("memory-count").textContent = `(${names.length})`;
   $("memory-none").hidden = names.length > 0;
   $("memory-clear").hidden = names.length === 0;
   $("memory-facts").replaceChildren(
