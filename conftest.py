@@ -17,8 +17,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest  # noqa: E402
+from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
 
-from workbench import ROOT, first_difference, largest_difference  # noqa: E402
+from workbench import ROOT, course_layers, first_difference, largest_difference  # noqa: E402
 
 LEVELS = ("output", "gradient", "trajectory", "invariant", "exchange")
 LEDGER: list[dict] = []
@@ -29,7 +30,7 @@ RAN: set[str] = set()  # tests of this run
 
 
 @pytest.fixture
-def parity(request) -> Callable:
+def parity(request) -> Iterator[Callable]:
     """Compare with an oracle, record the proof, and fail if the largest absolute difference exceeds the tolerance.
 
     parity("MultiHeadAttention", "nn.MultiheadAttention", "gradient", ours, theirs, 1e-10)
@@ -38,7 +39,10 @@ def parity(request) -> Callable:
     output, gradient, trajectory (N training steps), invariant (a property that needs no second implementation),
     exchange (weights or files loaded from, or by, the other library).
     """
-    topic = Path(request.node.path).parent.name
+    topic, rows, called = Path(request.node.path).parent.name, [], set()
+
+    def note(module, inputs) -> None:
+        called.add(type(module).__name__)
 
     def compare(component: str, oracle: str, level: str, actual, expected, tolerance: float) -> None:
         assert level in LEVELS, f"unknown level {level!r}; use one of {LEVELS}"
@@ -48,9 +52,13 @@ def parity(request) -> Callable:
             f"{component} differs from {oracle} ({level}) by {error:.3g}, allowed {tolerance:.0e}: "
             f"{first_difference(actual, expected, tolerance)}"
         )
-        LEDGER.append({**row, "error": float(error), "tolerance": float(tolerance), "test": request.node.nodeid})
+        rows.append({**row, "error": float(error), "tolerance": float(tolerance), "test": request.node.nodeid})
 
-    return compare
+    hook = register_module_forward_pre_hook(note)
+    yield compare
+    hook.remove()
+    for row in rows:  # which of the course's layers this proof ran
+        LEDGER.append(row | {"layers": sorted(called & course_layers().keys())})
 
 
 def pytest_sessionfinish(session) -> None:

@@ -548,3 +548,13 @@ def test_the_network_is_out_of_reach_but_loopback_is_not(request) -> None:
     blocked = request.getfixturevalue("no_network")
     assert len(blocked) == 2
     blocked.clear()
+
+
+def test_layers_without_a_proof_are_named() -> None:
+    layers = workbench.course_layers()
+    assert layers["LayerNorm"] == "04-transformer-architecture" and layers["CausalLM"] == "09-modern-llm-architectures"
+    assert "Module" not in layers and "TransformerConfig" not in layers
+    assert layers["UnscaledTransformer"] == "05-building-from-scratch"  # a layer made from a layer of ours
+    rows = [{"layers": sorted(layers.keys() - {"LayerNorm", "Bart"})}, {"error": 0.0}]
+    left = {"04-transformer-architecture": ["LayerNorm"], "08-transformer-variants": ["Bart"]}
+    assert workbench.unproven_layers(rows) == left

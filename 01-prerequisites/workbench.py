@@ -768,8 +768,38 @@ def render_ledger(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@functools.cache
+def course_layers() -> dict[str, str]:
+    """Public layers of the course, read from the source: name -> topic folder. A layer is a class made from another
+    layer, in the end from nn.Module."""
+    bases: dict[str, tuple[str, set[str]]] = {}
+    for path in sorted(ROOT.glob("[0-9][0-9]-*/*.py")):
+        if not path.name.startswith(("test_", "exercises_")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    names = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
+                    bases[node.name] = path.parent.name, names
+    layers = {"Module"}
+    while more := {name for name, (_, above) in bases.items() if above & layers} - layers:
+        layers |= more
+    return {name: topic for name, (topic, _) in bases.items() if name in layers - {"Module"} and name[0] != "_"}
+
+
+def unproven_layers(rows: list[dict]) -> dict[str, list[str]]:
+    """Topic -> its public layers that no proof of the ledger runs."""
+    run = {name for row in rows for name in row.get("layers", ())}
+    found: dict[str, list[str]] = {}
+    for name, topic in sorted(course_layers().items(), key=lambda item: (item[1], item[0])):
+        if name not in run:
+            found.setdefault(topic, []).append(name)
+    return found
+
+
 def parity() -> None:
-    """Print the ledger that the last test run wrote to parity.json, and put it into the root README."""
+    """Print the ledger that the last test run wrote to parity.json, and put it into the root README.
+
+    Says besides which public layers (subclasses of nn.Module) no proof runs.
+    """
     path = ROOT / "parity.json"
     if not path.exists():
         raise ValueError(f"{shown(path)} does not exist; run the tests first: pytest")
@@ -781,6 +811,10 @@ def parity() -> None:
         f"the closest to its tolerance: {widest['component']}, {widest['level']}, {widest['error']:.1e} of "
         f"{widest['tolerance']:.0e}."
     )
+    unproven = unproven_layers(rows)
+    n_left = sum(map(len, unproven.values()))
+    summary += f" {len(course_layers()) - n_left} of {len(course_layers())} public layers run in a proof"
+    summary += "; not: " + ", ".join(name for names in unproven.values() for name in names) + "." if n_left else "."
     print(table, summary, sep="\n\n")
     readme = ROOT / "README.md"
     blocks = {"parity": f"{table}\n\n*{summary} {describe_machine()} · {datetime.date.today()}*"}
