@@ -6,6 +6,7 @@ python 14-evaluation-safety/evaluation_safety.py figures coverage power     # so
     judge, elo              # planted biases and strengths, found again or not
     canaries, calibration   # planted secrets and members; stated chances before and after one number is fitted
     metric-breaks           # scores that mean nothing
+    report, nothing-seen    # the course's models examined with all that stands; what 0 of n proves
 """
 
 import functools
@@ -30,9 +31,12 @@ from calibration import (
     reliability,
     softmax,
 )
+from chat_model import FOLDER as CHAT_FOLDER
 from chat_model import load_chat_model
+from course_model import FOLDER as BASE_FOLDER
 from course_model import load_course_model
 from equal_compute import remembered
+from evaluation_report import ReportPlan, examine, subject_of
 from evaluation_statistics import (
     ELO,
     bootstrap,
@@ -550,6 +554,62 @@ def metric_breaks(config: EvaluationFiguresConfig, run: RunConfig) -> None:
     config.save("metric-breaks", columns, rows, n_seeds=1)
 
 
+# The whole examination
+
+
+REPORTED = {"course model": str(BASE_FOLDER), "chat model": str(CHAT_FOLDER), "in 3 bits": f"{CHAT_FOLDER}@3"}
+
+
+def report(config: EvaluationFiguresConfig, run: RunConfig) -> None:
+    """The base model, the chat model and the chat model in 3 bits, with other questions for each seed.
+
+    Predicted: the chat model pays for its answers with a tenth of bits per byte and loses facts that were never asked;
+    three bits cost most where an answer is long, in sorting and sums, and nothing of its conduct.
+    """
+    plan = ReportPlan(n_questions=max(10, config.n_questions))
+    cells: dict[str, dict[str, list[float]]] = {}
+    for seed in range(config.n_seeds):
+
+        def measure(seed: int = seed) -> dict[str, Any]:
+            made = examine([subject_of(place, name) for name, place in REPORTED.items()], plan, 40 + seed)
+            scores = {each.subject.name: {name: s.value for name, s in each.scores.items()} for each in made.subjects}
+            for each in made.subjects:
+                passed = [check.passed for check in each.checks]
+                scores[each.subject.name]["checks of the instruments passed"] = sum(passed) / len(passed)
+            return scores
+
+        found = remembered(config, run, f"report, {config.n_questions} questions, seed {seed}", measure)
+        for name, scores in found.items():
+            for score, value in scores.items():
+                cells.setdefault(score, {}).setdefault(name, []).append(value)
+    rows = []
+    for score, by in cells.items():
+        what = "held-out, bits per byte times 100" if score == "held-out" else score
+        rows.append([what, *([each for each in by.get(name, [])] for name in REPORTED)])
+    columns = [Column("score", digits="s"), *(Column(name, digits=".1%") for name in REPORTED)]
+    config.save("report", columns, rows)
+
+
+def nothing_seen(config: EvaluationFiguresConfig, run: RunConfig) -> None:
+    """What no fault among n different questions proves: the upper end of the interval of 95 % for its share."""
+    rows = [[f"{n:,}", wilson(0, n).high, 1 - 0.05 ** (1 / n), 3 / n] for n in (4, 30, 119, 1000, 10_000)]
+    columns = [Column("questions without a fault", digits="s"), Column("Wilson, two-sided", digits=".2%")]
+    columns += [Column("exact, one-sided", digits=".2%"), Column("rule of three, 3/n", digits=".2%")]
+    config.save("nothing-seen", columns, rows, n_seeds=1)
+    figure, axis = plt.subplots(figsize=(6.5, 3.2))
+    sizes = np.geomspace(3, 10_000, 200)
+    axis.fill_between(sizes, [wilson(0, round(n)).high for n in sizes], 1e-5, alpha=0.25, lw=0, label="not ruled out")
+    for n, what in ((4, "the card's four questions"), (119, "119 different ones")):
+        axis.plot(n, wilson(0, n).high, "o", color="0.2", ms=5)
+        axis.annotate(
+            f"{what}: up to {wilson(0, n).high:.0%}", (n, wilson(0, n).high), (6, 6), textcoords="offset points"
+        )
+    axis.set(xscale="log", yscale="log", xlim=(3, 10_000), ylim=(1e-4, 1))
+    axis.set(xlabel="questions asked, none answered wrongly", ylabel="true share of wrong answers")
+    axis.legend(frameon=False, loc="lower left")
+    save_figure(figure, config.folder / "nothing-seen.svg")
+
+
 EVALUATION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "coverage": (coverage, 60),
     "power": (power, 60),
@@ -559,4 +619,6 @@ EVALUATION_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "canaries": (canaries, 60),
     "calibration": (calibration, 40),
     "metric-breaks": (metric_breaks, 5),
+    "report": (report, 180),
+    "nothing-seen": (nothing_seen, 2),
 }
