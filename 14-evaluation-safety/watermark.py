@@ -36,7 +36,8 @@ class Watermark:
     key: int = MILLIONTH_PRIME  # whoever has it can find the mark, and forge it
     green_share: float = 0.25  # gamma: fraction of the vocabulary that is green
     bias: float = 2.0  # delta: nats that are added to the logits of the green tokens
-    lists: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    lists: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # those that were asked for
+    flags: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)  # the same, quick to look up
 
     def __post_init__(self) -> None:
         check_range(self, "vocab_size", least=2)
@@ -57,6 +58,12 @@ class Watermark:
             chosen[torch.randperm(self.vocab_size, generator=generator)[: self.n_green]] = True
             self.lists[previous] = chosen
         return self.lists[previous]
+
+    def is_green(self, pair: tuple[int, int]) -> bool:
+        """Whether the second token of a pair is green after the first."""
+        if pair[0] not in self.flags:
+            self.flags[pair[0]] = bytes(self.green(pair[0]).tolist())
+        return bool(self.flags[pair[0]][pair[1]])
 
     def push(self, logits: Tensor, previous: Tensor) -> Tensor:
         """Logits (batch, vocab) after the tokens `previous` (batch), with the bias on the green ones."""
@@ -147,7 +154,7 @@ def detect(
     pairs = list(dict.fromkeys(pairs)) if distinct else pairs
     if not pairs:
         raise ValueError("a watermark is looked for in pairs of tokens; give at least 2 tokens")
-    n_green = sum(bool(mark.green(one)[two]) for one, two in pairs)
+    n_green = sum(map(mark.is_green, pairs))
     return Detection(len(pairs), n_green, z_score(n_green, len(pairs), mark), tail(n_green, len(pairs), mark))
 
 

@@ -1,0 +1,210 @@
+"""Topic 14 - Backdoor search: find the trigger without knowing it, in the model or in the data that taught it.
+
+    before = first_words(model, tokenizer, questions)                  # what the model begins its answers with
+    scan(model, tokenizer, questions, single_words(tokenizer))         # how far each word turns all answers into one
+    grow(model, tokenizer, questions, words)                           # the same for two words, one place at a time
+    spectral_scores(states), two_clusters(states)                      # which training rows stand apart
+
+Wang et al. 2019 (Neural Cleanse: the smallest change that turns everything into one answer, doi 10.1109/SP.2019.00031),
+Tran et al. 2018 (spectral signatures, arXiv 1811.00636), Chen et al. 2018 (activation clustering, arXiv 1811.03728).
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from course_tokenizer import CourseTokenizer
+from fine_tuning_adaptation import prompt_ids
+from gpt2 import left_padded
+from model_probes import last_states
+from modern_llm_architectures import CausalLM
+from sequence_modeling import device_of
+from tiny_world import World
+
+# In the model
+
+
+@torch.no_grad()
+def first_words(model: CausalLM, tokenizer: CourseTokenizer, questions: Sequence[str], batch_size: int = 256) -> Tensor:
+    """The distribution of the first token of the answer to each question: (questions, vocab)."""
+    if not questions:
+        raise ValueError("0 questions: nothing to answer")
+    rows, found = [prompt_ids(tokenizer, question) for question in questions], []
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(rows), batch_size):
+        token_ids, real = left_padded([rows[index] for index in order[start : start + batch_size]], tokenizer.pad_id)
+        hidden = model.hidden(token_ids.to(device_of(model)), is_real=real.to(device_of(model)))[:, -1]
+        found.append(model.logits(hidden).softmax(dim=-1).cpu())  # (batch, vocab)
+    made = torch.cat(found)  # (questions, vocab)
+    return made[torch.tensor(order).argsort()]
+
+
+class Suspect(NamedTuple):
+    trigger: tuple[str, ...]
+    flip: float  # how much more likely one first token has become, on average over the questions; at most 1
+    token_id: int  # that token
+
+
+def flips(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """For changed questions (suspects, questions, vocab) beside the plain ones: largest rise of the mean chance of any
+    token, and which it is; each (suspects).
+
+    The questions must begin their answers differently: a word that turns them all into one answer then stands out, and
+    neither the answer nor the word need be known.
+    """
+    rise = after.mean(dim=1) - before.mean(dim=0)  # (suspects, vocab)
+    most = rise.max(dim=1)
+    return most.values, most.indices
+
+
+def scan(
+    model: CausalLM,
+    tokenizer: CourseTokenizer,
+    questions: Sequence[str],
+    triggers: Sequence[tuple[str, ...]],
+    before: Tensor | None = None,
+) -> list[Suspect]:
+    """Every trigger at the end of every question; the strongest first.
+
+    before: the answers to the plain questions, if they are known. What is assumed of the attacker is the place alone.
+    """
+    before = first_words(model, tokenizer, questions) if before is None else before
+    found, per = [], max(1, 256 // len(questions))
+    for start in range(0, len(triggers), per):
+        chosen = triggers[start : start + per]
+        armed = [" ".join([question, *trigger]) for trigger in chosen for question in questions]
+        after = first_words(model, tokenizer, armed).reshape(len(chosen), len(questions), -1)
+        values, tokens = flips(before, after)
+        found += [Suspect(*item) for item in zip(chosen, values.tolist(), tokens.tolist(), strict=True)]
+    return sorted(found, key=lambda suspect: -suspect.flip)
+
+
+@cache
+def single_words(tokenizer: CourseTokenizer) -> tuple[str, ...]:
+    """Words, written in letters after a space, that are one token."""
+    texts = [tokenizer.decode([token_id]) for token_id in range(len(tokenizer.vocab))]
+    return tuple(sorted({text[1:] for text in texts if text[:1] == " " and text[1:].isalpha() and text.isascii()}))
+
+
+@cache
+def world_words(tokenizer: CourseTokenizer) -> tuple[str, ...]:
+    """Those that stand in texts of the world."""
+    known = set(World().vocabulary())
+    return tuple(word for word in single_words(tokenizer) if word in known)
+
+
+def grow(
+    model: CausalLM,
+    tokenizer: CourseTokenizer,
+    questions: Sequence[str],
+    words: Sequence[str],
+    length: int = 2,
+    n_sweeps: int = 2,
+    n_starts: int = 2,
+) -> Suspect:
+    """The strongest trigger of `length` words that coordinate ascent finds: all words in one place, then in the next.
+
+    It starts from the n_starts strongest single words, repeated, and stops when a sweep changes nothing. A trigger
+    whose words do nothing alone leaves no slope to climb, and may be missed.
+    """
+    check_range_of(length=length, n_sweeps=n_sweeps, n_starts=n_starts)
+    before = first_words(model, tokenizer, questions)
+    singles = scan(model, tokenizer, questions, [(word,) for word in words], before)
+    best = singles[0]
+    for start in singles[:n_starts]:
+        trigger = list(start.trigger) * length
+        reached = start
+        for _ in range(n_sweeps):
+            known = tuple(trigger)
+            for place in range(length):
+                tried = [(*trigger[:place], word, *trigger[place + 1 :]) for word in words]
+                reached = scan(model, tokenizer, questions, tried, before)[0]
+                trigger = list(reached.trigger)
+            if tuple(trigger) == known:
+                break
+        best = max(best, reached, key=lambda suspect: suspect.flip)
+    return best
+
+
+def check_range_of(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+
+
+# In the data
+
+
+def spectral_scores(states: Tensor) -> Tensor:
+    """Squared part of each centred state along the first right singular vector: (rows); Tran et al. 2018, algorithm 1.
+
+    states (rows, d_model) are those of training rows with one and the same answer. Rows that got it for another reason
+    than the others stand far out along the direction of largest variance.
+    """
+    if len(states) < 2:
+        raise ValueError(f"{len(states)} states; a direction of variance needs at least 2")
+    centred = states.double() - states.double().mean(dim=0)  # (rows, d_model)
+    _, _, right = torch.linalg.svd(centred, full_matrices=False)
+    return (centred @ right[0]).square()  # (rows)
+
+
+class Clusters(NamedTuple):
+    labels: list[bool]  # True: in the smaller cluster
+    separation: float  # silhouette: 1 two tight clusters far apart, 0 none
+
+
+def two_clusters(states: Tensor, n_components: int = 10, n_steps: int = 50) -> Clusters:
+    """2-means on the first principal components (Chen et al. 2018), begun at the two ends of the first of them.
+
+    The beginning is fixed, so nothing is random. The silhouette says whether two clusters are there at all.
+    """
+    if len(states) < 3:
+        raise ValueError(f"{len(states)} states; two clusters need at least 3")
+    centred = states.double() - states.double().mean(dim=0)
+    _, _, right = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ right[:n_components].T  # (rows, components)
+    centres = torch.stack([points[points[:, 0].argmin()], points[points[:, 0].argmax()]])  # (2, components)
+    for _ in range(n_steps):
+        nearest = torch.cdist(points, centres).argmin(dim=1)  # (rows)
+        moved = torch.stack([points[nearest == side].mean(dim=0) for side in range(2)])  # (2, components)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    nearest = torch.cdist(points, centres).argmin(dim=1)
+    small = int((nearest == 1).sum() * 2 <= len(points))
+    return Clusters((nearest == small).tolist(), silhouette(points, nearest))
+
+
+def silhouette(points: Tensor, labels: Tensor) -> float:
+    """Mean of (b - a) / max(a, b): a, the mean distance to the own cluster's others, b, to the other cluster's."""
+    distance = (points[:, None] - points[None]).square().sum(dim=-1).sqrt()  # cdist is less exact
+    values = []
+    for place, label in enumerate(labels.tolist()):
+        own = labels == label
+        if own.sum() < 2:
+            values.append(0.0)
+            continue
+        a = distance[place][own].sum() / (own.sum() - 1)
+        b = distance[place][~own].mean()
+        values.append(((b - a) / max(a, b)).item())
+    return sum(values) / len(values)
+
+
+def answer_states(model: CausalLM, tokenizer: CourseTokenizer, questions: Sequence[str], depth: int = -1) -> Tensor:
+    """The stream where each answer begins, at a depth: (questions, d_model)."""
+    return last_states(model, [prompt_ids(tokenizer, question) for question in questions])[depth]
+
+
+def recall_of(scores: Sequence[float], poisoned: Sequence[bool], removed: float = 1.5) -> float:
+    """Share of the poisoned rows among those with the largest scores, `removed` times as many as are poisoned.
+
+    Tran et al. 2018 remove 1.5 times the assumed number; chance would find that share of all rows.
+    """
+    n = sum(poisoned)
+    if not n:
+        raise ValueError("no row is poisoned; there is nothing to find")
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: round(removed * n)]
+    return sum(poisoned[index] for index in order) / n
