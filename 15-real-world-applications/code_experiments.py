@@ -51,7 +51,7 @@ class CodeFiguresConfig(CodeTrainConfig):
     """The sizes of the experiments on code."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of trainings and draws
-    n_exam: int = 60  # held-out tasks of each length
+    n_exam: int = 40  # held-out tasks of each length
     n_exam_samples: int = 20  # programs written for each
     n_runs: int = 60  # runs of which the cost is measured
     again: bool = False  # measure and train again what an earlier run has left in --out
@@ -150,7 +150,7 @@ def kept(config: CodeFiguresConfig, run: RunConfig, kind: str, seed: int, make: 
 
 def trained(config: CodeFiguresConfig, run: RunConfig, seed: int) -> dict[str, CodeModel]:
     """The three models of a seed: from references, after rounds alone, after as many steps on references."""
-    base = kept(config, run, "base", seed, lambda: train_base(config, seed))
+    base = kept(config, run, "base", seed, lambda: train_base(config, seed, run.out / f"code-run-{seed}"))
 
     def rounds() -> CodeModel:
         made, log = expert_iteration(base, config, seed)

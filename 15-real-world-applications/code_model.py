@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from checkpoints import Checkpoints
 from code_tasks import CodeTask, draw_tasks, repair_prompt, repairs
 from course_model import ModelSizes, command_line, start_small, tokenizer_sha256
 from course_tokenizer import Chat, CourseTokenizer, load_course_tokenizer
@@ -79,7 +80,7 @@ class CodeTrainConfig:
     code_rate: float = 1e-2  # peak of the learning rate, for Muon
     real_share: float = 0.1  # fraction of each batch that is real Python
     n_rounds: int = 2  # rounds of expert iteration
-    n_prompts: int = 300  # tasks of three operations without a reference, in each round
+    n_prompts: int = 200  # tasks of three operations without a reference, in each round
     n_samples: int = 8  # programs written for each
     tune_steps: int = 120  # optimizer steps of a round
     tune_rate: float = 3e-3  # peak of the learning rate in a round
@@ -99,12 +100,12 @@ SIZES = ModelSizes(d_model=96, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=240)
 
 
 def reference_rows(tokenizer: CourseTokenizer, config: CodeTrainConfig, seed: int) -> list[Chat]:
-    """Tasks with their references, and for a fifth of them a repair: a slip, its failure, the reference."""
+    """Tasks with their references, and for a tenth of them a repair: a slip, its failure, the reference."""
     tasks = draw_tasks(config.n_tasks, 1000 + seed, "train", (1, 2)) + draw_tasks(
         config.n_long, 2000 + seed, "train", (3,)
     )
     pairs = [(task.prompt, task.body) for task in tasks]
-    pairs += repairs(tasks[::5], seed)
+    pairs += repairs(tasks[::10], seed)
     return fitting([code_row(tokenizer, *pair) for pair in pairs])
 
 
@@ -150,18 +151,15 @@ def load_code_model(folder: Path = FOLDER) -> CodeModel:
     return CodeModel(CausalLM.from_pretrained(folder).eval(), load_course_tokenizer())
 
 
-def train_base(config: CodeTrainConfig, seed: int) -> CodeModel:
-    """A new model that has seen references, repairs and real Python."""
+def train_base(config: CodeTrainConfig, seed: int, out: Path | None = None) -> CodeModel:
+    """A new model that has seen references, repairs and real Python. out: where a run that stopped goes on."""
     tokenizer = load_course_tokenizer()
     rows, real = reference_rows(tokenizer, config, seed), real_rows(tokenizer) if config.real_share else []
     seed_everything(seed)
     model = start_small(CausalLM(SIZES.config(tokenizer)))
-    fit(
-        model,
-        config.batches(rows, real, seed),
-        answer_loss,
-        student_training(config.base_steps, config.code_rate, config.code_batch, ROW),
-    )
+    training = student_training(config.base_steps, config.code_rate, config.code_batch, ROW)
+    training = replace(training, save_every=100, resume=bool(out and Checkpoints(out).steps()))
+    fit(model, config.batches(rows, real, seed), answer_loss, training, out=out, header={"code": asdict(config)})
     return CodeModel(model.eval(), tokenizer)
 
 
@@ -397,10 +395,10 @@ def code_card(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_code_model(config: CodeTrainConfig, seed: int) -> tuple[CodeModel, CodeModel, dict[str, Any]]:
+def make_code_model(config: CodeTrainConfig, seed: int, out: Path) -> tuple[CodeModel, CodeModel, dict[str, Any]]:
     """The model before and after the rounds, and what is to be known of its making."""
     before = cpu_seconds()
-    base = train_base(config, seed)
+    base = train_base(config, seed, out)
     code, log = expert_iteration(base, config, seed)
     return base, code, {"cpu_seconds": cpu_seconds() - before, "config": asdict(config), "rounds": log}
 
@@ -424,7 +422,7 @@ def code_train(config: CodeTrainConfig, run: RunConfig) -> None:
     """Make the code model: references, then expert iteration with the sandbox; save it as a folder with a card."""
     seconds = 0.25 * (config.base_steps + config.n_rounds * config.tune_steps) + 40 * config.n_rounds + 60
     announce(f"train on references for {config.base_steps} steps, then {config.n_rounds} rounds alone", seconds)
-    base, code, facts = make_code_model(config, run.seed)
+    base, code, facts = make_code_model(config, run.seed, run.out / "references")
     report = save_code_model(code, run.out / "code_model", examined(base, code, facts))
     for name, numbers in report["exams"].items():
         print(f"{name}: " + ", ".join(f"{kind} {value:.1%}" for kind, value in numbers.items()))
