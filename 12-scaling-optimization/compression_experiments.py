@@ -493,28 +493,33 @@ STUDENTS = {
     "logits and hidden states": DistillConfig("features"),
     "logits, a quarter on its own text (reverse KL)": DistillConfig("on-policy"),
 }
-CORPORA = ((20_000, tuple(STUDENTS)), (500, ("scratch", "logits")))
+SCARCE = 500  # documents; on more than these only the least and the largest budget are trained
+CORPORA = ((20_000, tuple(STUDENTS)), (SCARCE, ("scratch", "logits")))
 
 
 def distillation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """Students of one size for the same FLOPs, with and without the teacher, on much text and on little."""
-    bench, rows = Bench.of(config), []
+    bench, rows, budgets = Bench.of(config), [], config.student_budgets
     for n_documents, names in CORPORA:
         for name in names:
-            made = [[measured_student(bench, name, n_documents, n_steps, seed, config, run)
-                     for seed in range(config.n_seeds)] for n_steps in config.student_budgets]  # fmt: skip
-            share = made[-1][0]["steps"] / config.student_budgets[-1]
+            made = [
+                [
+                    measured_student(bench, name, n_documents, n_steps, seed, config, run)
+                    for seed in range(config.n_seeds)
+                ]
+                if n_documents == SCARCE or n_steps in (budgets[0], budgets[-1])
+                else []
+                for n_steps in budgets
+            ]
+            gaps = [[each["gap"] for each in seeds] or "" for seeds in made]
             right = [each["right"] for each in made[-1]]
-            gaps = [[each["gap"] for each in seeds] for seeds in made]
-            rows.append([f"{n_documents:,} documents: {name}", share, *gaps, right])
+            rows.append([f"{n_documents:,} documents: {name}", made[-1][0]["steps"] / budgets[-1], *gaps, right])
             print(rows[-1], flush=True)
-    nothing = [""] * (len(config.student_budgets) - 1)
+    nothing = [""] * (len(budgets) - 1)
     rows.append(["the teacher", "", *nothing, bench.gap(bench.model), bench.right(bench.model)])
     columns = [Column("Student"), Column("Steps", "share of scratch's", ".2f")]
-    columns += [
-        Column(f"Gap for the FLOPs of {n_steps} steps", "nats per token", ".3f") for n_steps in config.student_budgets
-    ]
-    columns.append(replace(RIGHT, name=f"Right answers for {config.student_budgets[-1]}"))
+    columns += [Column(f"Gap for the FLOPs of {n_steps} steps", "nats per token", ".3f") for n_steps in budgets]
+    columns.append(replace(RIGHT, name=f"Right answers for {budgets[-1]}"))
     config.save_table("distillation", columns, rows, config.n_seeds)
 
 

@@ -135,10 +135,11 @@ def test_students_of_every_budget_stand_in_one_row(bench, tmp_path, monkeypatch)
         return {"steps": n_steps // 2, "cost": 1.0, "gap": n_documents / n_steps + seed, "right": n_steps / 100}
 
     monkeypatch.setattr(compression_experiments, "measure_student", made)
-    settings = SMALL | {"n_seeds": 2, "student_steps": "40,8"}
+    settings = SMALL | {"n_seeds": 2, "student_steps": "40,8,16"}
     distillation(CompressionFiguresConfig(**settings, folder=tmp_path), RunConfig(out=tmp_path))
     rows = {row[0]: row[1:] for row in json.loads((tmp_path / "results.json").read_text())["distillation"]["rows"]}
-    assert rows["500 documents: logits"] == [0.5, [62.5, 63.5], [12.5, 13.5], [0.4, 0.4]]
+    assert rows["500 documents: logits"] == [0.5, [62.5, 63.5], [31.25, 32.25], [12.5, 13.5], [0.4, 0.4]]
+    assert rows["20,000 documents: logits and hidden states"][2] == "", "trained at the ends only"
     for steps, message in (("8,x", "whole numbers with commas"), ("1,8", "at least 2 each")):
         with pytest.raises(ValueError, match=message):
             CompressionFiguresConfig(student_steps=steps)
