@@ -572,19 +572,25 @@ def report(config: EvaluationFiguresConfig, run: RunConfig) -> None:
 
         def measure(seed: int = seed) -> dict[str, Any]:
             made = examine([subject_of(place, name) for name, place in REPORTED.items()], plan, 40 + seed)
-            scores = {each.subject.name: {name: s.value for name, s in each.scores.items()} for each in made.subjects}
+            scores = {
+                each.subject.name: {
+                    name: score.value if score.is_share else score.value / score.best - 1
+                    for name, score in each.scores.items()
+                }
+                for each in made.subjects
+            }
             for each in made.subjects:
                 passed = [check.passed for check in each.checks]
                 scores[each.subject.name]["checks of the instruments passed"] = sum(passed) / len(passed)
             return scores
 
-        found = remembered(config, run, f"report, {config.n_questions} questions, seed {seed}", measure)
+        found = remembered(config, run, f"the whole report, {config.n_questions} questions, seed {seed}", measure)
         for name, scores in found.items():
             for score, value in scores.items():
                 cells.setdefault(score, {}).setdefault(name, []).append(value)
     rows = []
     for score, by in cells.items():
-        what = "held-out, bits per byte times 100" if score == "held-out" else score
+        what = "held-out documents, bits above the optimum" if score == "held-out" else score
         rows.append([what, *([each for each in by.get(name, [])] for name in REPORTED)])
     columns = [Column("score", digits="s"), *(Column(name, digits=".1%") for name in REPORTED)]
     config.save("report", columns, rows)
