@@ -51,6 +51,7 @@ REPORT = "report.json"
 EXAM_VILLAGE, EXAM_TASKS, EXAM_SEED = 7, 50, 7
 MOST_GOODS = 20  # of a kind that one person has
 LONGEST = 400  # positions of a row of training
+N_VILLAGES = 100  # that a policy learns in
 
 
 class Village:
@@ -213,8 +214,8 @@ class Oracle:
 class AgentTrainConfig:
     """How the chat model is taught to act."""
 
-    n_tasks: int = 1500  # tasks of each kind to learn from
-    agent_steps: int = 900  # optimizer steps
+    n_tasks: int = 800  # tasks of each kind to learn from
+    agent_steps: int = 330  # optimizer steps
     agent_batch: int = 12  # traces and documents of a step
     agent_rate: float = 5e-3  # the peak learning rate
     agent_rank: int = 16  # of the low-rank updates
@@ -234,11 +235,12 @@ class AgentTrainConfig:
 
 
 def trace_rows(tokenizer: CourseTokenizer, config: AgentTrainConfig, seed: int) -> list[Chat]:
-    """The oracle's runs as conversations; each has a village of its own, so that only observations tell who is who."""
+    """The oracle's runs as conversations, in many villages, so that only observations tell who is whose friend."""
     rng, rows = random.Random(seed), []
+    villages = [Village(1000 + number + N_VILLAGES * seed) for number in range(N_VILLAGES)]
+    toolboxes = [village_tools(village) for village in villages]
     for number in range(config.n_tasks):
-        village = Village(1000 + number % 50 + 100 * seed)
-        tools = village_tools(village)
+        village, tools = villages[number % N_VILLAGES], toolboxes[number % N_VILLAGES]
         for kind in KINDS:
             task = draw_task(village, rng, kind)
             run = Agent(Oracle(config.thoughts), tools).run(task.question)
@@ -267,7 +269,7 @@ def train_agent(config: AgentTrainConfig, run: RunConfig) -> tuple[CausalLM, Cou
 
 def teach_agent(config: AgentTrainConfig, run: RunConfig) -> None:
     """Train the policy on the oracle's traces, examine it, and write its adapter with a card to --out."""
-    announce(f"train an agent's policy, {config.agent_steps} steps", 0.3 * config.agent_steps)
+    announce(f"train an agent's policy, {config.agent_steps} steps", 0.7 * config.agent_steps)
     start = time.process_time()
     model, tokenizer, log = train_agent(config, run)
     seconds, folder = time.process_time() - start, run.out / "agent_adapter"
