@@ -176,7 +176,7 @@ class SummaryConfig:
     """How the chat model learns to summarise."""
 
     n_articles: int = 6000  # stories to learn from
-    summary_steps: int = 500  # optimizer steps
+    summary_steps: int = 400  # optimizer steps
     summary_batch: int = 16  # stories of a step
     summary_rate: float = 5e-3  # the peak learning rate
     summary_rank: int = 8  # of the low-rank updates

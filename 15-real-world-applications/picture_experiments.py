@@ -1,0 +1,326 @@
+"""Topic 15 - Picture experiments: what the model sees, counted by kind of question, beside models that cannot see.
+
+python 15-real-world-applications/real_world_applications.py train-pictures            # make picture_model/ again
+python 15-real-world-applications/real_world_applications.py picture scene.png "how many dots?"
+python 15-real-world-applications/real_world_applications.py figures picture-recall picture-questions picture-breaks
+"""
+
+import datetime
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save as safetensors_bytes
+
+from course_model import command_line
+from course_tokenizer import load_course_tokenizer
+from equal_compute import remembered
+from huggingface_folders import read_safetensors
+from language_experiments import LANGUAGE_EXPERIMENTS, LANGUAGE_VERBS
+from llm_calculators import forward_flops, kv_bytes_per_token
+from picture_failures import PICTURE_BREAKS
+from picture_model import (
+    FOLDER,
+    PairEncoders,
+    PictureConfig,
+    PictureExam,
+    PictureLM,
+    attach,
+    examine_pictures,
+    load_picture_model,
+    recall_at,
+    save_picture_model,
+    train_pairs,
+    train_text,
+)
+from scene_pictures import (
+    KINDS,
+    ask,
+    captions_of,
+    draw_scene,
+    load_picture,
+    plot_pictures,
+    png_bytes,
+    render,
+    render_all,
+)
+from workbench import (
+    Column,
+    RunConfig,
+    announce,
+    check_range,
+    describe_machine,
+    save_figure,
+    save_results,
+    shown,
+    write_atomically,
+)
+
+COMMAND = "python 15-real-world-applications/real_world_applications.py figures"
+
+
+@dataclass(frozen=True)
+class PictureFiguresConfig:
+    """The sizes of the experiments on pictures."""
+
+    n_seeds: int = 3  # seeds 0, 1, ... of encoders, projectors and updates
+    picture_questions: int = 100  # questions of each kind
+    picture_pairs: int = 200  # pictures among which one is found
+    picture_shrink: int = 1  # divide the steps of every picture training by this
+    again: bool = False  # measure again what an earlier run has left in --out
+    folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
+
+    def __post_init__(self) -> None:
+        check_range(self, "n_seeds", "picture_questions", "picture_shrink", least=1)
+        check_range(self, "picture_pairs", least=6)
+
+    @property
+    def exam(self) -> PictureExam:
+        return PictureExam(self.picture_questions, self.picture_pairs)
+
+    @property
+    def recipe(self) -> PictureConfig:
+        whole = PictureConfig()
+        names = ("pair_steps", "join_steps", "tune_steps")
+        return replace(whole, **{name: max(1, getattr(whole, name) // self.picture_shrink) for name in names})
+
+    def save_table(self, name: str, columns: list[Column], rows: list[list], n_seeds: int) -> None:
+        save_results(self.folder / "results.json", name, columns, rows, range(n_seeds), f"{COMMAND} {name}")
+
+
+def encoders(config: PictureFiguresConfig, run: RunConfig, seed: int) -> PairEncoders:
+    """The pair of encoders of a seed, trained once and kept in --out."""
+    recipe = config.recipe
+    path = run.out / f"pair-{recipe.pair_steps}-{seed}.safetensors"
+    pair = PairEncoders(recipe)
+    if config.again or not path.exists():
+        pair = train_pairs(recipe, seed)
+        tensors = {name: tensor.contiguous() for name, tensor in pair.state_dict().items()}
+        write_atomically(path, safetensors_bytes(tensors))
+    else:
+        pair.load_state_dict(read_safetensors(path))
+    return pair.eval()
+
+
+# What is found
+
+
+def picture_recall(config: PictureFiguresConfig, run: RunConfig) -> None:
+    """The right description among 200, and the right picture among 200, for scenes with and without held-out pairs.
+
+    Prediction: held-out pairs cost a few points at 1 and nothing at 5, because colour and shape are read apart.
+    """
+    names = ("text@1", "text@5", "picture@1", "picture@5")
+    found: dict[str, dict[str, list[float]]] = {split: {name: [] for name in names} for split in ("seen", "held-out")}
+    for seed in range(config.n_seeds):
+        for split, lists in found.items():
+            what = f"recall, {config.recipe.pair_steps} steps, seed {seed}, {split}, {config.picture_pairs} pairs"
+            scores = remembered(
+                config,
+                run,
+                what,
+                lambda seed=seed, split=split: recall_at(encoders(config, run, seed), split, config.exam),
+            )
+            for name in names:
+                lists[name].append(scores[name])
+    columns = [Column("Pictures"), Column("text at 1", "", ".1%"), Column("text at 5", "", ".1%")]
+    columns += [Column("picture at 1", "", ".1%"), Column("picture at 5", "", ".1%")]
+    rows = [[f"{split} pairs", *(lists[name] for name in names)] for split, lists in found.items()]
+    rows.append(["chance", *(k / config.picture_pairs for k in (1, 5, 1, 5))])
+    config.save_table("picture-recall", columns, rows, config.n_seeds)
+
+
+# What is answered
+
+
+VARIANTS = ("projector alone", "projector and updates", "without pictures")
+
+
+def answered(config: PictureFiguresConfig, run: RunConfig, seed: int, variant: str) -> dict[str, dict[str, float]]:
+    """Scores by kind on seen and held-out pairs (and with shuffled pictures) of one training."""
+
+    def measure() -> dict[str, dict[str, float]]:
+        tokenizer = load_course_tokenizer()
+        model = attach(encoders(config, run, seed), config.recipe, seed)
+        stage = "join" if variant == "projector alone" else "tune"
+        train_text(model, tokenizer, config.recipe, seed, stage, blind=variant == "without pictures")
+        found = {split: examine_pictures(model, tokenizer, split, config.exam) for split in ("seen", "held-out")}
+        if variant == "projector and updates":
+            found["shuffled"] = examine_pictures(model, tokenizer, "seen", config.exam, shuffled=True)
+        return found
+
+    recipe = config.recipe
+    what = (
+        f"answers, {variant}, {recipe.join_steps} + {recipe.tune_steps} steps, seed {seed}, {config.picture_questions}"
+    )
+    return remembered(config, run, what, measure)
+
+
+def picture_questions(config: PictureFiguresConfig, run: RunConfig) -> None:
+    """Questions and captions: the projector alone, with low-rank updates, without any picture, and with wrong pictures.
+
+    Prediction: a frozen model answers in its own words (colours, relations) well above chance and never says small,
+    large, yes or no, words that it has not learned to say; with updates all kinds rise; without pictures and with wrong
+    ones all are at chance; held-out pairs cost most where the two halves must be bound, in "exists".
+    """
+    scores = {name: [answered(config, run, seed, name) for seed in range(config.n_seeds)] for name in VARIANTS}
+    kinds = (*KINDS, "caption")
+    columns = [Column("Model"), Column("Pairs"), *(Column(kind, "", ".0%") for kind in kinds)]
+    rows = []
+    for name, found in scores.items():
+        for split in found[0]:
+            label = "wrong pictures" if split == "shuffled" else name
+            pairs = "seen" if split == "shuffled" else split
+            rows.append([label, pairs, *([item[split][kind] for item in found] for kind in kinds)])
+    rows.append(["chance", "", *(chance(kind) for kind in KINDS), 0.0])
+    config.save_table("picture-questions", columns, rows, config.n_seeds)
+
+
+@cache
+def chance(kind: str) -> float:
+    """What guessing among the answers that a question leaves possible gets right."""
+    rng = random.Random(0)
+    return 1 / ask(draw_scene(rng), rng, kind).n_choices
+
+
+def picture_tokens(config: PictureFiguresConfig, run: RunConfig) -> None:
+    """What the tokens of a picture cost before a question of 14 tokens: positions, operations, cache. Computed."""
+    model = attach(PairEncoders(config.recipe), config.recipe, 0).language.config
+    rows = []
+    for name, n_tokens in (
+        ("none", 0),
+        ("one for a picture", 1),
+        ("9, squares of 2 x 2 patches", 9),
+        ("36 patches", 36),
+    ):
+        n = n_tokens + 15
+        flops = sum(forward_flops(model, n).values()) * n / 1e6
+        rows.append([name, str(n), flops, kv_bytes_per_token(model, 4) * n / 1024])
+    n_large = (336 // 14) ** 2
+    rows.append([f"336 x 336 pixels in patches of 14: {n_large}", str(n_large + 15), "", ""])
+    columns = [Column("Picture tokens"), Column("positions"), Column("forward pass", "MFLOP", ".1f")]
+    columns.append(Column("keys and values", "KiB", ".0f"))
+    config.save_table("picture-tokens", columns, rows, 1)
+
+
+def picture_breaks(config: PictureFiguresConfig, run: RunConfig) -> None:
+    """Every failure of picture_failures.py beside its sound form."""
+    rows = []
+    for name in PICTURE_BREAKS:
+        found = [PICTURE_BREAKS[name][0](replace(run, seed=seed)) for seed in range(config.n_seeds)]
+        for number, (what, _, _) in enumerate(found[0]):
+            rows.append([what, *([row[number][side] for row in found] for side in (1, 2))])
+    columns = [Column("Failure, and what is measured"), Column("sound", "", ".3g"), Column("broken", "", ".3g")]
+    config.save_table("picture-breaks", columns, rows, config.n_seeds)
+
+
+def picture_gallery(config: PictureFiguresConfig, run: RunConfig) -> None:
+    """Held-out scenes with the committed model's captions and answers."""
+    model, _, tokenizer = load_picture_model()
+    save_figure(gallery(model, tokenizer), config.folder / "pictures.svg")
+
+
+def gallery(model: PictureLM, tokenizer, n: int = 8) -> Figure:
+    """Pictures with held-out pairs, and what the model says of each; a cross marks what is wrong."""
+    rng = random.Random(11)
+    scenes = [draw_scene(rng, "held-out") for _ in range(n)]
+    pictures = render_all(scenes, rng)
+    asked = [ask(scene, rng, KINDS[index % len(KINDS)], "held-out") for index, scene in enumerate(scenes)]
+    captions = model.answer(tokenizer, pictures, ["Picture:"] * n)
+    answers = model.answer(tokenizer, pictures, [question.prompt for question in asked], 8)
+    titles = []
+    for scene, question, caption, answer in zip(scenes, asked, captions, answers, strict=True):
+        caption_ok, answer_ok = f"Picture:{caption}" in captions_of(scene), answer == question.answer
+        wording = question.prompt.removeprefix("Question: ").removesuffix(" Answer:")
+        text = caption.strip().replace(" and", "\nand").replace(" of a", "\nof a", 1)
+        titles.append(f"{mark(caption_ok)} {text}\n{mark(answer_ok)} {wording} {answer.strip()}")
+    return plot_pictures(pictures, titles)
+
+
+def mark(right: bool) -> str:
+    return "right:" if right else "WRONG:"
+
+
+PICTURE_EXPERIMENTS: dict[str, tuple[Callable[[Any, RunConfig], None], int]] = {  # name: function, seconds
+    "picture-recall": (picture_recall, 330),
+    "picture-questions": (picture_questions, 900),
+    "picture-tokens": (picture_tokens, 5),
+    "picture-breaks": (picture_breaks, 20),
+    "picture-gallery": (picture_gallery, 10),
+    **LANGUAGE_EXPERIMENTS,
+}
+
+
+# The verbs
+
+
+@dataclass(frozen=True)
+class PictureQuestionConfig:
+    """A picture, and what is asked about it."""
+
+    text: tuple[str, ...] = ()  # the picture's file, then the question; without one a caption is asked for
+    checkpoint: Path = FOLDER  # the folder of the picture model
+    draw: bool = False  # first draw a scene of --seed into that file
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError('give a picture and a question, such as: picture scene.png "how many dots?"')
+
+
+def picture(config: PictureQuestionConfig, run: RunConfig) -> None:
+    """Answer a question about a PNG or JPEG file, or caption it."""
+    path, question = Path(config.text[0]), " ".join(config.text[1:])
+    if config.draw:
+        rng = random.Random(run.seed)
+        scene = draw_scene(rng, "held-out")
+        write_atomically(path, png_bytes(render(scene, rng)))
+        print(f"drew {captions_of(scene)[0].removeprefix('Picture: ')} to {shown(path)}")
+    pixels = load_picture(path.parent, path.name)
+    model, _, tokenizer = load_picture_model(config.checkpoint)
+    if len(question) > 200:
+        raise ValueError(f"the question has {len(question)} characters; the limit is 200")
+    prompt = f"Question: {question.rstrip('?').strip()}? Answer:" if question else "Picture:"
+    with torch.no_grad():
+        print(model.answer(tokenizer, pixels[None], [prompt])[0].strip())
+
+
+def train_pictures(config: PictureConfig, exam: PictureExam, run: RunConfig) -> None:
+    """Train encoders, projector and updates, examine them, and write out/picture_model with its card."""
+    seconds = 0.16 * config.pair_steps + 0.25 * config.tune_steps + 40
+    announce("train a picture model", seconds)
+    before, tokenizer = time.process_time(), load_course_tokenizer()
+    pair = train_pairs(config, run.seed)
+    model = attach(pair, config, run.seed)
+    for stage in ("join", "tune"):
+        train_text(model, tokenizer, config, run.seed, stage)
+    spent = time.process_time() - before
+    write_picture_model(model, pair, config, exam, spent, run)
+
+
+def write_picture_model(
+    model: PictureLM, pair: PairEncoders, config: PictureConfig, exam: PictureExam, spent: float, run: RunConfig
+) -> None:
+    """Examine a trained model and write its folder."""
+    tokenizer = load_course_tokenizer()
+    report: dict[str, Any] = {split: examine_pictures(model, tokenizer, split, exam) for split in ("seen", "held-out")}
+    report["shuffled"] = examine_pictures(model, tokenizer, "seen", exam, shuffled=True)
+    report |= {"recall": recall_at(pair, "held-out", exam), "command": command_line(), "cpu_seconds": spent}
+    report |= {"machine": describe_machine(), "date": str(datetime.datetime.now(datetime.UTC).date())}
+    report |= {"n_questions": exam.n_questions, "n_pairs": exam.n_pairs}
+    save_picture_model(model, pair, config, run.out / "picture_model", report)
+    for split in ("seen", "held-out", "shuffled"):
+        print(f"{split:9}" + "  ".join(f"{kind} {share:.0%}" for kind, share in report[split].items()))
+    print(f"in {shown(run.out / 'picture_model')}")
+
+
+PICTURE_VERBS: dict[str, tuple[Any, ...]] = {
+    "picture": (picture, PictureQuestionConfig, RunConfig),
+    "train-pictures": (train_pictures, PictureConfig, PictureExam, RunConfig),
+    **LANGUAGE_VERBS,
+}
