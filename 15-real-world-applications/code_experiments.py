@@ -6,7 +6,6 @@ python 15-real-world-applications/real_world_applications.py figures pass-at-k r
 Trained models are kept in --out, so that an interrupted run goes on where it stopped.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from code_failures import CODE_BREAKS
 from code_model import (
     CodeModel,
     CodeTrainConfig,
+    best_of_n_bound,
     code_train,
     exam_tasks,
     examine,
@@ -241,18 +241,13 @@ def best_of_n(config: CodeFiguresConfig, run: RunConfig) -> None:
             lucky / max(1, sum(map(sum, seen["public"])))
         )
     rows = [
-        [name, cells[0], cells[1] or "", float(gap_bound(int(name))) if name.isdigit() else ""]
+        [name, cells[0], cells[1] or "", best_of_n_bound(int(name)) if name.isdigit() else ""]
         for name, cells in found.items()
     ]
     columns = [Column("Programs"), Column("picked by public cases", digits=".1%")]
     columns += [Column("pass@n: one of them is right", digits=".1%"), Column("log n - (n - 1)/n", "nats", ".2f")]
     config.save_code("best-of-n", columns, rows, config.n_seeds)
     save_figure(plot_best_of_n(found, sizes), config.folder / "best-of-n.svg")
-
-
-def gap_bound(n: int) -> float:
-    """Most that taking the best of n moves a distribution, in nats of KL divergence."""
-    return math.log(n) - (n - 1) / n
 
 
 def plot_best_of_n(found: dict[str, tuple[list[float], list[float]]], sizes: tuple[int, ...]) -> Figure:

@@ -16,6 +16,7 @@ al. 2023 (rejection sampling fine-tuning, arXiv 2308.01825), Olausson et al. 202
 import copy
 import datetime
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -324,6 +325,27 @@ def filtered_pass(public: Sequence[bool], hidden: Sequence[bool], n: int) -> flo
     for drawn in range(n):
         none *= max(0, total - good - drawn) / (total - drawn)
     return (1 - none) * chosen + none * rest
+
+
+def best_of_n_bound(n: int) -> float:
+    """Most that taking the best of n samples moves a distribution: KL divergence in nats, log n - (n - 1) / n."""
+    return math.log(n) - (n - 1) / n
+
+
+def filter_kl(p: float, n: int) -> float:
+    """KL divergence in nats of the first of n samples that passes a filter; the last one, if none does.
+
+    p: chance of one sample to pass, 0 to 1. Among the samples that pass, and among those that fail, nothing changes:
+    it is the divergence of two coins.
+    """
+    after = 1 - (1 - p) ** n
+    parts = ((after, p), (1 - after, 1 - p))
+    return sum(new * math.log(new / old) for new, old in parts if new > 0)
+
+
+def repair_wins(repair: float, p: float, ratio: float) -> bool:
+    """Whether a repair passes more often than fresh programs of the same tokens, of which it costs `ratio` each."""
+    return repair > 1 - (1 - p) ** ratio
 
 
 def cpu_seconds() -> float:
