@@ -38,6 +38,7 @@ from fine_tuning_adaptation import (
     examine_answers,
     fine_tune,
     guessing,
+    respond,
 )
 from low_rank_adapters import LoraConfig, add_adapters
 from modern_llm_architectures import CausalLM
@@ -45,7 +46,7 @@ from nf4 import quantize_nf4, weight_bytes
 from optimizers import build_optimizer, state_bytes
 from preference_experiments import PREFERENCE_EXPERIMENTS, base_name
 from prompt_tuning import trained_parameters
-from tiny_world import INSTRUCT, World
+from tiny_world import INSTRUCT, World, join
 from workbench import (
     Column,
     RunConfig,
@@ -92,6 +93,15 @@ class FiguresConfig:
         save_results(self.folder / "results.json", name, columns, rows, seeds, f"{SCRIPT} figures {experiment}")
 
 
+TOLD = (
+    "fact",
+    "read",
+    "sum",
+    "sort",
+    "story",
+    "refuse",
+)  # columns of a table; no training here gets one of "safe" right
+DRAWN = TOLD[:4]  # the kinds that seeds agree on
 GAPS = (Column("gap, answers", "nats per token", ".3f"), Column("gap, documents", "nats per token", ".3f"))
 
 
@@ -275,37 +285,45 @@ def methods(config: FiguresConfig, run: RunConfig) -> None:
     """Every method on the same instructions: what it trains, keeps in memory, gets right and forgets."""
     rows, points, before = [], {}, base_report(config, run)
     for name, trial in METHOD_TRIALS.items():
-        found = measured(trial, config, run)
-        first, means, gaps = found[0], [item["mean"] for item in found], [item["gap"] for item in found]
-        sums = [item["accuracy"]["sum"] for item in found]
-        points[name] = (means, gaps)
-        answers = [item["answer_gap"] for item in found]
+        points[name] = found = measured(trial, config, run)
+        first = found[0]
         sizes = [float(first["trained"]), first["state_bytes"] / 2**10, first["weight_bytes"] / 2**10]
-        rows.append([name, *sizes, means, sums, answers, gaps, [item["seconds"] for item in found]])
+        rows.append([name, *sizes, *right_and_gaps(found), [item["seconds"] for item in found]])
     columns = [
         Column("Method"),
         Column("trained", "", ",.0f"),
         Column("AdamW's state", "KiB", ",.0f"),
         Column("weights", "KiB", ",.0f"),
-        Column("right, mean", "", ".1%"),
-        Column("sum", "", ".0%"),
-        *GAPS,
+        *RIGHT_AND_GAPS,
         Column("training", "CPU s", ".0f"),
     ]
     config.save("methods", columns, rows, "methods")
     save_figure(plot_trade(points, before["gap"]), config.folder / "methods-trade.svg")
 
 
-def plot_trade(points: dict[str, tuple[list[float], list[float]]], start: float) -> Figure:
-    """Right answers against the gap on pretraining documents; every seed a dot, the mean a square."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for index, (name, (means, gaps)) in enumerate(points.items()):
-        color, marker = f"C{index % 8}", "sD"[index // 8]
-        axis.plot(gaps, means, "o", ms=3, color=color, alpha=0.6)
-        axis.plot([np.mean(gaps)], [np.mean(means)], marker, ms=7, color=color, label=name)
-    axis.axvline(start, color="0.5", ls="--", lw=1, label="before")
-    axis.set(xscale="log", xlabel="gap on pretraining documents (nats per token)", ylabel="right answers, mean")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+RIGHT_AND_GAPS = (*(Column(category, "", ".0%") for category in TOLD), *GAPS)
+
+
+def right_and_gaps(found: list[dict[str, Any]]) -> list[list[float]]:
+    """The cells of RIGHT_AND_GAPS, a number for each seed."""
+    right = [[item["accuracy"][category] for item in found] for category in TOLD]
+    return [*right, *([item[key] for item in found] for key in ("answer_gap", "gap"))]
+
+
+def plot_trade(points: dict[str, list[dict[str, Any]]], start: float) -> Figure:
+    """Right answers of four kinds against the gap on documents; a dot for each seed, larger marks for means."""
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 5.4), sharex=True, sharey=True)
+    for axis, category in zip(axes.flat, DRAWN, strict=True):
+        for index, (name, found) in enumerate(points.items()):
+            color, marker = f"C{index % 8}", "sD"[index // 8]
+            gaps, right = ([item["gap"] for item in found], [item["accuracy"][category] for item in found])
+            axis.plot(gaps, right, "o", ms=3, color=color, alpha=0.5)
+            axis.plot([np.mean(gaps)], [np.mean(right)], marker, ms=7, color=color, label=name)
+        axis.axvline(start, color="0.5", ls="--", lw=1, label="before")
+        axis.set(xscale="log", title=category, ylim=(-0.03, 1.03))
+    figure.supxlabel("gap on pretraining documents (nats per token)")
+    figure.supylabel("right answers")
+    axes[0, 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -325,46 +343,40 @@ def rank_trial(rank: int, stable: bool = False) -> Trial:
 
 
 def ranks(config: FiguresConfig, run: RunConfig) -> None:
-    """LoRA from rank 1 to 64, alpha fixed, beside rsLoRA at the ends and full fine-tuning."""
-    rows, curves = [], {"LoRA, scale 16 / r": {}, "rsLoRA, scale 5.7 / sqrt(r)": {}}
+    """LoRA from rank 1 to 64, alpha fixed, beside rsLoRA at the upper end and full fine-tuning."""
+    rows: list[list] = []
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {"LoRA": {}, "rsLoRA": {}}
     trials = [(rank, False) for rank in RANKS] + [(rank, True) for rank in STABLE_RANKS]
     for rank, stable in trials:
         found, kind = measured(rank_trial(rank, stable), config, run), list(curves)[stable]
-        means, gaps = [item["mean"] for item in found], [item["gap"] for item in found]
-        curves[kind][rank] = means
+        curves[kind][rank] = found
         scale = LoraConfig(**{"lora_rank": rank, **rank_trial(rank, stable).lora}).scale
-        rest = [[item["accuracy"]["sum"] for item in found], [item["answer_gap"] for item in found], gaps]
-        rows.append([f"{kind.split(',')[0]}, rank {rank}", scale, float(found[0]["trained"]), means, *rest])
+        rows.append([f"{kind}, rank {rank}", scale, float(found[0]["trained"]), *right_and_gaps(found)])
     full = measured(METHOD_TRIALS["full"], config, run)
-    means, gaps = [item["mean"] for item in full], [item["gap"] for item in full]
-    rest = [[item["accuracy"]["sum"] for item in full], [item["answer_gap"] for item in full], gaps]
-    rows.append(["full", "", float(full[0]["trained"]), means, *rest])
-    columns = [
-        Column("Update"),
-        Column("scale", "", ".2f"),
-        Column("trained", "", ",.0f"),
-        Column("right, mean", "", ".1%"),
-        Column("sum", "", ".0%"),
-        *GAPS,
-    ]
+    rows.append(["full", "", float(full[0]["trained"]), *right_and_gaps(full)])
+    columns = [Column("Update"), Column("scale", "", ".2f"), Column("trained", "", ",.0f"), *RIGHT_AND_GAPS]
     config.save("ranks", columns, rows, "ranks")
-    curves[list(curves)[1]][8] = curves[list(curves)[0]][8]
-    save_figure(plot_ranks(curves, means), config.folder / "lora-ranks.svg")
+    save_figure(plot_ranks(curves, full), config.folder / "lora-ranks.svg")
 
 
-def plot_ranks(curves: dict[str, dict[int, list[float]]], full: list[float]) -> Figure:
-    """Right answers against the rank, mean and every seed; full fine-tuning as a band."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.6))
-    for index, (name, cells) in enumerate(curves.items()):
-        places = sorted(cells)
-        axis.plot(places, [np.mean(cells[rank]) for rank in places], "s-", ms=5, color=f"C{index}", label=name)
-        for rank in places:
-            axis.plot([rank] * len(cells[rank]), cells[rank], "o", ms=3, color=f"C{index}", alpha=0.6)
-    axis.axhspan(min(full), max(full), color="0.85", label="full fine-tuning, its seeds")
-    axis.set(xscale="log", xlabel="rank", ylabel="right answers, mean")
-    axis.set_xticks(RANKS, [str(rank) for rank in RANKS])
-    axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
+def plot_ranks(curves: dict[str, dict[int, list[dict[str, Any]]]], full: list[dict[str, Any]]) -> Figure:
+    """Right answers of four kinds against the rank, every seed a dot; rsLoRA and full fine-tuning as single marks."""
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 5.4), sharex=True, sharey=True)
+    last = 2.5 * max(RANKS)  # where full fine-tuning stands
+    for index, (axis, category) in enumerate(zip(axes.flat, DRAWN, strict=True)):
+        groups = {"LoRA": ("s-", curves["LoRA"]), "rsLoRA": ("D", curves["rsLoRA"]), "full": ("^", {last: full})}
+        for (name, (mark, cells)), color in zip(groups.items(), ("C0", "C1", "0.3"), strict=True):
+            right = {rank: [item["accuracy"][category] for item in found] for rank, found in sorted(cells.items())}
+            axis.plot(list(right), [np.mean(cell) for cell in right.values()], mark, ms=6, color=color, label=name)
+            for rank, cell in right.items():
+                axis.plot([rank] * len(cell), cell, "o", ms=3, color=color, alpha=0.5)
+        axis.set(xscale="log", title=category, ylim=(-0.03, 1.03))
+        axis.set_xticks([*RANKS, last], [*(str(rank) for rank in RANKS), "full"])
+        axis.minorticks_off()
+        if index >= 2:
+            axis.set(xlabel="rank")
+    figure.supylabel("right answers")
+    axes[1, 1].legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -384,14 +396,11 @@ def keeping(config: FiguresConfig, run: RunConfig) -> None:
     """Elastic weights and replayed documents against forgetting, and what they cost in answers."""
     rows, points, before = [], {}, base_report(config, run)
     for name, trial in KEPT_TRIALS.items():
-        found = measured(trial, config, run)
-        means, gaps = [item["mean"] for item in found], [item["gap"] for item in found]
-        points[name] = (means, gaps)
-        answers = [item["answer_gap"] for item in found]
-        rows.append([name, means, answers, gaps, [item["seconds"] for item in found]])
-    rows.append(["the course model, before", before["mean"], before["answer_gap"], before["gap"], ""])
-    columns = [Column("Training"), Column("right, mean", "", ".1%"), *GAPS]
-    config.save("keeping", [*columns, Column("training", "CPU s", ".0f")], rows, "keeping")
+        points[name] = found = measured(trial, config, run)
+        rows.append([name, *right_and_gaps(found), [item["seconds"] for item in found]])
+    rows.append(["the course model, before", *(cell[0] for cell in right_and_gaps([before])), ""])
+    columns = [Column("Training"), *RIGHT_AND_GAPS, Column("training", "CPU s", ".0f")]
+    config.save("keeping", columns, rows, "keeping")
     save_figure(plot_trade(points, before["gap"]), config.folder / "keeping-trade.svg")
 
 
@@ -410,9 +419,31 @@ def tasks(config: FiguresConfig, run: RunConfig) -> None:
     rows = []
     for name, trial in TASK_TRIALS.items():
         found = measured(trial, config, run)
-        rows.append([name, *([item["accuracy"][category] for item in found] for category in INSTRUCT)])
+        shares = [refusals(trial, config, run, seed) for seed in range(config.n_seeds)]
+        asked = [[item["accuracy"][category] for item in found] for category in INSTRUCT]
+        rows.append([name, *asked, *([item[key] for item in shares] for key in ("forbidden", "allowed"))])
     columns = [Column("Taught"), *(Column(category, "", ".0%") for category in INSTRUCT)]
+    columns += [Column("refused", "of what is forbidden", ".0%"), Column("refused", "of what is allowed", ".0%")]
     config.save("tasks", columns, rows, "tasks")
+
+
+def refusals(trial: Trial, config: FiguresConfig, run: RunConfig, seed: int) -> dict[str, float]:
+    """Shares of held-out questions whose answer begins as a refusal does: the forbidden ones, and the six other kinds.
+
+    Greedy. How an answer begins says what a model meant, even if it stumbles over the rest.
+    """
+
+    def ask() -> dict[str, float]:
+        model, tokenizer, _ = trained(trial, config, run, seed)
+        exam, found = config.exam, {}
+        for category in INSTRUCT:
+            asked = World().instructions(exam.n_questions, exam.exam_seed, exam.exam_split, category)
+            texts = respond(model, tokenizer, [join(item.prompt) for item in asked])
+            found[category] = sum(text.startswith("Sorry") for text in texts) / len(texts)
+        allowed = [share for category, share in found.items() if category != "refuse"]
+        return {"forbidden": found["refuse"], "allowed": sum(allowed) / len(allowed)}
+
+    return remembered(config, run, f"refusals, {trial.name(config, seed)}", ask)
 
 
 # 6. What NF4 costs the weights

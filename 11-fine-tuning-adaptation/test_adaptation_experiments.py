@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import adaptation_experiments
-from adaptation_experiments import EXPERIMENTS, RANKS, FiguresConfig, Trial, adam_bytes, every_trial, rank_trial
+from adaptation_experiments import (
+    EXPERIMENTS,
+    RANKS,
+    TOLD,
+    FiguresConfig,
+    Trial,
+    adam_bytes,
+    every_trial,
+    rank_trial,
+    refusals,
+)
 from course_model import load_course_model
 from fine_tuning_adaptation import RATES, MethodConfig, adapt
 from low_rank_adapters import LoraConfig
@@ -54,17 +64,23 @@ def test_the_optimizers_bytes_are_counted_on_an_optimizer() -> None:
     assert all(torch.equal(part, before[name]) and part.grad is None for name, part in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4"])
+@pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4", "tasks"])
 def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
     config, run = setting
     monkeypatch.setattr(adaptation_experiments, "RANKS", (1, 8))
     monkeypatch.setattr(adaptation_experiments, "STABLE_RANKS", (2,))
     kept = adaptation_experiments.KEPT_TRIALS
     monkeypatch.setattr(adaptation_experiments, "KEPT_TRIALS", {key: kept[key] for key in ("full", "full, EWC 10")})
+    monkeypatch.setattr(adaptation_experiments, "TASK_TRIALS", {"all seven": kept["full"]})
     EXPERIMENTS[name][0](config, run)
-    rows = table(config, name)["rows"]
-    expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8}
+    rows, heads = table(config, name)["rows"], [column["name"] for column in table(config, name)["columns"]]
+    expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8, "tasks": 1}
     assert len(rows) == expected[name]
+    if name in ("keeping", "ranks"):  # by category: a mean would hide which one moved
+        assert heads[-len(TOLD) - 2 - (name == "keeping") :][: len(TOLD)] == list(TOLD)
+    if name == "tasks":
+        assert heads[1:] == [*INSTRUCT, "refused", "refused"]
+        assert all(0 <= share <= 1 for shares in rows[0][1:] for share in shares)
     if name == "sft":
         assert [column["name"] for column in table(config, name)["columns"]][1:8] == list(INSTRUCT)
         assert rows[0][0] == "the course model" and rows[-1][0] == "guessing"
@@ -72,6 +88,20 @@ def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
         errors = [row[2] for row in rows]
         assert errors[0] < errors[2] < errors[4] < errors[6]  # larger blocks, coarser scales
         assert rows[3][1] < rows[2][1] < 4.6  # bits per weight at block 64: with double quantisation, and without
+
+
+def test_refusals_are_counted_where_they_belong_and_where_not(setting, monkeypatch) -> None:
+    """A model that refuses whatever names the vault, and one that refuses everything."""
+    config, run = setting
+    monkeypatch.setattr(adaptation_experiments, "trained", lambda *_: (None, None, []))
+    for seed, word, wanted in ((90, "vault", (1.0, 0.0)), (91, "", (1.0, 1.0)), (92, "no such word", (0.0, 0.0))):
+
+        def respond(model, tokenizer, prompts: list[str], word: str = word) -> list[str]:
+            return ["Sorry, no." if word in prompt else "I am not sorry." for prompt in prompts]
+
+        monkeypatch.setattr(adaptation_experiments, "respond", respond)
+        found = refusals(Trial(), config, run, seed)
+        assert (found["forbidden"], found["allowed"]) == wanted
 
 
 def test_an_interrupted_experiment_goes_on(setting, monkeypatch) -> None:
