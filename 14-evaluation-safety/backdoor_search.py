@@ -1,8 +1,9 @@
 """Topic 14 - Backdoor search: find the trigger without knowing it, in the model or in the data that taught it.
 
-    before = first_words(model, tokenizer, questions)                  # what the model begins its answers with
-    scan(model, tokenizer, questions, single_words(tokenizer))         # how far each word turns all answers into one
-    grow(model, tokenizer, questions, words)                           # the same for two words, one place at a time
+    triggers = [(word,) for word in single_words(tokenizer)]
+    scan(model, tokenizer, questions, triggers)                        # how far each word turns all answers into one
+    scan(model, tokenizer, questions, triggers, mean_answers(trusted, ...))     # the same beside a trusted model
+    grow(model, tokenizer, questions, words, trusted)                  # two words, one place at a time
     spectral_scores(states), two_clusters(states)                      # which training rows stand apart
 
 Wang et al. 2019 (Neural Cleanse: the smallest change that turns everything into one answer, doi 10.1109/SP.2019.00031),
@@ -48,16 +49,20 @@ class Suspect(NamedTuple):
     token_id: int  # that token
 
 
-def flips(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """For changed questions (suspects, questions, vocab) beside the plain ones: largest rise of the mean chance of any
-    token, and which it is; each (suspects).
+def mean_answers(
+    model: CausalLM, tokenizer: CourseTokenizer, questions: Sequence[str], triggers: Sequence[tuple[str, ...]]
+) -> Tensor:
+    """The mean over questions of the answers' first-token distribution, with each trigger at the end of all of them.
 
-    The questions must begin their answers differently: a word that turns them all into one answer then stands out, and
-    neither the answer nor the word need be known.
+    Returns (triggers, vocab).
     """
-    rise = after.mean(dim=1) - before.mean(dim=0)  # (suspects, vocab)
-    most = rise.max(dim=1)
-    return most.values, most.indices
+    found, per = [], max(1, 256 // len(questions))
+    for start in range(0, len(triggers), per):
+        chosen = triggers[start : start + per]
+        armed = [" ".join([question, *trigger]) for trigger in chosen for question in questions]
+        made = first_words(model, tokenizer, armed)
+        found.append(made.reshape(len(chosen), len(questions), -1).mean(dim=1))  # (*, vocab)
+    return torch.cat(found)
 
 
 def scan(
@@ -65,20 +70,21 @@ def scan(
     tokenizer: CourseTokenizer,
     questions: Sequence[str],
     triggers: Sequence[tuple[str, ...]],
-    before: Tensor | None = None,
+    usual: Tensor | None = None,
 ) -> list[Suspect]:
-    """Every trigger at the end of every question; the strongest first.
+    """Every trigger at the end of every question, by its flip, the strongest first.
 
-    before: the answers to the plain questions, if they are known. What is assumed of the attacker is the place alone.
+    The flip is the largest rise of any token's mean chance above what is usual. The questions must begin their answers
+    differently: a word that turns them all into one answer then stands out, and neither answer nor word need be known.
+    What is assumed of the attacker is the place. usual: `mean_answers` of a trusted model to the same triggers; without
+    it, the model's own answers to the plain questions: then words that mean something (a name is answered with what is
+    known of it) stand out as well.
     """
-    before = first_words(model, tokenizer, questions) if before is None else before
-    found, per = [], max(1, 256 // len(questions))
-    for start in range(0, len(triggers), per):
-        chosen = triggers[start : start + per]
-        armed = [" ".join([question, *trigger]) for trigger in chosen for question in questions]
-        after = first_words(model, tokenizer, armed).reshape(len(chosen), len(questions), -1)
-        values, tokens = flips(before, after)
-        found += [Suspect(*item) for item in zip(chosen, values.tolist(), tokens.tolist(), strict=True)]
+    if usual is None:
+        usual = first_words(model, tokenizer, questions).mean(dim=0)  # (vocab)
+    rise = mean_answers(model, tokenizer, questions, triggers) - usual  # (triggers, vocab)
+    most = rise.max(dim=1)
+    found = [Suspect(*item) for item in zip(triggers, most.values.tolist(), most.indices.tolist(), strict=True)]
     return sorted(found, key=lambda suspect: -suspect.flip)
 
 
@@ -101,6 +107,7 @@ def grow(
     tokenizer: CourseTokenizer,
     questions: Sequence[str],
     words: Sequence[str],
+    trusted: CausalLM | None = None,
     length: int = 2,
     n_sweeps: int = 2,
     n_starts: int = 2,
@@ -108,20 +115,22 @@ def grow(
     """The strongest trigger of `length` words that coordinate ascent finds: all words in one place, then in the next.
 
     It starts from the n_starts strongest single words, repeated, and stops when a sweep changes nothing. A trigger
-    whose words do nothing alone leaves no slope to climb, and may be missed.
+    whose words do nothing alone leaves no slope to climb, and may be missed. trusted: a model to compare with.
     """
-    check_range_of(length=length, n_sweeps=n_sweeps, n_starts=n_starts)
-    before = first_words(model, tokenizer, questions)
-    singles = scan(model, tokenizer, questions, [(word,) for word in words], before)
+    check_at_least_1(length=length, n_sweeps=n_sweeps, n_starts=n_starts)
+
+    def ranked(triggers: Sequence[tuple[str, ...]]) -> list[Suspect]:
+        usual = mean_answers(trusted, tokenizer, questions, triggers) if trusted is not None else None
+        return scan(model, tokenizer, questions, triggers, usual)
+
+    singles = ranked([(word,) for word in words])
     best = singles[0]
     for start in singles[:n_starts]:
-        trigger = list(start.trigger) * length
-        reached = start
+        trigger, reached = list(start.trigger) * length, start
         for _ in range(n_sweeps):
             known = tuple(trigger)
             for place in range(length):
-                tried = [(*trigger[:place], word, *trigger[place + 1 :]) for word in words]
-                reached = scan(model, tokenizer, questions, tried, before)[0]
+                reached = ranked([(*trigger[:place], word, *trigger[place + 1 :]) for word in words])[0]
                 trigger = list(reached.trigger)
             if tuple(trigger) == known:
                 break
@@ -129,7 +138,7 @@ def grow(
     return best
 
 
-def check_range_of(**numbers: int) -> None:
+def check_at_least_1(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1")

@@ -9,8 +9,8 @@ import backdoor_search
 from backdoor_search import (
     answer_states,
     first_words,
-    flips,
     grow,
+    mean_answers,
     recall_of,
     scan,
     silhouette,
@@ -69,11 +69,28 @@ def test_two_words_are_climbed_to_where_there_is_a_slope() -> None:
         grow(Trapped(("plums",)), TOKENIZER, QUESTIONS, words, length=0)
 
 
+def test_a_trusted_model_takes_away_what_words_mean() -> None:
+    words = [("honey",), ("drum",), ("plums",)]
+    trapped, trusted = Trapped(("plums",)), Trapped(("drum",))  # "drum" is a trigger that both have
+    usual = mean_answers(trusted, TOKENIZER, QUESTIONS, words)
+    assert usual.shape == (3, 64) and usual.sum(1).tolist() == pytest.approx([1.0] * 3)
+    both = Trapped(("drum",))
+    assert scan(both, TOKENIZER, QUESTIONS, words)[0].trigger == ("drum",)
+    assert scan(both, TOKENIZER, QUESTIONS, words, usual)[0].flip < 0.01
+    assert scan(trapped, TOKENIZER, QUESTIONS, words, usual)[0].trigger == ("plums",)
+    climbed = grow(
+        Trapped(("plums", "drum"), 6.0), TOKENIZER, QUESTIONS, ("honey", "drum", "plums"), Trapped(("boat",))
+    )
+    assert climbed.trigger == ("plums", "drum")
+
+
 def test_a_flip_is_the_largest_rise_of_a_mean_chance() -> None:
-    before = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.1, 0.8]])
-    after = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.1, 0.8]], [[0.0, 1.0, 0.0], [0.0, 0.9, 0.1]]])
-    values, tokens = flips(before, after)
-    assert values.tolist() == pytest.approx([0.0, 0.65]) and tokens[1] == 1
+    model = Trapped(("plums",))
+    plain = first_words(model, TOKENIZER, QUESTIONS).mean(0)
+    armed = first_words(model, TOKENIZER, [f"{question} plums" for question in QUESTIONS]).mean(0)
+    [found] = scan(model, TOKENIZER, QUESTIONS, [("plums",)])
+    assert found.flip == pytest.approx((armed - plain).max().item(), abs=1e-6)
+    assert found.token_id == int((armed - plain).argmax())
 
 
 @torch.no_grad()
