@@ -62,7 +62,7 @@ class Village:
 
     def __init__(self, seed: int = 0) -> None:
         rng, world = random.Random(seed), course_world()
-        self.people = world.known
+        self.seed, self.people = seed, world.known
         order = sorted(self.people, key=lambda person: rng.random())
         self.friends = dict(zip(order, [*order[1:], order[0]], strict=True))
         self.goods = world.words["goods"]
@@ -167,7 +167,8 @@ class Oracle:
         self.thoughts = thoughts
 
     def turn(self, question: str, steps: Sequence[AgentStep], limits: AgentLimits) -> Turn:
-        thought, call, answer = self.act(question, [step.observation for step in steps])
+        seen = [(step.observation.splitlines() or [""])[0] for step in steps]  # a result is one line
+        thought, call, answer = self.act(question, seen)
         return Turn(write_turn(thought if self.thoughts else "", call, answer))
 
     def act(self, question: str, seen: Sequence[str]) -> tuple[str, dict[str, Any] | None, str]:

@@ -274,7 +274,7 @@ class GateReport:
 
 
 def number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.4g}" if abs(value) > 1e-12 else "0"
 
 
 def finite(value: float) -> float | None:

@@ -224,7 +224,7 @@ class Asked:
 class Questions:
     """Questions about people and about sums, each in several wordings: which mean the same is known.
 
-    held_out: people and sums that the encoder's training did not have.
+    held_out: people and sums that the encoder's training did not have. One wording of each it did not have either.
     """
 
     def __init__(self, held_out: bool, world: World | None = None) -> None:
@@ -236,14 +236,15 @@ class Questions:
         self.topics += [(str(one), str(other)) for one, other in sums]
 
     def wordings(self, key: int) -> list[str]:
-        """All wordings of a question."""
+        """All wordings of a question; the last is the one that no training has, here as in `tiny_world`."""
         one, other = self.topics[key]
         if one.isdigit():
             asked, direct = f"sum of {one} and {other}", f"What is {one} plus {other} ?"
         else:
             start, end = ATTRIBUTES[other].question
             asked, direct = f"{other} of {one}", f"{start.capitalize()} {one} {end}"
-        return [join(text.split()) for text in (*(way.format(asked) for way in REQUESTS["know"]), direct)]
+        *known, new = (way.format(asked) for way in REQUESTS["know"])
+        return [join(text.split()) for text in (*known, direct, new)]
 
     def stream(self, n: int, seed: int, exponent: float = 1.0) -> Iterator[Asked]:
         """n questions by Zipf's law: the r-th most popular with a weight of r^-exponent; any wording equally often."""
@@ -269,7 +270,7 @@ class WordingBatches:
         near = [(first + offset) % len(questions.topics) for offset in range(n // 2)]  # neighbours share their person
         others = [key for key in rng.sample(range(len(questions.topics)), n) if key not in near]
         keys = near + others[: n - len(near)]
-        pairs = [rng.sample(questions.wordings(key), 2) for key in keys]
+        pairs = [rng.sample(questions.wordings(key)[:-1], 2) for key in keys]
         sides = [self.encoder.rows(texts) for texts in zip(*pairs, strict=True)]
         ids = [pad_batch(rows, self.encoder.tokenizer.pad_id).token_ids for rows in sides]
         return {"questions": ids[0], "passages": ids[1], "groups": torch.tensor(keys)}
