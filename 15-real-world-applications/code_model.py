@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,17 @@ class CodeTrainConfig:
         check_range(self, "code_rate", "tune_rate", above=0)
         check_range(self, "real_share", least=0, below=1)
 
-    def batches(self, rows: Sequence[Chat], real: Sequence[Chat], seed: int) -> DialogueBatches:
-        return DialogueBatches(rows, self.code_batch, seed, ROW, real, self.real_share)
+    def batches(self, rows: Sequence[Chat], others: Sequence[Chat], share: float, seed: int) -> DialogueBatches:
+        """Batches in which `others` make up a share."""
+        return DialogueBatches(rows, self.code_batch, seed, ROW, others, share)
 
 
 SIZES = ModelSizes(d_model=96, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=240)
+
+
+def settings(config: CodeTrainConfig) -> dict[str, Any]:
+    """The training's settings alone, also where the config is a larger one."""
+    return {field.name: getattr(config, field.name) for field in fields(CodeTrainConfig)}
 
 
 def reference_rows(tokenizer: CourseTokenizer, config: CodeTrainConfig, seed: int) -> list[Chat]:
@@ -160,7 +166,14 @@ def train_base(config: CodeTrainConfig, seed: int, out: Path | None = None) -> C
     model = start_small(CausalLM(SIZES.config(tokenizer)))
     training = student_training(config.base_steps, config.code_rate, config.code_batch, ROW)
     training = replace(training, save_every=100, resume=bool(out and Checkpoints(out).steps()))
-    fit(model, config.batches(rows, real, seed), answer_loss, training, out=out, header={"code": asdict(config)})
+    fit(
+        model,
+        config.batches(rows, real, config.real_share, seed),
+        answer_loss,
+        training,
+        out=out,
+        header={"code": settings(config)},
+    )
     return CodeModel(model.eval(), tokenizer)
 
 
@@ -217,19 +230,27 @@ def accepted_rows(code: CodeModel, tasks: Sequence[CodeTask], config: CodeTrainC
     return fitting(found)
 
 
-def tuned(code: CodeModel, rows: Sequence[Chat], n_steps: int, config: CodeTrainConfig, seed: int) -> CodeModel:
-    """A copy after some more steps on these rows."""
+def tuned(
+    code: CodeModel, rows: Sequence[Chat], others: Sequence[Chat], n_steps: int, config: CodeTrainConfig, seed: int
+) -> CodeModel:
+    """A copy after some more steps on these rows, half of every batch being others, if there are any."""
     model = copy.deepcopy(code.model).train()
     training = student_training(n_steps, config.tune_rate, config.code_batch, ROW)
-    fit(model, config.batches(rows, (), seed), answer_loss, replace(training, warmup_steps=min(10, n_steps // 4)))
+    fit(
+        model,
+        config.batches(rows, others, 0.5, seed),
+        answer_loss,
+        replace(training, warmup_steps=min(10, n_steps // 4)),
+    )
     return CodeModel(model.eval(), code.tokenizer)
 
 
 def expert_iteration(code: CodeModel, config: CodeTrainConfig, seed: int) -> tuple[CodeModel, list[dict[str, float]]]:
-    """Rounds of writing, running, and learning from what passed, mixed with as many rows of the first training.
+    """Rounds of writing, running, and learning from what passed; half of every batch are rows of the first training.
 
-    All accepted programs of earlier rounds stay. Returns the model and, for each round, the share of programs accepted
-    and how many different ones there are. Raises ValueError where nothing passes: then there is nothing to learn from.
+    These are drawn from all of them, so that what is seen often is only what is new. All accepted programs of earlier
+    rounds stay. Returns the model and, for each round, the share of programs accepted and how many different ones there
+    are. Raises ValueError where nothing passes: then there is nothing to learn from.
     """
     old, kept, log = reference_rows(code.tokenizer, config, seed), {}, []
     for turn in range(config.n_rounds):
@@ -238,9 +259,7 @@ def expert_iteration(code: CodeModel, config: CodeTrainConfig, seed: int) -> tup
         kept |= {tuple(row.ids): row for row in found}
         if not kept:
             raise ValueError("no program passed in this round; train the base longer or give it easier tasks")
-        n_old = max(1, min(len(kept), len(old)))
-        rows = [*kept.values(), *old[turn * n_old :][:n_old]]
-        code = tuned(code, rows, config.tune_steps, config, seed + turn)
+        code = tuned(code, [*kept.values()], old, config.tune_steps, config, seed + turn)
         log.append({"accepted": len(found) / len(tasks), "different": len(kept)})
     return code, log
 
@@ -249,7 +268,7 @@ def more_of_the_same(code: CodeModel, config: CodeTrainConfig, seed: int) -> Cod
     """The control: as many further steps, in as many rounds, on the references alone."""
     rows = reference_rows(code.tokenizer, config, seed)
     for turn in range(config.n_rounds):
-        code = tuned(code, rows, config.tune_steps, config, seed + turn)
+        code = tuned(code, rows, (), config.tune_steps, config, seed + turn)
     return code
 
 
@@ -422,7 +441,7 @@ def make_code_model(config: CodeTrainConfig, seed: int, out: Path) -> tuple[Code
     before = cpu_seconds()
     base = train_base(config, seed, out)
     code, log = expert_iteration(base, config, seed)
-    return base, code, {"cpu_seconds": cpu_seconds() - before, "config": asdict(config), "rounds": log}
+    return base, code, {"cpu_seconds": cpu_seconds() - before, "config": settings(config), "rounds": log}
 
 
 def examined(base: CodeModel, code: CodeModel, facts: dict[str, Any]) -> dict[str, Any]:
