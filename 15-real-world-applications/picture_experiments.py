@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 
-from course_model import command_line
 from course_tokenizer import load_course_tokenizer
 from equal_compute import remembered
 from huggingface_folders import read_safetensors
@@ -70,7 +70,7 @@ class PictureFiguresConfig:
     """The sizes of the experiments on pictures."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of encoders, projectors and updates
-    picture_questions: int = 100  # questions of each kind
+    picture_questions: int = 60  # questions of each kind
     picture_pairs: int = 200  # pictures among which one is found
     picture_shrink: int = 1  # divide the steps of every picture training by this
     again: bool = False  # measure again what an earlier run has left in --out
@@ -139,47 +139,71 @@ def picture_recall(config: PictureFiguresConfig, run: RunConfig) -> None:
 # What is answered
 
 
-VARIANTS = ("projector alone", "projector and updates", "without pictures")
+class LastLayerPictureLM(PictureLM):
+    """The same model with the patches as they leave the tower, which no contrastive loss has trained."""
+
+    def tower_states(self, images: Tensor) -> Tensor:
+        return self.vision.features(images)
 
 
-def answered(config: PictureFiguresConfig, run: RunConfig, seed: int, variant: str) -> dict[str, dict[str, float]]:
-    """Scores by kind on seen and held-out pairs (and with shuffled pictures) of one training."""
+Scores = dict[str, dict[str, float]]
 
-    def measure() -> dict[str, dict[str, float]]:
-        tokenizer = load_course_tokenizer()
-        model = attach(encoders(config, run, seed), config.recipe, seed)
-        stage = "join" if variant == "projector alone" else "tune"
-        train_text(model, tokenizer, config.recipe, seed, stage, blind=variant == "without pictures")
-        found = {split: examine_pictures(model, tokenizer, split, config.exam) for split in ("seen", "held-out")}
-        if variant == "projector and updates":
-            found["shuffled"] = examine_pictures(model, tokenizer, "seen", config.exam, shuffled=True)
+
+def answered(config: PictureFiguresConfig, run: RunConfig, seed: int, how: str = "") -> dict[str, Scores]:
+    """Scores by kind after each stage of one training: stage -> split -> kind -> share of right answers.
+
+    how "blind": without any picture, in the second stage alone. "last-layer": with other patches. The trained model of
+    a seed that is neither is kept in --out.
+    """
+    recipe = config.recipe
+    what = f"answers {how}, {recipe.join_steps} + {recipe.tune_steps} steps, seed {seed}, {config.picture_questions}"
+
+    def measure() -> dict[str, Scores]:
+        tokenizer, before, found = load_course_tokenizer(), time.process_time(), {}
+        pair = encoders(config, run, seed)
+        model = attach(pair, recipe, seed)
+        model.__class__ = LastLayerPictureLM if how == "last-layer" else PictureLM
+        for stage in ("join", "tune") if how != "blind" else ("tune",):
+            train_text(model, tokenizer, recipe, seed, stage, blind=how == "blind")
+            splits = ("seen", "held-out") if not how else ("seen",)
+            found[stage] = {split: examine_pictures(model, tokenizer, split, config.exam) for split in splits}
+        if not how:
+            spent = time.process_time() - before
+            found["shuffled"] = {"seen": examine_pictures(model, tokenizer, "seen", config.exam, shuffled=True)}
+            scores = found["tune"] | {"shuffled": found["shuffled"]["seen"]}
+            write_picture_model(model, pair, recipe, config.exam, spent, run.out / f"picture_model-{seed}", scores)
         return found
 
-    recipe = config.recipe
-    what = (
-        f"answers, {variant}, {recipe.join_steps} + {recipe.tune_steps} steps, seed {seed}, {config.picture_questions}"
-    )
     return remembered(config, run, what, measure)
 
 
 def picture_questions(config: PictureFiguresConfig, run: RunConfig) -> None:
-    """Questions and captions: the projector alone, with low-rank updates, without any picture, and with wrong pictures.
+    """Questions and captions: after the projector's stage, after that of the updates, and of models that cannot see.
 
     Prediction: a frozen model answers in its own words (colours, relations) well above chance and never says small,
     large, yes or no, words that it has not learned to say; with updates all kinds rise; without pictures and with wrong
     ones all are at chance; held-out pairs cost most where the two halves must be bound, in "exists".
     """
-    scores = {name: [answered(config, run, seed, name) for seed in range(config.n_seeds)] for name in VARIANTS}
+    seeds = range(config.n_seeds)
+    sound = [answered(config, run, seed) for seed in seeds]
+    rows = [
+        ("projector alone", "seen", [one["join"]["seen"] for one in sound]),
+        ("projector alone", "held out", [one["join"]["held-out"] for one in sound]),
+        ("projector and updates", "seen", [one["tune"]["seen"] for one in sound]),
+        ("projector and updates", "held out", [one["tune"]["held-out"] for one in sound]),
+        ("the same, wrong pictures", "seen", [one["shuffled"]["seen"] for one in sound]),
+        ("trained without pictures", "seen", [answered(config, run, seed, "blind")["tune"]["seen"] for seed in seeds]),
+        (
+            "patches of the last layer",
+            "seen",
+            [answered(config, run, seed, "last-layer")["tune"]["seen"] for seed in seeds],
+        ),
+    ]
     kinds = (*KINDS, "caption")
     columns = [Column("Model"), Column("Pairs"), *(Column(kind, "", ".0%") for kind in kinds)]
-    rows = []
-    for name, found in scores.items():
-        for split in found[0]:
-            label = "wrong pictures" if split == "shuffled" else name
-            pairs = "seen" if split == "shuffled" else split
-            rows.append([label, pairs, *([item[split][kind] for item in found] for kind in kinds)])
-    rows.append(["chance", "", *(chance(kind) for kind in KINDS), 0.0])
-    config.save_table("picture-questions", columns, rows, config.n_seeds)
+    cells = [[name, pairs, *([item[kind] for item in found] for kind in kinds)] for name, pairs, found in rows]
+    cells.append(["chance", "", *(chance(kind) for kind in KINDS), 0.0])
+    config.save_table("picture-questions", columns, cells, config.n_seeds)
 
 
 @cache
@@ -292,31 +316,39 @@ def picture(config: PictureQuestionConfig, run: RunConfig) -> None:
 
 def train_pictures(config: PictureConfig, exam: PictureExam, run: RunConfig) -> None:
     """Train encoders, projector and updates, examine them, and write out/picture_model with its card."""
-    seconds = 0.16 * config.pair_steps + 0.25 * config.tune_steps + 40
-    announce("train a picture model", seconds)
+    announce(
+        "train a picture model", 0.16 * config.pair_steps + 0.15 * config.join_steps + 0.25 * config.tune_steps + 40
+    )
     before, tokenizer = time.process_time(), load_course_tokenizer()
     pair = train_pairs(config, run.seed)
     model = attach(pair, config, run.seed)
     for stage in ("join", "tune"):
         train_text(model, tokenizer, config, run.seed, stage)
     spent = time.process_time() - before
-    write_picture_model(model, pair, config, exam, spent, run)
+    scores = {split: examine_pictures(model, tokenizer, split, exam) for split in ("seen", "held-out")}
+    scores["shuffled"] = examine_pictures(model, tokenizer, "seen", exam, shuffled=True)
+    write_picture_model(model, pair, config, exam, spent, run.out / "picture_model", scores)
+    for split, found in scores.items():
+        print(f"{split:9}" + "  ".join(f"{kind} {share:.0%}" for kind, share in found.items()))
+    print(f"in {shown(run.out / 'picture_model')}")
 
 
 def write_picture_model(
-    model: PictureLM, pair: PairEncoders, config: PictureConfig, exam: PictureExam, spent: float, run: RunConfig
+    model: PictureLM,
+    pair: PairEncoders,
+    config: PictureConfig,
+    exam: PictureExam,
+    spent: float,
+    folder: Path,
+    scores: Scores,
 ) -> None:
-    """Examine a trained model and write its folder."""
-    tokenizer = load_course_tokenizer()
-    report: dict[str, Any] = {split: examine_pictures(model, tokenizer, split, exam) for split in ("seen", "held-out")}
-    report["shuffled"] = examine_pictures(model, tokenizer, "seen", exam, shuffled=True)
-    report |= {"recall": recall_at(pair, "held-out", exam), "command": command_line(), "cpu_seconds": spent}
-    report |= {"machine": describe_machine(), "date": str(datetime.datetime.now(datetime.UTC).date())}
+    """Write the folder of an examined model: spent is its CPU seconds, scores are by split and kind."""
+    command = f"python {Path(__file__).parent.name}/real_world_applications.py train-pictures"
+    report: dict[str, Any] = scores | {"recall": recall_at(pair, "held-out", exam), "command": command}
+    report |= {"cpu_seconds": spent, "machine": describe_machine()}
+    report |= {"date": str(datetime.datetime.now(datetime.UTC).date())}
     report |= {"n_questions": exam.n_questions, "n_pairs": exam.n_pairs}
-    save_picture_model(model, pair, config, run.out / "picture_model", report)
-    for split in ("seen", "held-out", "shuffled"):
-        print(f"{split:9}" + "  ".join(f"{kind} {share:.0%}" for kind, share in report[split].items()))
-    print(f"in {shown(run.out / 'picture_model')}")
+    save_picture_model(model, pair, config, folder, report)
 
 
 PICTURE_VERBS: dict[str, tuple[Any, ...]] = {

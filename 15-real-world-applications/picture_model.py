@@ -71,13 +71,14 @@ class PictureConfig:
     vision_patch: int = 5  # pixels on a side of a patch
     d_shared: int = 48  # width of the space that pictures and descriptions share
     merge: int = 2  # patches on a side of a square that becomes one picture token
-    pair_steps: int = 1200  # steps of contrastive training
+    pair_steps: int = 700  # steps of contrastive training
     pair_batch: int = 64  # pictures of such a step, each compared with so many descriptions
     pair_rate: float = 3e-3  # its peak learning rate
-    join_steps: int = 600  # steps in which the projector alone is trained
+    join_steps: int = 200  # steps in which the projector alone is trained
     join_rate: float = 5e-3  # its peak learning rate
-    tune_steps: int = 900  # steps in which projector and low-rank updates of the language model are trained
-    tune_rate: float = 5e-3  # their peak learning rate
+    tune_steps: int = 1000  # steps in which projector, tower and low-rank updates of the language model are trained
+    tune_rate: float = 3e-3  # their peak learning rate
+    tune_vision: bool = True  # train the tower too in the last stage
     picture_batch: int = 32  # pictures of a step of the last two stages
     rank: int = 8  # of the low-rank updates
 
@@ -256,8 +257,11 @@ class PictureLM(nn.Module):
 
     def picture_tokens(self, pictures: Tensor) -> Tensor:
         """The tokens of pictures in the language model's space, without the class token: (batch, tokens, d_model)."""
-        states = states_before_last(self.vision, normalised(pictures))  # (batch, tokens, d_vision)
+        states = self.tower_states(normalised(pictures))  # (batch, tokens, d_vision)
         return self.projector(merge_patches(states[:, self.vision.n_special :], self.merge))
+
+    def tower_states(self, images: Tensor) -> Tensor:
+        return states_before_last(self.vision, images)
 
     @contextmanager
     def showing(self, pictures: Tensor) -> Iterator[CausalLM]:
@@ -380,7 +384,8 @@ def train_text(
 ) -> list[dict[str, float]]:
     """One stage of training on captions and answers: "join" the projector alone, "tune" low-rank updates with it.
 
-    blind: without any picture. Returns the log.
+    In the second stage the tower learns too, unless config.tune_vision is off: what a contrastive loss needs of a patch
+    is less than what questions ask. blind: without any picture. Returns the log.
     """
     steps, rate = {"join": (config.join_steps, config.join_rate), "tune": (config.tune_steps, config.tune_rate)}[stage]
     if not steps:
@@ -389,10 +394,20 @@ def train_text(
         with model.text_alone() as language:
             train_rows(language, new_tokens(tokenizer))
             add_adapters(language, LoraConfig(lora_rank=config.rank, lora_alpha=2.0 * config.rank))
+        if config.tune_vision:
+            train_tower(model.vision)
     batches = partial(picture_batch, tokenizer, model.n_tokens, config.picture_batch, seed, blind)
     log = fit(model, batches, picture_loss, config.training(steps, rate, config.picture_batch))
     model.eval()
     return log
+
+
+def train_tower(vision: VisionTransformer) -> None:
+    """Train what a picture token is made of: all below the last block."""
+    for part in (vision.patch_proj, *vision.encoder.blocks[:-1]):
+        part.requires_grad_(True)
+    for parameter in (vision.class_token, vision.pos_emb):
+        parameter.requires_grad_(True)
 
 
 # Examination
@@ -471,16 +486,16 @@ def recall_at(pair: PairEncoders, split: str, exam: PictureExam) -> dict[str, fl
 
 
 FOLDER = Path(__file__).parent / "picture_model"
-PARTS = "pictures.safetensors"  # projector and text encoder
+PARTS = "pictures.safetensors"  # the projector, and the two encoders of pictures and descriptions
 
 
 def save_picture_model(model: PictureLM, pair: PairEncoders, config: PictureConfig, folder: Path, report: dict) -> None:
-    """Write vision/ (a ViT folder), adapter/ (PEFT's format), the projector with the text encoder, report and card."""
+    """Write vision/ (a ViT folder), adapter/ (PEFT's format), projector and pair of encoders, report and card."""
     model.vision.save_pretrained(folder / "vision")
     with model.text_alone() as language:
         save_adapter(language, folder / "adapter", base="../../10-pretraining-llms/model")
     parts = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
-    parts |= {name: tensor for name, tensor in pair.state_dict().items() if not name.startswith("vision.")}
+    parts |= {f"pair.{name}": tensor for name, tensor in pair.state_dict().items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in parts.items()}
     write_atomically(folder / PARTS, safetensors_bytes(tensors, metadata={"format": "pt"}))
     write_atomically(folder / "picture_config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
@@ -496,10 +511,10 @@ def load_picture_model(folder: Path = FOLDER) -> tuple[PictureLM, PairEncoders, 
     folder = Path(folder)
     config = PictureConfig(**read_json(folder / "picture_config.json"))
     pair, tensors = PairEncoders(config), read_safetensors(folder / PARTS)
-    pair.vision = VisionTransformer.from_pretrained(folder / "vision")
     model = attach(pair, config, 0)
+    model.vision = VisionTransformer.from_pretrained(folder / "vision").requires_grad_(False)
     wanted = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
-    wanted |= {name: tensor for name, tensor in pair.state_dict().items() if not name.startswith("vision.")}
+    wanted |= {f"pair.{name}": tensor for name, tensor in pair.state_dict().items()}
     if {name: tensor.shape for name, tensor in wanted.items()} != {
         name: tensor.shape for name, tensor in tensors.items()
     }:
