@@ -42,7 +42,8 @@ class Tool:
     description: str
     parameters: dict[str, Any]  # JSON schema of an object
     run: Callable[..., str | Answer]
-    final: bool = False  # the result is the answer itself: the model does not speak after it
+    final: bool = False  # the result is the answer itself: no model speaks after it
+    phrase: str = "{result}"  # the result as an answer; may name arguments
 
     def __post_init__(self) -> None:
         if self.parameters.get("type") != "object" or not isinstance(self.parameters.get("properties"), dict):
@@ -418,6 +419,7 @@ TOOLS: dict[str, Tool] = {
             "Computes an arithmetic expression exactly: + - * / // % ^ and parentheses.",
             object_of(expression={"type": "string", "pattern": "^[0-9.()+*/%^ -]{1,40}$"}),
             calculate,
+            phrase="{expression} is {result}.",
         ),
         Tool(
             "look_up",
@@ -450,3 +452,65 @@ def with_question(tools: Mapping[str, Tool], question: str) -> dict[str, Tool]:
             tool = replace(tool, parameters=parameters)
         found[name] = tool
     return found
+
+
+# Grounding: arguments that the user said
+
+
+SENTENCE_END, EDGES, MAX_WORDS = re.compile(r"[.?!](?:\s|$)"), ".,?!:;\"'", 8
+OPERATOR = re.compile(r"[-+*/%^]")
+
+
+def spans_of(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """The runs of at most eight words within a sentence that fit, the longest from each word on."""
+    found: dict[str, None] = {}
+    for sentence in SENTENCE_END.split(text[:MAX_CALL]):
+        words = sentence.split()
+        for start in range(len(words)):
+            for end in range(min(len(words), start + MAX_WORDS), start, -1):
+                span = " ".join(words[start:end]).strip(EDGES)
+                if span and fits(span):
+                    found[span] = None
+                    break
+    return [*found]
+
+
+def grounded(tools: Mapping[str, Tool], question: str) -> dict[str, Tool]:
+    """The tools, with arguments that are restricted to what the question says, where it says something that fits.
+
+    A query is the question itself; a text with a pattern is one of the question's own runs of words; one of several
+    values is one that the question names; an arithmetic expression is written there, or joins the numbers that are, in
+    their order. So a model chooses arguments and cannot invent or misspell them. Where nothing fits, the tool stays as
+    it is.
+    """
+    found = {}
+    for name, tool in with_question(tools, safe_text(question)).items():
+        properties = {
+            key: ground_expression(rule, question) if key == "expression" else ground(rule, question)
+            for key, rule in tool.parameters["properties"].items()
+        }
+        found[name] = replace(tool, parameters={**tool.parameters, "properties": properties})
+    return found
+
+
+def ground(rule: dict[str, Any], question: str) -> dict[str, Any]:
+    if "enum" in rule:
+        said = set(re.findall(r"\w+", question.lower()))
+        named = [value for value in rule["enum"] if isinstance(value, str) and value.lower() in said]
+        return {"enum": named} if named else rule
+    if "pattern" not in rule:
+        return rule
+    dfa = schema_dfa(json.dumps(rule), 2)
+    spans = spans_of(question, lambda span: dfa.matches(json.dumps(span, ensure_ascii=False)))
+    return {"enum": spans} if spans else rule
+
+
+def ground_expression(rule: dict[str, Any], question: str) -> dict[str, Any]:
+    dfa = schema_dfa(json.dumps(rule), 2)
+    written = spans_of(
+        question, lambda span: dfa.matches(json.dumps(span)) and OPERATOR.search(span.lstrip("-")) is not None
+    )
+    if written:
+        return {"enum": written}
+    numbers = [re.escape(number) for number in re.findall(r"\d+(?:\.\d+)?", question) if len(number) < 20][:6]
+    return {"type": "string", "pattern": f"^{' [-+*/] '.join(numbers)}$"} if len(numbers) > 1 else rule

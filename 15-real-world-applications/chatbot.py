@@ -27,9 +27,9 @@ from chat_tools import (
     call_or_text,
     call_schema,
     call_tool,
+    grounded,
     text_mask,
     unspaced_call,
-    with_question,
 )
 from constrained_decoding import TokenBytes
 from content_guard import load_guard
@@ -46,9 +46,10 @@ Kind = Literal["token", "call", "result", "refusal", "citation", "notice", "end"
 class Event(NamedTuple):
     """One thing that happens in a turn.
 
-    token: text to show. call, result: of a tool; data has its name, and arguments or error. citation: a place; data has
-    number, link, headings, passage. refusal: what is said in place of an answer; data has side (in, out) and category.
-    notice: what the user should know. end: always the last; data has reason, n_dropped and milliseconds by stage.
+    token: text to show; the data of the first has the milliseconds until then by stage. call, result: of a tool; data
+    has its name, and arguments or error. citation: a place; data has number, link, headings, passage. refusal: what is
+    said in place of an answer; data has side (in, out) and category. notice: what the user should know. end: always
+    the last; data has reason, n_dropped and milliseconds by stage.
     """
 
     kind: Kind
@@ -80,6 +81,7 @@ class ChatbotConfig:
     max_tokens: int = 100  # tokens of an answer
     reserve: int = 90  # tokens kept free for a call and its result
     max_calls: int = 1  # calls of tools in a turn; the course's tool model has learned one
+    restate: bool = False  # let the model speak after a result; otherwise the result is the answer
     temperature: float = 0.0  # 0 takes the most likely token
     guard: bool = True  # stop questions and answers that the content guard blocks
     redact: bool = True  # leave secrets and personal data out of answers
@@ -306,6 +308,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.last, self.spent = time.perf_counter(), {}
+        self.shown = False  # whether the user has seen any text
 
     def mark(self, name: str) -> None:
         now = time.perf_counter()
@@ -383,7 +386,8 @@ class Chatbot:
         try:
             yield from self.speak(history, conversation, gate, stages)
             if rest := gate.flush():
-                yield Event("token", rest)
+                stages.mark("guard out")
+                yield self.token(rest, stages)
         except Blocked as blocked:
             end["reason"] = "refusal"
             yield Event("refusal", REFUSALS["out"], {"side": "out", "category": blocked.args[0]})
@@ -396,7 +400,7 @@ class Chatbot:
         tools, own = {**self.tools, **memory_tools(conversation.memory)}, []
         settings = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature}
         for n_calls in range(self.config.max_calls + 1):
-            offered = with_question(tools, history[-1]["content"]) if n_calls < self.config.max_calls else {}
+            offered = grounded(tools, history[-1]["content"]) if n_calls < self.config.max_calls else {}
             call = None
             with closing(self.speaker.speak([*history, *own], offered, **settings)) as pieces:
                 for piece in pieces:
@@ -404,7 +408,7 @@ class Chatbot:
                     call = piece.call or call
                     if shown := gate.feed(piece.text):
                         stages.mark("guard out")
-                        yield Event("token", shown)
+                        yield self.token(shown, stages)
             if call is None:
                 return
             name, arguments = call.get("name", ""), call.get("arguments", {})
@@ -412,8 +416,8 @@ class Chatbot:
             result = self.run(call, offered)
             stages.mark("tool")
             yield Event("result", result.text, {"name": name, "error": result.error})
-            if name in offered and offered[name].final:
-                yield from self.cite(result, gate)
+            if name in offered and (offered[name].final or not self.config.restate):
+                yield from self.cite(in_words(offered[name], call, result), gate, stages)
                 return
             own += [call_message(call), {"role": "tool", "content": self.cut(result.text, [*history, *own])}]
 
@@ -432,13 +436,27 @@ class Chatbot:
             text = text[: len(text) * 3 // 4]
         return text
 
-    def cite(self, result: ToolResult, gate: OutputGate) -> Iterator[Event]:
+    def token(self, text: str, stages: Stages) -> Event:
+        first, stages.shown = not stages.shown, True
+        return Event(
+            "token", text, {"ms": {name: round(value, 3) for name, value in stages.spent.items()}} if first else {}
+        )
+
+    def cite(self, result: ToolResult, gate: OutputGate, stages: Stages) -> Iterator[Event]:
         """A result as the answer, with the places that it names."""
         if shown := gate.feed(result.text):
-            yield Event("token", shown)
+            stages.mark("guard out")
+            yield self.token(shown, stages)
         for number, place in enumerate(result.citations, start=1):
             if f"[{number}]" in result.text:
                 yield Event("citation", place.link, citation_data(number, place))
+
+
+def in_words(tool: Tool, call: dict[str, Any], result: ToolResult) -> ToolResult:
+    """A result as an answer; an error as the sentence that it is."""
+    if result.error:
+        return result._replace(text=f"{result.error[:1].upper()}{result.error[1:]}.")
+    return result._replace(text=tool.phrase.format(result=result.text, **call["arguments"]))
 
 
 def citation_data(number: int, place: Citation) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from chat_tools import (
     call_or_text,
     call_tool,
     course_world,
+    grounded,
     spaced_call,
     unspaced_call,
     with_question,
@@ -37,6 +38,7 @@ from course_model import command_line
 from course_tokenizer import Chat, CourseTokenizer
 from engine_requests import RequestParams
 from fine_tuning_adaptation import DialogueBatches, answer_loss, encode_dialogues, replay_documents
+from huggingface_folders import read_safetensors
 from low_rank_adapters import ADAPTER_WEIGHTS, LoraConfig, add_adapters, fold, load_adapter, save_adapter, train_rows
 from modern_llm_architectures import CausalLM
 from rag_experiments import course_questions
@@ -44,7 +46,16 @@ from serving_engine import Engine, EngineConfig
 from tiny_world import ATTRIBUTES, REQUESTS, WORD_CLASSES, World, join, pick, words
 from tiny_world import held_out as on_held_out_side
 from training_transformers import TrainConfig, fit
-from workbench import RunConfig, announce, check_range, describe_machine, seed_everything, shown, write_atomically
+from workbench import (
+    RunConfig,
+    announce,
+    check_name,
+    check_range,
+    describe_machine,
+    seed_everything,
+    shown,
+    write_atomically,
+)
 
 ADAPTER = Path(__file__).parent / "tool_adapter"
 BASE = "11-fine-tuning-adaptation/model"
@@ -311,11 +322,9 @@ def exchange(lesson: Lesson) -> list[dict[str, Any]]:
 
 def lesson_row(tokenizer: CourseTokenizer, lesson: Lesson, history: Sequence[Lesson]) -> Chat | None:
     """A lesson after other exchanges as ids; only its own turn is trained. None if it is longer than a row."""
-    system, own = [{"role": "system", "content": SYSTEM}], [{"role": "user", "content": lesson.question}]
     kept = [*history]
     while True:
-        between = [message for other in kept for message in exchange(other)]
-        before = [*system, *lesson.before, *between, *own]
+        before = lesson_messages(lesson, kept)
         n_before = len(tokenizer.chat(before).ids)
         row = tokenizer.chat([*before, *reaction(lesson)])
         if len(row.ids) <= LONGEST + 1:
@@ -396,12 +405,12 @@ def train_tool_adapter(
 class ToolExamConfig:
     """How much a tool model is asked."""
 
-    n_lessons: int = 60  # held-out lessons of each category
+    n_questions: int = 40  # held-out lessons of each category
     exam_seed: int = 7  # seed of the lessons
     n_before: int = 0  # other exchanges before each
 
     def __post_init__(self) -> None:
-        check_range(self, "n_lessons", least=1)
+        check_range(self, "n_questions", least=1)
         check_range(self, "exam_seed", "n_before", least=0)
 
 
@@ -412,48 +421,58 @@ class Reaction:
     call: dict[str, Any] | None  # None: it answered without
     invalid: str  # a call that is no JSON, as it was written
     said: str  # its last words; "" after a call whose result is the answer
+    result: str = ""  # what the call gave
+
+
+def lesson_messages(lesson: Lesson, history: Sequence[Lesson] = ()) -> list[dict[str, Any]]:
+    """What a model reads of a lesson, up to the question, with other exchanges between."""
+    between = [message for other in history for message in exchange(other)]
+    question = {"role": "user", "content": lesson.question}
+    return [{"role": "system", "content": SYSTEM}, *lesson.before, *between, question]
 
 
 class ToolPupil:
-    """A model with topic 13's engine, for many questions at once; `constrained` says how its calls are written."""
+    """A model with topic 13's engine, for many questions at once.
 
-    def __init__(self, model: CausalLM, tokenizer: CourseTokenizer, constrained: bool = True) -> None:
-        self.tokenizer, self.constrained = tokenizer, constrained
+    constraint: "grounded" (a valid call of what the question says), "schema" (a valid call, a query being the question)
+    or "none".
+    """
+
+    def __init__(self, model: CausalLM, tokenizer: CourseTokenizer, constraint: str = "grounded") -> None:
+        self.tokenizer, self.constraint = (
+            tokenizer,
+            check_name("constraint", constraint, ("grounded", "schema", "none")),
+        )
         self.words = TokenBytes(tokenizer, model.config.vocab_size)
         self.engine = Engine(model, tokenizer, EngineConfig(max_batch=32))
 
-    def react(self, lessons: Sequence[Lesson], histories: Sequence[Sequence[Lesson]]) -> list[Reaction]:
-        """Ask every question, run the calls, and let the model speak after the results. Greedy."""
-        before = [
-            [
-                {"role": "system", "content": SYSTEM},
-                *lesson.before,
-                *(message for other in history for message in exchange(other)),
-                {"role": "user", "content": lesson.question},
-            ]
-            for lesson, history in zip(lessons, histories, strict=True)
-        ]
+    def react(self, lessons: Sequence[Lesson], before: Sequence[list[dict[str, Any]]]) -> list[Reaction]:
+        """Ask every question, run the calls, and let the model speak after the results. Greedy.
+
+        before: what is read for each lesson, the system prompt first and the question last; see `lesson_messages`.
+        """
         first = self.generate(before, [tools_of(lesson) for lesson in lessons])
         calls = [self.read(output) for output in first]
-        again, texts = [], {}
+        again, texts, results = [], {}, [""] * len(lessons)
         for number, (lesson, (call, invalid, text)) in enumerate(zip(lessons, calls, strict=True)):
             tools = tools_of(lesson)
             if call is None or (call.get("name") in tools and tools[call["name"]].final):
                 texts[number] = "" if call or invalid else text
                 continue
-            result = call_tool(call, tools)
-            again.append((number, [*before[number], call_message(call), {"role": "tool", "content": result.text}]))
+            results[number] = call_tool(call, tools).text
+            again.append((number, [*before[number], call_message(call), {"role": "tool", "content": results[number]}]))
         for (number, _), output in zip(again, self.generate([row for _, row in again], None), strict=True):
             texts[number] = output.text
-        return [Reaction(call, invalid, texts[number]) for number, (call, invalid, _) in enumerate(calls)]
+        return [Reaction(call, bad, texts[number], results[number]) for number, (call, bad, _) in enumerate(calls)]
 
     def generate(self, rows: Sequence[list[dict[str, Any]]], tools: Sequence[dict[str, Tool]] | None) -> list[Any]:
         prompts = [self.tokenizer.chat(row, add_generation_prompt=True).ids for row in rows]
         params = []
         for number, row in enumerate(rows):
             constraint = None
-            if tools is not None and self.constrained:
-                offered = with_question(tools[number], row[-1]["content"])
+            if tools is not None and self.constraint != "none":
+                ground = grounded if self.constraint == "grounded" else with_question
+                offered = ground(tools[number], row[-1]["content"])
                 constraint = call_or_text(offered, self.words, self.tokenizer.tool_call_id, spaced=True)
             params.append(RequestParams(max_tokens=100, temperature=0.0, constraint=constraint))
         return self.engine.generate(prompts, params) if rows else []
@@ -466,7 +485,7 @@ class ToolPupil:
         written = self.tokenizer.decode(ids)
         try:
             call = json.loads(written)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, written or "{", ""
         return (unspaced_call(call), "", "") if isinstance(call, dict) else (None, written, "")
 
@@ -489,13 +508,101 @@ def score_reactions(lessons: Sequence[Lesson], reactions: Sequence[Reaction]) ->
 
 
 def examine_tools(
-    model: CausalLM, tokenizer: CourseTokenizer, exam: ToolExamConfig, constrained: bool = True
+    model: CausalLM,
+    tokenizer: CourseTokenizer,
+    exam: ToolExamConfig,
+    constraint: str = "grounded",
+    categories: Sequence[str] = tuple(TEACH),
 ) -> dict[str, dict[str, float]]:
-    """`score_reactions` for held-out lessons of every category."""
-    pupil, found, rng = ToolPupil(model, tokenizer, constrained), {}, random.Random(exam.exam_seed)
+    """`score_reactions` for held-out lessons of each category."""
+    pupil, found, rng = ToolPupil(model, tokenizer, constraint), {}, random.Random(exam.exam_seed)
     others = [item for name in IN_HISTORY for item in draw_lessons(name, 5, exam.exam_seed + 1, new=False)]
-    for category in TEACH:
-        lessons = draw_lessons(category, exam.n_lessons, exam.exam_seed, new=True)
-        histories = [[pick(rng, others) for _ in range(exam.n_before)] for _ in lessons]
-        found[category] = score_reactions(lessons, pupil.react(lessons, histories))
+    for category in categories:
+        lessons = draw_lessons(category, exam.n_questions, exam.exam_seed, new=True)
+        before = [lesson_messages(lesson, [pick(rng, others) for _ in range(exam.n_before)]) for lesson in lessons]
+        found[category] = score_reactions(lessons, pupil.react(lessons, before))
     return found
+
+
+# The folder
+
+
+def exam_report(model: CausalLM, tokenizer: CourseTokenizer, exam: ToolExamConfig) -> dict[str, Any]:
+    """The whole exam, and a small one that a test repeats."""
+    small = ToolExamConfig(n_questions=4, exam_seed=exam.exam_seed)
+    return {
+        "exam": asdict(exam),
+        "categories": examine_tools(model, tokenizer, exam),
+        "small_exam": asdict(small),
+        "small_categories": examine_tools(model, tokenizer, small),
+    }
+
+
+def save_tool_adapter(model: CausalLM, folder: Path, facts: dict[str, Any], exam: ToolExamConfig) -> dict[str, Any]:
+    """Write the adapter of a model, examine what it gives the base, and write report.json and the card from that."""
+    save_adapter(model, folder, base=BASE)
+    examined, tokenizer = load_tool_model(folder)
+    weights = (folder / ADAPTER_WEIGHTS).read_bytes()
+    numbers = sum(tensor.numel() for tensor in read_safetensors(folder / ADAPTER_WEIGHTS).values())
+    report = facts | exam_report(examined, tokenizer, exam)
+    report |= {"base_sha256": model.base_identity, "weights_sha256": sha256(weights).hexdigest()}
+    report |= {"parameters": numbers, "bytes": len(weights)}
+    write_atomically(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(folder / "README.md", tool_card(report).encode())
+    return report
+
+
+def tool_card(report: dict[str, Any]) -> str:
+    """What a reader of the folder wants to know. Every number is the report's."""
+    rows = [
+        f"| {name} | {numbers['choice']:.1%} | {numbers['call']:.1%} | {numbers['right']:.1%} |"
+        for name, numbers in report["categories"].items()
+    ]
+    train, exam = report["tools"], report["exam"]
+    lines = [
+        "# The tool adapter",
+        "",
+        f"Low-rank updates of rank {train['tool_rank']} and some rows of the embedding, {report['parameters']:,} "
+        "numbers, for [the course chat model](../../11-fine-tuning-adaptation/model/README.md), in PEFT's format, by",
+        "",
+        f"    {report['command']}",
+        "",
+        f"in {report['steps']:,} steps, {report['cpu_seconds'] / 60:.1f} minutes of CPU time ({report['machine']}, "
+        f"{report['date']}). It loads on no other weights: the SHA-256 of the base is in adapter_config.json.",
+        "",
+        "**Use**: to learn with. The model decides by its first token whether it calls a tool, and writes the call "
+        "under a constraint that admits nothing else. Asked for sums, people, its memory and the course it should "
+        "call; for what it can do itself it should not.",
+        "",
+        f"{exam['n_questions']} held-out questions of each category, greedy, one call at most: the right tool or none "
+        'chosen; the whole call right; call and last words right. A "search" is right if its call is. "safe" holds out '
+        "words that no text of the training has; stories are right if the world's grammar can tell them, and greedy "
+        "ones run in circles.",
+        "",
+        "| Category | Choice | Call | Right |",
+        "|:--|--:|--:|--:|",
+        *rows,
+        "",
+        f"`{ADAPTER_WEIGHTS}`: {report['bytes']:,} bytes, sha256 `{report['weights_sha256']}`; weights of the base: "
+        f"`{report['base_sha256']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tool_adapter(config: ToolTrainConfig, exam: ToolExamConfig, run: RunConfig) -> None:
+    """Teach the course chat model its tools; save the adapter with report and card to --out."""
+    announce(f"train on tool dialogues, {config.tool_steps:,} steps", 60 + 0.2 * config.tool_steps)
+    seed_everything(run.seed)
+    model, tokenizer = load_chat_model()
+    before = time.process_time()
+    log = train_tool_adapter(model, tokenizer, config, run.seed, run.out)
+    facts = {"cpu_seconds": time.process_time() - before, "steps": int(log[-1]["step"]), "tools": asdict(config)}
+    facts |= {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
+    folder = run.out / "tool_adapter"
+    report = save_tool_adapter(model, folder, facts | {"seed": run.seed}, exam)
+    for name, numbers in report["categories"].items():
+        print(f"{name:9}" + "".join(f" {key} {value:6.1%}" for key, value in numbers.items()))
+    print(f"the adapter is in {shown(folder)}")
+
+
+TOOL_VERBS: dict[str, tuple[Any, ...]] = {"tool-adapter": (tool_adapter, ToolTrainConfig, ToolExamConfig, RunConfig)}
