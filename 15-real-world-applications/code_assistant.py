@@ -83,7 +83,7 @@ def code_in(answer: str, prompt: str) -> str:
 
 
 def write_programs(config: CodeConfig, prompt: str, seed: int) -> list[str]:
-    """Programs for a prompt, each once, by the local model or by the server."""
+    """n_samples programs for a prompt, by the local model or by the server; some may be the same."""
     if config.base_url:
         endpoint = open_endpoint(config.base_url, config.model or None)
         try:
@@ -91,13 +91,13 @@ def write_programs(config: CodeConfig, prompt: str, seed: int) -> list[str]:
             replies = endpoint.chat_all(asked, max_tokens=LONGEST_ANSWER, temperature=config.temperature)
         finally:
             endpoint.close()
-        return list(dict.fromkeys(code_in(reply.text, prompt) for reply in replies))
+        return [code_in(reply.text, prompt) for reply in replies]
     code = load_code_model(config.checkpoint)
     bodies, n_more = code.write([prompt])[0], config.n_samples - 1
     if n_more and config.temperature:
         bodies += code.write([prompt], n_more, config.temperature, seed)[0]
     start = prompt.rindex("def f(")  # a repair's prompt begins with the first attempt
-    return [prompt[start:] + body for body in dict.fromkeys(bodies)]
+    return [prompt[start:] + body for body in bodies]
 
 
 def by_vote(programs: Sequence[str], config: CodeConfig, seed: int, sandbox: Sandbox) -> Written:
@@ -115,13 +115,13 @@ def by_vote(programs: Sequence[str], config: CodeConfig, seed: int, sandbox: San
     group = max(groups.values(), key=len)
     results = outcomes[group[0]].results.splitlines()
     shown = [f"f({call[0]!r}) gives {line[7:-1]}" for call, line in zip(calls, results, strict=True)]
-    note = f"{len(group)} of {len(programs)} different programs agree; " + "; ".join(shown)
+    note = f"{len(group)} of {len(programs)} programs agree; " + "; ".join(shown)
     return Written(programs[group[0]], note, outcomes[group[0]])
 
 
 def by_examples(programs: Sequence[str], config: CodeConfig, seed: int, sandbox: Sandbox) -> Written:
     """The first program that gives what the examples say; if none does, the local model repairs each once."""
-    cases, tried = config.cases(), list(programs)
+    cases, tried = config.cases(), list(dict.fromkeys(programs))
     verdicts = judge([Submission(source, "f", cases) for source in tried], LIMITS, sandbox)
     if not any(verdict.passed for verdict in verdicts) and not config.base_url:
         for source, verdict in list(zip(tried, verdicts, strict=True)):

@@ -129,9 +129,10 @@ def cheats(config: CodeFiguresConfig, run: RunConfig) -> None:
 
     Predicted: half of the cheats pass each judge that runs beside the candidate; none passes the one outside.
     """
-    box, rows = find_sandbox(), []
-    for name, source in {"(the right program)": RIGHT, **CHEATS}.items():
-        rows.append([name, *("passed" if believes(source, box) else "failed" for believes in JUDGES.values())])
+    box, programs = find_sandbox(), {"(the right program)": RIGHT, **CHEATS}
+    columns = [believes([*programs.values()], box) for believes in JUDGES.values()]
+    marks = [["passed" if believed else "failed" for believed in row] for row in zip(*columns, strict=True)]
+    rows = [[name, *row] for name, row in zip(programs, marks, strict=True)]
     fooled = [sum(row[place] == "passed" for row in rows[1:]) for place in range(1, len(JUDGES) + 1)]
     rows.append([f"cheats passed, of {len(CHEATS)}", *(str(n) for n in fooled)])
     config.save_code("cheats", [Column("Program"), *(Column(name, digits="s") for name in JUDGES)], rows)

@@ -28,10 +28,10 @@ Row = tuple[str, float, float]
 def judge_inside(run: RunConfig) -> list[Row]:
     """Tests behind the candidate in its own process: a candidate that leaves early, or patches, is believed."""
     box = find_sandbox()
-    sound = sum(judge_outside(source, box) for source in CHEATS.values())
+    sound = sum(judge_outside([*CHEATS.values()], box))
     rows = []
     for name, believes in (("exit code", judge_by_exit), ("printed verdict", judge_by_print)):
-        fooled = sum(believes(source, box) for source in CHEATS.values())
+        fooled = sum(believes([*CHEATS.values()], box))
         rows.append((f"judge-inside: cheats of {len(CHEATS)} that pass, by {name}", sound, fooled))
     return rows
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from sandbox import Limits, Outcome, Program, Sandbox, SetupFailed, Submission, find_sandbox, judge, probe, run_code
 from workbench import RunConfig, announce, shown
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=0.4, n_tasks=16)  # for attacks that only an end from outside can stop
+SHORT = Limits(cpu_seconds=1, wall_seconds=0.3, n_tasks=16)  # for attacks that only an end from outside can stop
 LONG = Limits(n_tasks=16)
 MIB = 2**20
 
@@ -523,20 +523,18 @@ CHEATS = {
 }
 
 
-def judge_outside(source: str, sandbox: Sandbox) -> bool:
-    """The verdict of this course's judge: answers come out, and are compared outside."""
-    return judge([Submission(source, "f", CASES)], sandbox=sandbox)[0].passed
+def judge_outside(sources: Sequence[str], sandbox: Sandbox) -> list[bool]:
+    """The verdicts of this course's judge: answers come out, and are compared outside."""
+    return [verdict.passed for verdict in judge([Submission(source, "f", CASES) for source in sources], LONG, sandbox)]
 
 
-def judge_by_exit(source: str, sandbox: Sandbox) -> bool:
+def judge_by_exit(sources: Sequence[str], sandbox: Sandbox) -> list[bool]:
     """The usual shortcut: tests as asserts behind the candidate, in its process; exit code 0 means passed."""
     tests = f"\nCASES = {CASES!r}\nfor arguments, right in CASES:\n    assert f(*arguments) == right\n"
-    return run_code(source + tests, sandbox=sandbox).status == "ok"
+    return [outcome.status == "ok" for outcome in sandbox.run([Program(source + tests) for source in sources], LONG)]
 
 
-def judge_by_print(source: str, sandbox: Sandbox) -> bool:
-    """The other shortcut: unittest in the candidate's process; the word PASSED in its output means passed."""
-    tests = f"""
+UNITTEST = f"""
 import unittest
 CASES = {CASES!r}
 class Tests(unittest.TestCase):
@@ -546,10 +544,15 @@ class Tests(unittest.TestCase):
 if unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(Tests)).wasSuccessful():
     print("PASSED")
 """
-    return "PASSED" in run_code(source + tests, sandbox=sandbox).stdout
 
 
-JUDGES: dict[str, Callable[[str, Sandbox], bool]] = {
+def judge_by_print(sources: Sequence[str], sandbox: Sandbox) -> list[bool]:
+    """The other shortcut: unittest in the candidate's process; the word PASSED in its output means passed."""
+    outcomes = sandbox.run([Program(source + UNITTEST) for source in sources], LONG)
+    return ["PASSED" in outcome.stdout for outcome in outcomes]
+
+
+JUDGES: dict[str, Callable[[Sequence[str], Sandbox], list[bool]]] = {
     "asserts inside, by exit code": judge_by_exit,
     "unittest inside, by its print": judge_by_print,
     "answers out, compared outside": judge_outside,
@@ -594,13 +597,13 @@ def selftest(chosen: Sandbox) -> None:
     for result in results:
         said = "held" if result.contained else "GOT THROUGH"
         print(f"  {result.attack.kind:10}{result.attack.name:45}{said:12}{result.outcome.status}")
-    cheats = {name: judge_outside(source, chosen) for name, source in CHEATS.items()}
+    [right, *passed] = judge_outside([RIGHT, *CHEATS.values()], chosen)
     print(f"attacks held: {sum(result.contained for result in results)} of {len(results)}")
     print(f"honest programs that ran: {sum(honest.values())} of {len(honest)}")
-    right = "passes" if judge_outside(RIGHT, chosen) else "FAILS"
-    print(f"cheats that passed: {sum(cheats.values())} of {len(cheats)}; the right program {right}")
+    print(f"cheats that passed: {sum(passed)} of {len(CHEATS)}; the right program {'passes' if right else 'FAILS'}")
     through = traces + [result.attack.name for result in results if not result.contained]
-    through += [name for name, passed in cheats.items() if passed] + [name for name, ran in honest.items() if not ran]
+    through += [name for name, ok in zip(CHEATS, passed, strict=True) if ok] + ([] if right else ["the right program"])
+    through += [name for name, ran in honest.items() if not ran]
     expected = ["see names and sizes of files"] if chosen.mode == "B" else []
     bad = [name for name in through if name not in expected]
     if bad:

@@ -169,7 +169,8 @@ def test_a_user_without_rights_and_machines_with_less() -> None:
     first = tier()
     print(first.tier, os.geteuid() != 0)
     box = sandbox.Sandbox("B", first.python)
-    results, traces = sandbox_attacks.run_together(box)
+    chosen = [attack for attack in sandbox_attacks.ATTACKS if attack.kind not in ("time", "output")]  # no user's matter
+    results, traces = sandbox_attacks.run_together(box, chosen)
     print([r.attack.name for r in results if not r.contained], traces, sandbox_attacks.run_benign(box))
     kernel.install(kernel.refusing("unshare"))
     print(tier().tier, "unshare: Operation not permitted" in str(tier().reasons))
@@ -221,8 +222,7 @@ def test_cheats_fool_tests_that_run_inside(box: Sandbox) -> None:
     """The cheats are real: the two usual shortcuts believe them."""
     inside = {"leave with code 0": judge_by_exit, "patch unittest": judge_by_print}
     for name, believer in inside.items():
-        assert believer(CHEATS[name], box) and believer(RIGHT, box), name
-    assert not judge_by_exit("def f(n): return 0", box) and not judge_by_print("def f(n): return 0", box)
+        assert believer([CHEATS[name], RIGHT, "def f(n): return 0"], box) == [True, True, False], name
 
 
 def test_the_judge_says_which_case_failed_and_how(box: Sandbox) -> None:
