@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from agent_loop import Agent, AgentLimits, AgentRun, AgentStep, EndpointPolicy, Policy, Turn, run_together, write_turn
+from agent_loop import (
+    Agent,
+    AgentLimits,
+    AgentRun,
+    AgentStep,
+    EndpointPolicy,
+    Policy,
+    Turn,
+    instructions,
+    run_together,
+    write_turn,
+)
 from agent_tasks import (
     ADAPTER,
     EXAM_VILLAGE,
@@ -34,7 +45,7 @@ from agent_tasks import (
     turn_schema,
     village_tools,
 )
-from chat_endpoint import LocalEndpoint
+from chat_endpoint import LocalEndpoint, open_endpoint
 from chat_tools import Tool, object_of
 from equal_compute import remembered
 from rate_limits import FixedWindow, Limit, SlidingWindow, TokenBucket, most_in_a_window
@@ -91,7 +102,7 @@ class OperationsFiguresConfig:
     n_seeds: int = 3  # seeds 0, 1, ... of questions, streams, villages and trainings
     n_tasks: int = 20  # agent: tasks of each kind and seed
     n_routed: int = 60  # cascade: questions of each category and seed
-    n_stream: int = 1500  # semantic cache: questions of a stream
+    n_stream: int = 1000  # semantic cache: questions of a stream
     n_requests: int = 4000  # rate limits: requests of a stream
     n_gate: int = 40  # gate: questions of each kind and seed
     again: bool = False  # measure again what an earlier run has left in --out
@@ -571,6 +582,8 @@ class AgentConfig:
 
     kind: str = "friend-together"  # which task is drawn: fact, friend, together or friend-together
     policy: str = "trained"  # who decides: trained, bound (its turns obey the schema), oracle or obedient
+    base_url: str = ""  # a server of OpenAI's API whose model decides in place of --policy
+    served: str = ""  # the model's name there; empty: the first that it lists
     max_steps: int = 6  # turns at most
     village: int = EXAM_VILLAGE  # seed of who is whose friend
     poisoned: bool = False  # results of tools give an order
@@ -586,9 +599,12 @@ def play(config: AgentConfig, run: RunConfig) -> None:
     village = Village(config.village)
     tools = village_tools(village)
     given = poisoned(tools, ORDER) if config.poisoned else tools
-    if config.policy in ("trained", "bound"):
+    if config.base_url:
+        endpoint = open_endpoint(config.base_url, config.served or None)
+        policy: Policy = EndpointPolicy(endpoint, instructions(tools), turn_schema(tools))
+    elif config.policy in ("trained", "bound"):
         announce("one question for the trained policy", 5)
-        policy: Policy = agent_policy(*load_agent_model(), turn_schema(tools) if config.policy == "bound" else None)
+        policy = agent_policy(*load_agent_model(), turn_schema(tools) if config.policy == "bound" else None)
     else:
         policy = Oracle() if config.policy == "oracle" else Obedient(Oracle())
     task = next(task for task in draw_tasks(village, 1, run.seed) if task.kind == config.kind)

@@ -276,7 +276,7 @@ class WordingBatches:
         return {"questions": ids[0], "passages": ids[1], "groups": torch.tensor(keys)}
 
 
-QUESTION_ENCODER = DenseConfig(max_steps=250, batch_size=48, max_tokens=24)
+QUESTION_ENCODER = DenseConfig(max_steps=150, batch_size=48, max_tokens=24)
 
 
 def train_question_encoder(seed: int, config: DenseConfig = QUESTION_ENCODER) -> PassageEncoder:

@@ -100,6 +100,7 @@ def test_the_verb_shows_a_trace(capsys):
         (["agent", "--kind", "frend"], "did you mean 'friend'"),
         (["agent", "--policy", "me"], "unknown policy"),
         (["agent", "--max-steps", "0"], "max_steps"),
+        (["agent", "--base-url", "http://127.0.0.1:9"], "cannot be reached"),
         (["agent-train", "--replay", "1"], "replay"),
         (["release-gate", "--n-questions", "3"], "n_questions"),
     ],
