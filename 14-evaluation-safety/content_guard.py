@@ -75,7 +75,8 @@ class GuardConfig:
     shortest: int = 2  # characters of the shortest piece
     longest: int = 5  # and of the longest
     window: int = 240  # characters of a window; a long text is as bad as its worst window
-    epochs: int = 8  # passes over the texts
+    epochs: int = 4  # passes over the texts
+    dropped: float = 0.5  # fraction of a text's pieces that a training step does not see
     guard_rate: float = 0.05  # Adam's learning rate
     decay: float = 1e-5  # weight of the squared weights
     limit: float = 0.5  # score from which on a text is blocked
@@ -88,6 +89,7 @@ class GuardConfig:
         check_range(self, "epochs", least=1)
         check_range(self, "guard_rate", above=0)
         check_range(self, "decay", least=0)
+        check_range(self, "dropped", least=0, below=1)
         check_range(self, "limit", above=0, below=1)
 
 
@@ -134,7 +136,7 @@ class Guard:
     def check(self, text: str) -> GuardVerdict:
         """Whether a text is to be stopped, and why."""
         best, name, how = 0.0, ALLOWED, "as written"
-        for reading in self.normalise(text):
+        for reading in self.normalise(text) if text.strip() else ():
             scores = self.scores(reading.text)
             place = int(scores.argmax())
             if scores[place] > best:
@@ -172,13 +174,13 @@ def train_guard(
     """Learn from texts, each with one of CATEGORIES or "none"; logistic loss for each category on its own."""
     rows = [features(reading.text, config)[0] for text in texts for reading in first(normalise(text))]
     targets = torch.tensor([[float(label == name) for name in CATEGORIES] for label in labels])  # (texts, categories)
-    generator = torch.Generator().manual_seed(seed)
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     weights = torch.zeros(1 << config.n_bits, len(CATEGORIES), requires_grad=True)
     bias = torch.zeros(len(CATEGORIES), requires_grad=True)
     optimizer = torch.optim.Adam([weights, bias], config.guard_rate)
     for _ in range(config.epochs):
         for chosen in torch.randperm(len(rows), generator=generator).split(256):
-            part = [rows[index] for index in chosen.tolist()]
+            part = [some(rows[index], config.dropped, rng) for index in chosen.tolist()]
             starts = torch.tensor(np.cumsum([0, *map(len, part[:-1])]))
             scale = torch.tensor(np.repeat([1 / np.sqrt(len(row)) for row in part], list(map(len, part))))
             logits = F.embedding_bag(
@@ -189,6 +191,12 @@ def train_guard(
             optimizer.step()
             optimizer.zero_grad()
     return Guard(weights.detach().half().numpy(), bias.detach().numpy(), config, normalise)
+
+
+def some(row: np.ndarray, dropped: float, rng: np.random.Generator) -> np.ndarray:
+    """A part of the pieces, so that no few of them decide: what a new wording lacks may be any of them."""
+    kept = row[rng.random(len(row)) >= dropped]
+    return kept if len(kept) else row
 
 
 def first(found: list[Reading]) -> list[Reading]:

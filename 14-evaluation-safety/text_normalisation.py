@@ -84,8 +84,17 @@ def clean(text: str) -> str:
     return " ".join(text.casefold().translate(LATIN).split())
 
 
+def mostly_leet(text: str) -> bool:
+    """Whether half of the words mix letters with digits: then digits are letters, and no numbers."""
+    parts = text.split()
+    mixed = sum(any(map(str.isdigit, part)) and any(map(str.isalpha, part)) for part in parts)
+    return 2 * mixed >= len(parts) > 2
+
+
 def without_leet(text: str) -> str:
-    """Digits and signs as the letters they stand for, in words that hold a letter too: "1gn0r3"."""
+    """Digits and signs as the letters they stand for, in words that hold a letter too: "1gn0r3"; see `mostly_leet`."""
+    if mostly_leet(text):
+        return text.translate(LEET)
 
     def read(match: re.Match) -> str:
         word = match[0]
@@ -135,7 +144,7 @@ def decoded(text: str) -> str:
 
 
 def n_common(text: str) -> int:
-    return sum(word in COMMON for word in re.findall(r"[a-z]+", text))
+    return sum(word.strip(".,?!") in COMMON for word in text.split())
 
 
 def turned(text: str) -> list[Reading]:
@@ -149,6 +158,17 @@ def turned(text: str) -> list[Reading]:
     return [reading for reading in found if n_common(reading.text) > 2 * usual + 1]
 
 
+def ways_to_read(raw: str, plain: str, how: str) -> list[Reading]:
+    """The readings of one layer; `how` it was reached."""
+    leet = Reading(f"{how} letters for digits", without_leet(plain))
+    if mostly_leet(plain):
+        return [leet]  # nobody reads it as it is written
+    spaced = without_gaps(" ".join(raw.split("\n")).casefold()) if SPACED.search(plain) else plain
+    ways = [Reading(how or "as written", plain), leet, Reading(f"{how} gaps closed", clean(spaced))]
+    ways.append(Reading(f"{how} parts joined", joined(plain)))
+    return ways + [Reading(f"{how} {one.how}", one.text) for one in turned(plain)]
+
+
 def readings(text: str) -> list[Reading]:
     """What a text may be read as, each once: first `clean`, then what differs from it."""
     found, known = [], set()
@@ -157,17 +177,12 @@ def readings(text: str) -> list[Reading]:
         deeper = []
         for how, raw in layers:
             plain = clean(raw)
-            ways = [Reading(how or "as written", plain)]
-            ways.append(Reading(how + " letters for digits", without_leet(plain)))
-            spaced = without_gaps(" ".join(raw.split("\n")).casefold()) if SPACED.search(plain) else plain
-            ways.append(Reading(how + " gaps closed", clean(spaced)))
-            ways.append(Reading(how + " parts joined", joined(plain)))
-            ways += [Reading(f"{how} {one.how}", one.text) for one in turned(plain)]
-            for way in ways:
+            inside = decoded(raw.translate(TAGS).translate(NOTHING) if not raw.isascii() else raw)
+            is_code = inside != raw and 2 * max(map(len, raw.split())) > len(raw)
+            for way in [] if is_code else ways_to_read(raw, plain, how):  # nobody reads a code as it is written
                 if way.text not in known and len(found) < MOST_READINGS:
                     known.add(way.text)
                     found.append(Reading(way.how.strip(), way.text))
-            inside = decoded(raw.translate(TAGS).translate(NOTHING) if not raw.isascii() else raw)
             if inside != raw:
                 deeper.append(Reading(f"{how} decoded".strip(), inside))
         layers = deeper
