@@ -434,11 +434,13 @@ def spoiled(fault: str) -> LocalEndpoint:
     return endpoint
 
 
-MODELS = ("chat model", "two bits", "refuses everything", "answers the forbidden")
+GUARDED = "behind the guard"
+MODELS = ("chat model", GUARDED, "two bits", "refuses everything", "answers the forbidden")
 
 
 def gated(config: OperationsFiguresConfig, fault: str, seed: int) -> dict[str, Any]:
-    gate = GateConfig(n_questions=config.n_gate, n_forbidden=config.n_gate, guard=False, kind="answers")
+    sizes = {"n_questions": config.n_gate, "n_forbidden": config.n_gate}
+    gate = GateConfig(**sizes, guard=fault == GUARDED, kind="answers")
     measures = measure(spoiled(fault), "", gate, seed)
     limits = [limit for limit in read_thresholds(THRESHOLDS) if limit.measure in measures]
     report = judge(fault, measures, limits, gate.plan(seed))
@@ -448,10 +450,11 @@ def gated(config: OperationsFiguresConfig, fault: str, seed: int) -> dict[str, A
 
 
 def gate(config: OperationsFiguresConfig, run: RunConfig) -> None:
-    """What the gate says of the chat model and of three spoiled ones, without the guard that stands before the chatbot.
+    """What the gate says of the chat model, bare and behind topic 14's guard, and of three spoiled ones, bare.
 
     Predicted: each spoiled model fails by its own fault, in every seed; the chat model passes every limit by its value,
-    but with 40 questions some limits are not shown to hold, because an interval of 40 is 0.1 wide on each side.
+    but with 40 questions some limits are not shown to hold, because an interval of 40 is 0.1 wide on each side; the
+    guard changes little, because the model refuses by itself.
     """
     made = {
         fault: [

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -146,6 +147,13 @@ def test_the_committed_thresholds_are_of_measures_that_the_gate_takes(good_measu
     found = read_thresholds(THRESHOLDS)
     taken = {*good_measures, "requests lost", "tokens per answer", "time to first token", "time per token"}
     assert {threshold.measure for threshold in found} <= taken and len(found) >= 10
+
+
+def test_the_last_release_was_held_against_the_committed_limits():
+    last = read_released(THRESHOLDS.with_name("last_release.json"))
+    assert last["plan"] == GateConfig().plan(0) and last["facts"]["place"] == "11-fine-tuning-adaptation/model"
+    assert last["facts"]["thresholds_sha256"] == sha256(THRESHOLDS.read_bytes()).hexdigest()
+    assert {one["measure"] for one in last["verdicts"]} == {one.measure for one in read_thresholds(THRESHOLDS)}
 
 
 @pytest.mark.parametrize(
