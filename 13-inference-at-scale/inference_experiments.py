@@ -82,9 +82,9 @@ class FiguresConfig:
         for name in self.only:
             check_name("experiment", name, EXPERIMENTS)
 
-    def save(self, name: str, columns: list[Column], rows: list[list], n_seeds: int = 0) -> None:
+    def save(self, name: str, columns: list[Column], rows: list[list], n_seeds: int = 0, experiment: str = "") -> None:
         seeds = range(n_seeds or self.n_seeds)
-        save_results(self.folder / "results.json", name, columns, rows, seeds, f"{COMMAND} {name}")
+        save_results(self.folder / "results.json", name, columns, rows, seeds, f"{COMMAND} {experiment or name}")
 
 
 @cache
@@ -218,20 +218,22 @@ def batching(config: FiguresConfig, run: RunConfig) -> None:
     for load in LOADS:
         moments = [arrivals(LoadConfig(rate=load * rate, n_requests=n), seed) for seed in seeds]
         for name, rule in RULES.items():
-            rows.append([f"{load:.0%}, {name}", *batching_cells(counted(rule, moments)), "", ""])
-            if load == CLOCKED:
-                found = []
-                for pair in zip(jobs, moments, strict=True):
-                    engine = Engine(model, None, EngineConfig(max_batch=N_ROWS, prefix_cache=False))
-                    found.append(serve_arrivals(engine, *pair, rule, ProcessClock()))
-                rows[-1][-2:] = first_tokens(found)
-    price = f"{seconds(cost.fixed):.2f} ms + {seconds(cost.per_row):.2f} a row + {seconds(cost.per_token):.3f} a token"
-    columns = [Column("Load and rule", f"100% is {rate:.0f} requests/s; a step costs {price} of a prompt")]
-    columns += [Column("start together", "", ".1f"), Column("wasted rows", "", ".0%")]
+            rows.append([f"{load:.0%}, {name}", *batching_cells(counted(rule, moments))])
+    moments = [arrivals(LoadConfig(rate=CLOCKED * rate, n_requests=n), seed) for seed in seeds]
+    for name, rule in RULES.items():
+        found = []
+        for pair in zip(jobs, moments, strict=True):
+            engine = Engine(model, None, EngineConfig(max_batch=N_ROWS, prefix_cache=False))
+            found.append(serve_arrivals(engine, *pair, rule, ProcessClock()))
+        rows.append([f"{CLOCKED:.0%}, {name}, real engine", *batching_cells(found)])
+    columns = [Column("Load, rule"), Column("start together", "", ".1f"), Column("wasted rows", "", ".0%")]
     columns += [Column("answered", "requests/s", ".1f"), Column("first token, p50", "ms", ",.0f")]
     columns += [Column("p99", "ms", ",.0f"), Column("whole answer, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
-    columns += [Column("real engine: first token, p50", "ms", ",.0f"), Column("p99", "ms", ",.0f")]
     config.save("batching", columns, rows)
+    price = ["the chat model", *(seconds(part) for part in cost), rate]
+    columns = [Column("A step of"), Column("fixed", "ms", ".2f"), Column("for each row", "ms", ".3f")]
+    columns += [Column("for each token of a prompt", "ms", ".3f"), Column("load of 100%", "requests/s", ".1f")]
+    config.save("batching-cost", columns, [price], 1, "batching")
 
 
 def batches(config: FiguresConfig, run: RunConfig) -> None:
