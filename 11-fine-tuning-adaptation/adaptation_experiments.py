@@ -283,21 +283,17 @@ METHOD_TRIALS = {
 
 def methods(config: FiguresConfig, run: RunConfig) -> None:
     """Every method on the same instructions: what it trains, keeps in memory, gets right and forgets."""
-    rows, points, before = [], {}, base_report(config, run)
+    rows, costs, points, before = [], [], {}, base_report(config, run)
     for name, trial in METHOD_TRIALS.items():
         points[name] = found = measured(trial, config, run)
         first = found[0]
         sizes = [float(first["trained"]), first["state_bytes"] / 2**10, first["weight_bytes"] / 2**10]
-        rows.append([name, *sizes, *right_and_gaps(found), [item["seconds"] for item in found]])
-    columns = [
-        Column("Method"),
-        Column("trained", "", ",.0f"),
-        Column("AdamW's state", "KiB", ",.0f"),
-        Column("weights", "KiB", ",.0f"),
-        *RIGHT_AND_GAPS,
-        Column("training", "CPU s", ".0f"),
-    ]
-    config.save("methods", columns, rows, "methods")
+        costs.append([name, *sizes, [item["seconds"] for item in found]])
+        rows.append([name, *right_and_gaps(found)])
+    config.save("methods", [Column("Method"), *RIGHT_AND_GAPS], rows, "methods")
+    columns = [Column("Method"), Column("trained", "", ",.0f"), Column("AdamW's state", "KiB", ",.0f")]
+    columns += [Column("weights", "KiB", ",.0f"), Column("training", "CPU s", ".0f")]
+    config.save("methods-cost", columns, costs, "methods")
     save_figure(plot_trade(points, before["gap"]), config.folder / "methods-trade.svg")
 
 
