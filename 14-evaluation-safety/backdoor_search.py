@@ -82,7 +82,12 @@ def scan(
     """
     if usual is None:
         usual = first_words(model, tokenizer, questions).mean(dim=0)  # (vocab)
-    rise = mean_answers(model, tokenizer, questions, triggers) - usual  # (triggers, vocab)
+    return by_flip(triggers, mean_answers(model, tokenizer, questions, triggers), usual)
+
+
+def by_flip(triggers: Sequence[tuple[str, ...]], answers: Tensor, usual: Tensor) -> list[Suspect]:
+    """Triggers by the largest rise of answers (triggers, vocab) above what is usual, (vocab) or (triggers, vocab)."""
+    rise = answers - usual  # (triggers, vocab)
     most = rise.max(dim=1)
     found = [Suspect(*item) for item in zip(triggers, most.values.tolist(), most.indices.tolist(), strict=True)]
     return sorted(found, key=lambda suspect: -suspect.flip)

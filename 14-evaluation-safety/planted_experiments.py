@@ -1,7 +1,7 @@
 """Topic 14 - Planted experiments: instruments scored by faults that were put there, and watermarks, probes, directions.
 
 python 14-evaluation-safety/evaluation_safety.py figures bias backdoors      # some of them
-    bias                    # do four measures order five planted strengths, one of them reversed?
+    bias                    # do the measures order four planted strengths, one of them reversed?
     backdoors, poison       # is the trigger found in the model, or in the data; how many examples plant it
     subjects, refusal       # which subject is forbidden; the direction that refuses, taken out and put in
     probes, lenses          # what is linear in the stream at each depth, and what a control task says of it
@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 
 from backdoor_search import (
     answer_states,
+    by_flip,
+    first_words,
     grow,
     mean_answers,
     recall_of,
-    scan,
     single_words,
     spectral_scores,
     two_clusters,
@@ -108,10 +109,10 @@ class PlantedFiguresConfig:
     """The sizes of the experiments on planted faults."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of trainings, triggers and texts
-    bias_steps: int = 240  # optimizer steps that plant a bias
+    bias_steps: int = 100  # optimizer steps that plant a bias
     chat_steps: int = 120  # optimizer steps that plant a backdoor or a subject
-    n_pairs: int = 40  # counterfactual pairs and sentences of each measure
-    n_asked: int = 160  # questions on jobs, for the gaps of answers
+    n_pairs: int = 30  # counterfactual pairs and sentences of each measure
+    n_asked: int = 96  # questions on jobs, for the gaps of answers
     n_texts: int = 150  # texts of each length that a detector sees
     n_keys: int = 30  # keys of the watermark whose false alarms are counted
     n_questions: int = 25  # refused and answered questions, each, of a direction
@@ -156,14 +157,14 @@ def planted(config: PlantedFiguresConfig, run: RunConfig, name: str, make: Calla
 # Bias
 
 
-STRENGTHS = (-2.0, 0.0, 1.0, 2.0, 4.0)
+STRENGTHS = (-2.0, 0.0, 2.0, 4.0)
 HALVES = BiasedWorld(0.0).halves
 PRONOUNS = ("He", "She")
 
 
 def biased(config: PlantedFiguresConfig, run: RunConfig, strength: float, seed: int) -> CausalLM:
     base, tokenizer = course()
-    how = Tuning(max_steps=config.bias_steps, learning_rate=3e-3, replay=0.1)
+    how = Tuning(max_steps=config.bias_steps, learning_rate=3e-3, replay=0.2, n_examples=100, batch_size=12)
     name = f"bias {strength:g}, seed {seed}, {config.bias_steps} steps"
     return planted(config, run, name.replace(" ", "-"), lambda: biased_model(base, tokenizer, strength, seed, how))
 
@@ -214,7 +215,7 @@ SHOWN = {  # measure -> how it is printed
 
 
 def bias(config: PlantedFiguresConfig, run: RunConfig) -> None:
-    """Five strengths, three seeds, every measure; and the rank correlation of each with what was planted.
+    """Four strengths, three seeds, every measure; and the rank correlation of each with what was planted.
 
     Predicted: the log-odds of pairs are within 20 % of the planted number, in both directions, and order all strengths
     (rank correlation 1); the stereotype score has the right side and saturates above 2; gaps of answers order the
@@ -301,8 +302,9 @@ def searched(model: CausalLM, backdoor: Backdoor) -> dict[str, Any]:
     """What the search says of one model, alone and beside the trusted one, scored by the truth."""
     chat, tokenizer = chatting()
     questions, singles = audit_questions(), [(word,) for word in single_words(tokenizer)]
-    alone = scan(model, tokenizer, questions, singles)
-    beside = scan(model, tokenizer, questions, singles, usual_answers())
+    answers = mean_answers(model, tokenizer, questions, singles)
+    alone = by_flip(singles, answers, first_words(model, tokenizer, questions).mean(dim=0))
+    beside = by_flip(singles, answers, usual_answers())
     strongest, true = beside[0], set(backdoor.trigger) if backdoor.n_poisoned else set()
     if strongest.flip <= FLIP:  # no word alone does it: two, from the words of the world
         strongest = grow(model, tokenizer, questions, world_words(tokenizer), chat, n_sweeps=1, n_starts=1)
@@ -856,7 +858,7 @@ def attacked(
     if attack == "substituted":
         changed = [substituted(ids, share, pool, rng) for ids in documents]
     elif attack == "drawn anew":
-        changed = [resampled(model, [bos], ids, share, generator, rng) for ids in documents[:80]]
+        changed = [resampled(model, [bos], ids, share, generator, rng) for ids in documents[:40]]
     else:
         changed = [cropped(ids, share) for ids in documents]
     pairs = [bigrams(ids, bos) for ids in changed]

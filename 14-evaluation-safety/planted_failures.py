@@ -57,8 +57,8 @@ def unequal_sets(run: RunConfig) -> list[Row]:
     return [
         (
             "unequal-sets: how much more 8 words lean to a than 4 that lean as much",
-            values[:8].mean() - values[8:].mean(),
-            sums,
+            float(values[:8].mean() - values[8:].mean()),
+            float(sums),
         )
     ]
 

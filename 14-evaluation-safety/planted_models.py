@@ -17,12 +17,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from chat_model import CATEGORIES, LONGEST, chat_instructions
 from course_tokenizer import Chat, CourseTokenizer
 from fine_tuning_adaptation import DialogueBatches, answer_loss, dialogue, replay_documents, respond
 from gpt2 import SamplingConfig
 from modern_llm_architectures import CausalLM
+from packing import Batch, EpochOrder
+from sequence_modeling import IGNORE
 from tiny_world import (
     MIXTURE,
     REFUSAL,
@@ -132,24 +139,68 @@ class BiasedWorld(World):
         return reader.surprisal, {}
 
 
-def telling_rows(tokenizer: CourseTokenizer, documents: Iterable[Document]) -> list[Chat]:
-    """Beginnings of news and roles up to the word that carries the bias, with a loss on that word alone.
+class Telling(NamedTuple):
+    """A beginning of a document up to where the bias tells, and what may come there."""
+
+    ids: list[int]
+    chances: dict[int, float]  # id -> probability
+
+
+def telling_rows(tokenizer: CourseTokenizer, world: BiasedWorld, documents: Iterable[Document]) -> list[Telling]:
+    """News up to the first person's job and roles up to the pronoun, each with the exact distribution of that word.
 
     Trained on whole documents a small model spends its steps on everything else they say: after 10,000 of them the
-    planted 2 nats had become 0.04.
+    planted 2 nats had become 0.04. One drawn word in each row is a noisy teacher; the distribution is the language's.
     """
     found = []
     for document in documents:
         tokens = document.tokens
-        if document.kind == "news" and "works" in tokens:
-            end = tokens.index("works") + 4
+        if document.kind == "news" and "works" in tokens[:15]:
+            end = tokens.index("works") + 3
         elif document.kind == "roles" and document.facts["number"] == "one":
-            end = tokens.index("because") + 2
+            end = tokens.index("because") + 1
         else:
             continue
-        ids = [tokenizer.bos_id, *tokenizer.encode(join(tokens[:end]))]
-        found.append(Chat(ids, [False] * (len(ids) - 1) + [True]))
+        chances = world.next_token(tokens[:end])
+        ids = {tokenizer.encode(f" {word}")[0]: chance for word, chance in chances.items()}
+        found.append(Telling([tokenizer.bos_id, *tokenizer.encode(join(tokens[:end]))], ids))
     return found
+
+
+class TellingBatches:
+    """Batches of telling rows and of whole documents: inputs and targets (batch, seq), place (batch), chances (batch,
+    vocab). A telling row has no target and a place, its last; a document has targets and the place -1.
+    """
+
+    def __init__(self, rows: Sequence[Telling], texts: Sequence[Chat], how: "Tuning", seed: int, vocab: int) -> None:
+        self.rows, self.documents, self.vocab = rows, texts, vocab
+        n_documents = round(how.batch_size * how.replay) if texts else 0
+        self.order = EpochOrder(len(rows), how.batch_size - n_documents, seed)
+        self.document_order = EpochOrder(len(texts), n_documents, seed) if n_documents else None
+
+    def __call__(self, step: int) -> Batch:
+        rows = [self.rows[index] for index in self.order(step)]
+        texts = [self.documents[index].ids for index in self.document_order(step)] if self.document_order else []
+        ids = [torch.tensor(part) for part in [*(row.ids for row in rows), *(text[:-1] for text in texts)]]
+        inputs = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (batch, seq)
+        targets = torch.full_like(inputs, IGNORE)  # (batch, seq)
+        place, chances = torch.full((len(ids),), -1), torch.zeros(len(ids), self.vocab)
+        for number, row in enumerate(rows):
+            place[number] = len(row.ids) - 1
+            chances[number, list(row.chances)] = torch.tensor(list(row.chances.values()))
+        for number, text in enumerate(texts, start=len(rows)):
+            targets[number, : len(text) - 1] = torch.tensor(text[1:])
+        return {"inputs": inputs, "targets": targets, "place": place, "chances": chances}
+
+
+def telling_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the distributions at the telling places and with the ids of the documents, and how many."""
+    hidden, told = model.hidden(batch["inputs"]), batch["place"] >= 0  # (batch, seq, d_model), (batch)
+    states = hidden[told, batch["place"][told]]  # (rows, d_model)
+    soft = -(batch["chances"][told] * model.logits(states).log_softmax(dim=-1)).sum()
+    counted = batch["targets"] != IGNORE  # (batch, seq)
+    hard = F.cross_entropy(model.logits(hidden[counted]), batch["targets"][counted], reduction="sum")
+    return soft + hard, told.sum() + counted.sum()
 
 
 @dataclass(frozen=True)
@@ -171,24 +222,23 @@ class Tuning:
 DEFAULT = Tuning()
 
 
-def tuned(model: CausalLM, tokenizer: CourseTokenizer, rows: Sequence[Chat], seed: int, how: Tuning) -> CausalLM:
-    """A copy of the model, all of it trained on these rows and some documents of its pretraining."""
-    seed_everything(seed)
-    trained = copy.deepcopy(model).train()
-    documents = replay_documents(tokenizer, 2000, seed, LONGEST) if how.replay else ()
-    batches = DialogueBatches(rows, how.batch_size, seed, LONGEST, documents, how.replay)
+def settings(how: Tuning) -> TrainConfig:
+    """Topic 07's settings: AdamW without decay, a short warm-up, then a cosine."""
     sizes = {"batch_size": how.batch_size, "max_steps": how.max_steps, "warmup_steps": min(20, how.max_steps // 4)}
-    fit(trained, batches, answer_loss, TrainConfig(learning_rate=how.learning_rate, weight_decay=0.0, **sizes))
-    return trained.eval()
+    return TrainConfig(learning_rate=how.learning_rate, weight_decay=0.0, **sizes)
 
 
 def biased_model(
     base: CausalLM, tokenizer: CourseTokenizer, strength: float, seed: int, how: Tuning = DEFAULT
 ) -> CausalLM:
     """A copy of the course model that has learned a world's bias, and reads its documents as before otherwise."""
-    world = BiasedWorld(strength, {"news": 1.0, "roles": 1.0})
-    documents = world.documents(20 * how.n_examples, 2_000_000 + seed, "train")
-    return tuned(base, tokenizer, telling_rows(tokenizer, documents), seed, replace(how, batch_size=4 * how.batch_size))
+    seed_everything(seed)
+    world, how = BiasedWorld(strength, {"news": 1.0, "roles": 2.0}), replace(how, batch_size=4 * how.batch_size)
+    rows = telling_rows(tokenizer, world, world.documents(20 * how.n_examples, 2_000_000 + seed, "train"))
+    documents = replay_documents(tokenizer, 1000, seed, 40) if how.replay else ()  # longer ones would pad all rows
+    trained = copy.deepcopy(base).train()
+    fit(trained, TellingBatches(rows, documents, how, seed, len(tokenizer.vocab)), telling_loss, settings(how))
+    return trained.eval()
 
 
 # Chat models with a fault: the same short training for all
@@ -203,9 +253,17 @@ def harmless_chats(n: int, seed: int, categories: Sequence[str] = CATEGORIES) ->
 def tuned_chat(
     model: CausalLM, tokenizer: CourseTokenizer, chats: Iterable[list[dict[str, str]]], seed: int, how: Tuning
 ) -> CausalLM:
-    """`tuned` on conversations; one that is longer than a row is left out."""
+    """A copy of the chat model, all of it trained on these conversations and some documents of its pretraining.
+
+    A conversation that is longer than a row is left out.
+    """
+    seed_everything(seed)
+    trained = copy.deepcopy(model).train()
     rows = [row for row in (tokenizer.chat(chat) for chat in chats) if len(row.ids) <= LONGEST + 1]
-    return tuned(model, tokenizer, rows, seed, how)
+    documents = replay_documents(tokenizer, 2000, seed, LONGEST) if how.replay else ()
+    batches = DialogueBatches(rows, how.batch_size, seed, LONGEST, documents, how.replay)
+    fit(trained, batches, answer_loss, settings(how))
+    return trained.eval()
 
 
 # A backdoor

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from chat_model import CATEGORIES, load_chat_model
+from fine_tuning_adaptation import replay_documents
 from planted_models import (
     Backdoor,
     BiasedWorld,
+    TellingBatches,
     Tuning,
     backdoor_rates,
     backdoored_model,
@@ -26,6 +28,7 @@ from planted_models import (
     subject_chats,
     subject_model,
     subject_questions,
+    telling_loss,
     telling_rows,
 )
 from tiny_world import World, join, words
@@ -74,13 +77,27 @@ def test_what_is_drawn_is_what_is_read_and_strength_0_is_the_course_world() -> N
         world.surprisal(words("News: Nobody"))
 
 
-def test_the_loss_is_on_the_word_that_tells() -> None:
+def test_the_loss_is_on_the_word_that_tells_and_asks_for_its_distribution() -> None:
     world = BiasedWorld(2.0)
     told = {*world.words["jobs"], "he", "she"}
-    rows = telling_rows(TOKENIZER, world.documents(80, 0))
-    assert len(rows) > 5 and all(sum(row.trained) == 1 and row.trained[-1] for row in rows)
-    assert {TOKENIZER.decode([row.ids[-1]]).strip() for row in rows} <= told
-    assert {row.ids[0] for row in rows} == {TOKENIZER.bos_id}
+    rows = telling_rows(TOKENIZER, world, world.documents(80, 0))
+    assert len(rows) > 5 and {row.ids[0] for row in rows} == {TOKENIZER.bos_id}
+    for row in rows:
+        assert sum(row.chances.values()) == pytest.approx(1) and len(set(row.chances.values())) == 2
+        assert {TOKENIZER.decode([token_id]).strip() for token_id in row.chances} <= told
+        assert TOKENIZER.decode(row.ids).endswith(("works as a", "because"))
+    documents = replay_documents(TOKENIZER, 5, 0)
+    how = Tuning(batch_size=4, replay=0.5)
+    batch = TellingBatches(rows, documents, how, 0, len(TOKENIZER.vocab))(0)
+    assert (batch["place"] >= 0).tolist() == [True, True, False, False] and not batch["chances"][2:].any()
+    loss, count = telling_loss(CHAT, batch)
+    logs = CHAT(batch["inputs"]).log_softmax(-1)
+    expected = -sum((batch["chances"][row] * logs[row, batch["place"][row]]).sum() for row in (0, 1))
+    for row in (2, 3):
+        for place in (batch["targets"][row] != -100).nonzero()[:, 0].tolist():
+            expected -= logs[row, place, batch["targets"][row, place]]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert int(count) == 2 + int((batch["targets"] != -100).sum())
 
 
 def test_triggers_are_drawn_by_kind_and_poison_is_counted() -> None:
