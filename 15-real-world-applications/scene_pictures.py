@@ -53,6 +53,14 @@ RGB = {
 }
 COLOURS = tuple(RGB)
 KINDS = ("colour", "relation", "size", "count", "digit", "exists")  # of questions
+CHOICES = {
+    "colour": 8,
+    "relation": 3,
+    "size": 2,
+    "count": 4,
+    "digit": 10,
+    "exists": 2,
+}  # answers left without the picture
 SPLITS = ("train", "seen", "held-out")
 
 

@@ -1,6 +1,7 @@
 """Proofs of language_services.py: facts are read right, scores are exact, and the routes refuse what they must."""
 
 import asyncio
+import json
 import re
 
 import httpx
@@ -11,6 +12,8 @@ from building_from_scratch import Codec, ModelConfig, Transformer
 from chat_endpoint import Reply
 from engine_thread import EngineThread
 from language_services import (
+    SUMMARISER,
+    TRANSLATOR,
     CLAIMS,
     Article,
     Fact,
@@ -24,7 +27,9 @@ from language_services import (
     clean_text,
     facts_of,
     lead,
+    load_summariser,
     load_translator_folder,
+    mean_score,
     score_summary,
     summarise_all,
     train_summariser,
@@ -33,7 +38,7 @@ from served_model import load_served_model
 from server import make_app, make_engine
 from serving_engine import EngineConfig
 from tiny_world import held_out
-from translation_pairs import TASKS, sample_pairs
+from translation_pairs import TASKS, join_tokens, sample_pairs
 
 STORY = "One day Ella found a blue clock in the park. Meanwhile Noah hid a red kite in the barn. "
 STORY += "Then Max took the clock to the tower. Soon a cat ran into the hall. Ella was sad."
@@ -241,3 +246,21 @@ def test_texts_are_cleaned_or_refused():
 def test_the_same_seed_writes_the_same_articles_and_another_seed_others():
     one, same, other = ([item.text for item in articles(5, seed, "train")] for seed in (2, 2, 3))
     assert one == same and not set(one) & set(other)
+
+
+@pytest.mark.skipif(not TRANSLATOR.exists(), reason="made by the verb train-language")
+def test_the_committed_translator_reaches_its_card():
+    served, n = load_translator_folder(), 40
+    pairs = [pair for pair in sample_pairs(TASKS["french"], n, 3, "test") if len(pair.source) <= served.longest_source]
+    made = [served.translate(join_tokens(pair.source, "words")).text for pair in pairs]
+    right = sum(text == join_tokens(pair.target, "words") for text, pair in zip(made, pairs, strict=True))
+    assert right / len(pairs) >= 0.875  # the card says 97.8 %: five errors of 40 have a probability of 2e-3
+
+
+@pytest.mark.skipif(not SUMMARISER.exists(), reason="made by the verb train-language")
+def test_the_committed_summariser_reaches_its_card():
+    card, exam = json.loads((SUMMARISER / "report.json").read_text()), articles(16, 1, "validation")
+    made = summarise_all(*load_summariser(), [article.text for article in exam])
+    score = mean_score([score_summary(text, article) for text, article in zip(made, exam, strict=True)])
+    assert abs(score.coverage - card["coverage"]) < 0.25  # 16 stories, whose coverages spread by about 0.33
+    assert score.coverage > mean_score([score_summary(lead(article, 1), article) for article in exam]).coverage - 0.1

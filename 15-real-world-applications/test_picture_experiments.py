@@ -1,6 +1,7 @@
 """Proofs of picture_experiments.py and picture_failures.py: small runs fill the tables, every failure shows itself."""
 
 import json
+import random
 
 import pytest
 
@@ -9,7 +10,6 @@ from picture_experiments import (
     PICTURE_VERBS,
     PictureFiguresConfig,
     PictureQuestionConfig,
-    chance,
     picture,
     picture_breaks,
     picture_recall,
@@ -17,7 +17,7 @@ from picture_experiments import (
 )
 from picture_failures import PICTURE_BREAKS
 from picture_model import FOLDER
-from scene_pictures import KINDS
+from scene_pictures import CHOICES, KINDS, ask, draw_scene
 from workbench import RunConfig
 
 
@@ -51,10 +51,11 @@ def test_small_runs_fill_the_tables_and_what_was_measured_is_kept(tmp_path, monk
     assert costs == ["15", "16", "24", "51", "591"]
 
 
-def test_the_names_are_registered_and_chance_is_that_of_the_questions():
+def test_the_names_are_registered_and_guessing_is_among_what_the_questions_leave():
     assert {"picture-recall", "picture-questions", "summaries"} <= set(PICTURE_EXPERIMENTS)
     assert {"picture", "translate", "summarise", "train-pictures"} <= set(PICTURE_VERBS)
-    assert [chance(kind) for kind in KINDS] == [1 / 8, 1 / 3, 1 / 2, 1 / 4, 1 / 10, 1 / 2]
+    rng = random.Random(0)
+    assert {kind: ask(draw_scene(rng), rng, kind).n_choices for kind in KINDS} == CHOICES
     assert picture_breaks.__doc__ and all(function.__doc__ for function, _ in PICTURE_EXPERIMENTS.values())
 
 

@@ -239,13 +239,13 @@ def test_one_batch_of_pairs_can_be_learned_by_heart():
     model, batch = PairEncoders(config), pair_batch(config, 0, 0)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         loss = pair_loss(model, batch)[0] / 8
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] > 1.5 and losses[-1] < 0.5 * losses[0]  # ln 8 = 2.08 is guessing
+    assert losses[0] > 1.5 and losses[-1] < 0.7 * losses[0]  # ln 8 = 2.08 is guessing
 
 
 # Stages and folder
