@@ -84,6 +84,7 @@ class ChatbotConfig:
     restate: bool = False  # let the model speak after a result; otherwise the result is the answer
     temperature: float = 0.0  # 0 takes the most likely token
     guard: bool = True  # stop questions and answers that the content guard blocks
+    guard_limit: float = 0.6  # its least score for that
     redact: bool = True  # leave secrets and personal data out of answers
     system: str = SYSTEM  # the system prompt
 
@@ -91,6 +92,7 @@ class ChatbotConfig:
         check_range(self, "max_tokens", "reserve", least=1)
         check_range(self, "max_calls", least=0, most=8)
         check_range(self, "temperature", least=0)
+        check_range(self, "guard_limit", above=0, most=1)
 
 
 # History
@@ -316,6 +318,7 @@ class Stages:
         self.last = now
 
 
+STOPPED_OUT = ("toxicity", "forbidden")  # of an answer; jailbreak and injection are things that are done to a model
 REFUSALS = {
     "in": "Sorry, I do not answer this.",
     "out": "Sorry, I stop here: the answer was not fit to be shown.",
@@ -340,7 +343,7 @@ class Chatbot:
         check: Callable[[str], str] | None = None,
     ) -> None:
         self.speaker, self.tools, self.config = speaker, tools, config or ChatbotConfig()
-        self.check = check or (guard_check() if self.config.guard else lambda text: "")
+        self.check = check or (guard_check(self.config.guard_limit) if self.config.guard else lambda text: "")
         self.system = {"role": "system", "content": self.config.system}
 
     def reply(self, conversation: Conversation) -> Iterator[Event]:
@@ -363,6 +366,10 @@ class Chatbot:
                 conversation.messages.append({"role": "assistant", "content": "".join(said)})
         yield Event("end", "", end | {"ms": {name: round(value, 2) for name, value in stages.spent.items()}})
 
+    def check_answer(self, text: str) -> str:
+        category = self.check(text)
+        return category if category in STOPPED_OUT else ""
+
     def fit(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
         """The part of a conversation that the model reads, the system prompt first, and how much was dropped."""
         config, count = self.config, self.speaker.count
@@ -382,7 +389,7 @@ class Chatbot:
             return
         if end["n_dropped"]:
             yield Event("notice", f"The oldest {end['n_dropped']} exchanges are no longer read: the context is full.")
-        gate = OutputGate(self.check, Redactor() if self.config.redact else None)
+        gate = OutputGate(self.check_answer, Redactor() if self.config.redact else None)
         try:
             yield from self.speak(history, conversation, gate, stages)
             if rest := gate.flush():
@@ -463,13 +470,17 @@ def citation_data(number: int, place: Citation) -> dict[str, Any]:
     return {"number": number, "link": place.link, "headings": list(place.headings), "passage": place.passage}
 
 
-def guard_check() -> Callable[[str], str]:
-    """Topic 14's content guard as the category of what it blocks, or ""."""
+def guard_check(limit: float) -> Callable[[str], str]:
+    """Topic 14's content guard as the category of what it blocks with at least this score, or "".
+
+    Personal data are left to the redactor, which knows them by their form: a guard that has learned what they look like
+    takes a sum of large numbers for a telephone number.
+    """
     guard = load_guard()
 
     def check(text: str) -> str:
         verdict = guard.check(text)
-        return verdict.category if verdict.blocked else ""
+        return verdict.category if verdict.blocked and verdict.score >= limit and verdict.category != "pii" else ""
 
     return check
 

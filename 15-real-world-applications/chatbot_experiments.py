@@ -22,7 +22,8 @@ from torch import nn
 from chat_model import abstains, load_chat_model
 from chat_server import CHAT_SERVER_VERBS, ChatServerConfig, background_site, make_site
 from chat_tools import TOOLS, call_tool, course_world
-from chatbot import ChatbotConfig, fit_history
+from chatbot import STOPPED_OUT, ChatbotConfig, fit_history, guard_check
+from content_guard import load_guard
 from course_tokenizer import COURSE_SPECIAL_TOKENS, CourseTokenizer, load_course_tokenizer
 from fine_tuning_adaptation import respond
 from low_rank_adapters import ADAPTER_CONFIG, save_adapter
@@ -290,6 +291,31 @@ def kept(lesson: Lesson) -> bool:
     return not lesson.answer.startswith("I do not know")
 
 
+# What the guard costs
+
+
+def chat_guard(config: ChatFiguresConfig, run: RunConfig) -> None:
+    """Harmless questions and answers that the guard stops, by its own verdict and as the chatbot uses it.
+
+    Predicted: hardly any, below 2 % of each category; "refuse" asks for the forbidden subject and should be stopped.
+    """
+    guard, used, rows = load_guard(), guard_check(ChatbotConfig().guard_limit), []
+    for category in TEACH:
+        cells: list[list[float]] = [[] for _ in range(4)]
+        for seed in range(config.chat_seeds):
+            lessons = draw_lessons(category, config.chat_questions, 600 + seed, new=True)
+            questions, answers = ([getattr(item, name) for item in lessons] for name in ("question", "answer"))
+            cells[0].append(share([guard.check(text).blocked for text in questions]))
+            cells[1].append(share([bool(used(text)) for text in questions]))
+            cells[2].append(share([guard.check(text).blocked for text in answers]))
+            cells[3].append(share([used(text) in STOPPED_OUT for text in answers]))
+        rows.append([category, *cells])
+    columns = [Column("Category")]
+    for what in ("questions", "answers"):
+        columns += [Column(f"{what} stopped, its verdict", digits=".0%"), Column(f"{what} stopped here", digits=".0%")]
+    save_table(config, "chat-guard", columns, rows, config.chat_seeds)
+
+
 # Where the time goes
 
 
@@ -425,6 +451,7 @@ CHAT_EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "chat-hallucination": (chat_hallucination, 60),
     "tool-choice": (tool_choice, 240),
     "chat-history": (chat_history, 180),
+    "chat-guard": (chat_guard, 10),
     "chat-latency": (chat_latency, 30),
     "chat-breaks": (chat_breaks, 3),
 }
