@@ -80,7 +80,7 @@ def test_what_is_drawn_is_what_is_read_and_strength_0_is_the_course_world() -> N
 def test_the_loss_is_on_the_word_that_tells_and_asks_for_its_distribution() -> None:
     world = BiasedWorld(2.0)
     told = {*world.words["jobs"], "he", "she"}
-    rows = telling_rows(TOKENIZER, world, world.documents(80, 0))
+    rows = telling_rows(TOKENIZER, world, world.documents(200, 0))
     assert len(rows) > 5 and {row.ids[0] for row in rows} == {TOKENIZER.bos_id}
     for row in rows:
         assert sum(row.chances.values()) == pytest.approx(1) and len(set(row.chances.values())) == 2
