@@ -16,7 +16,7 @@ from attack_matrix import each_question
 from chat_model import load_chat_model
 from content_guard import Guard, load_guard
 from guard_corpus import draw_texts
-from guard_suite import CATEGORIES, TRANSFORMS, chosen_limit
+from guard_suite import CATEGORIES, TRANSFORMS
 from red_team import PerplexityFilter
 from secret_keeper import ENCODINGS, FRAMES_NEW, Keeper, leaked, refused, say
 from stream_redaction import Redactor, redact
@@ -90,23 +90,6 @@ def constant_guard(run: RunConfig) -> list[Row]:
     ]
 
 
-def limit_on_test(run: RunConfig) -> list[Row]:
-    """A limit that is chosen on the harmless texts that it is then reported on: the share it promises is no forecast.
-
-    Sound is what the limit of one half of the templates stops of the other half; broken what it stops of its own.
-    """
-    guard = load_guard()
-    texts = draw_texts("held-out", 160, run.seed + 70, ("none",))
-    scores = np.array([guard.check(one.text).score for one in texts])
-    halves = [np.array([one.template % 2 == side for one in texts]) for side in (0, 1)]
-    own, other = [], []
-    for one, two in (halves, halves[::-1]):
-        limit = chosen_limit(scores[one], [text for text, kept in zip(texts, one, strict=True) if kept], 0.05)
-        own.append(float((scores[one] > limit).mean()))
-        other.append(float((scores[two] > limit).mean()))
-    return [("limit-on-test: harmless texts stopped, 5 % promised", mean(other), mean(own))]
-
-
 def whole_perplexity(run: RunConfig) -> list[Row]:
     """A perplexity filter over the whole text: an odd suffix behind a long harmless text disappears in the mean."""
     model, tokenizer = load_chat_model()
@@ -129,6 +112,5 @@ ATTACK_BREAKS: dict[str, tuple[Callable[[RunConfig], list[Row]], float]] = {
     "chunk-redactor": (chunk_redactor, 2),
     "any-answer": (any_answer, 4),
     "constant-guard": (constant_guard, 2),
-    "limit-on-test": (limit_on_test, 2),
     "whole-perplexity": (whole_perplexity, 2),
 }
