@@ -3,7 +3,7 @@
     village = Village(seed=1)                                   # friends and belongings of the world's people
     task = draw_task(village, random.Random(0), "together")     # AgentTask(question, answer, n_calls)
     Agent(Oracle(), village_tools(village)).run(task.question)  # the upper bound
-    model, tokenizer = load_agent_model()                       # the course chat model with the committed adapter
+    model, tokenizer = load_agent_model(folder)                 # the chat model with an adapter of `agent-train`
 
 No model was told who is whose friend, so that guessing does not help: with 64 people a guess at a friend is right once
 in 63. Questions of one kind look alike, and the number of calls that each kind needs is exact.
@@ -189,7 +189,7 @@ class Oracle:
         told = f"{person} {ATTRIBUTES[name].verb} "
         value = next((text.removeprefix(told).rstrip(".") for text in seen if text.startswith(told)), "")
         if value:
-            return f"I know the {name}.", None, value
+            return f"The {name} is {value}.", None, value  # said once in the words of a text, then as the answer
         return f"I need the {name} of {person}.", call_of("look_up", person=person, property=name), ""
 
     def together(self, good: str, one: str, other: str, seen: Sequence[str]) -> tuple[str, dict | None, str]:
@@ -203,7 +203,7 @@ class Oracle:
             counts.append(n)
         total = next((text for text in seen if text.isdigit()), "")
         if total:
-            return "I know the sum.", None, total
+            return f"The sum is {total}.", None, total
         expression = f"{counts[0]} + {counts[1]}"
         return f"I need {expression}.", call_of("calculator", expression=expression), ""
 
@@ -325,7 +325,11 @@ def agent_card(report: dict[str, Any]) -> str:
 
 
 def load_agent_model(folder: Path = ADAPTER) -> tuple[CausalLM, CourseTokenizer]:
-    """The chat model with the committed adapter folded in. Raises ValueError for an adapter of another base."""
+    """The chat model with a trained adapter folded in. Raises ValueError for none, and for one of another base."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{shown(folder)} holds no adapter; train one with the verb agent-train, or use --policy oracle"
+        )
     model, tokenizer = load_chat_model()
     load_adapter(model, folder)
     return fold(model).eval(), tokenizer

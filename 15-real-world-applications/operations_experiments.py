@@ -584,7 +584,8 @@ class AgentConfig:
     """A question, or a task of a kind, for an agent."""
 
     kind: str = "friend-together"  # which task is drawn: fact, friend, together or friend-together
-    policy: str = "trained"  # who decides: trained, bound (its turns obey the schema), oracle or obedient
+    policy: str = "oracle"  # who decides: oracle, obedient, trained, or bound (trained, its turns obey the schema)
+    adapter: Path = ADAPTER  # trained, bound: the folder that agent-train wrote
     base_url: str = ""  # a server of OpenAI's API whose model decides in place of --policy
     served: str = ""  # the model's name there; empty: the first that it lists
     max_steps: int = 6  # turns at most
@@ -607,7 +608,9 @@ def play(config: AgentConfig, run: RunConfig) -> None:
         policy: Policy = EndpointPolicy(endpoint, instructions(tools), turn_schema(tools))
     elif config.policy in ("trained", "bound"):
         announce("one question for the trained policy", 5)
-        policy = agent_policy(*load_agent_model(), turn_schema(tools) if config.policy == "bound" else None)
+        policy = agent_policy(
+            *load_agent_model(config.adapter), turn_schema(tools) if config.policy == "bound" else None
+        )
     else:
         policy = Oracle() if config.policy == "oracle" else Obedient(Oracle())
     task = next(task for task in draw_tasks(village, 1, run.seed) if task.kind == config.kind)

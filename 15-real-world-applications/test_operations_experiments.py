@@ -99,6 +99,7 @@ def test_the_verb_shows_a_trace(capsys):
     [
         (["agent", "--kind", "frend"], "did you mean 'friend'"),
         (["agent", "--policy", "me"], "unknown policy"),
+        (["agent", "--policy", "trained", "--adapter", "nowhere"], "nowhere holds no adapter"),
         (["agent", "--max-steps", "0"], "max_steps"),
         (["agent", "--base-url", "http://127.0.0.1:9"], "cannot be reached"),
         (["agent-train", "--replay", "1"], "replay"),
