@@ -158,7 +158,7 @@ def redaction(config: AttackFiguresConfig, run: RunConfig) -> None:
                 counts["alone"] += secret in "".join(map(redact, pieces))
             for name in ("leaks", "differs", "alone"):
                 cells[name].append(counts[name] / n)
-            cells["held"].append(most - width)
+            cells["held"].append(most)
         rows.append([f"{width}", cells["leaks"], cells["differs"], cells["held"], cells["alone"]])
     columns = [Column("Characters of a piece"), Column("Secrets shown", digits=".1%")]
     columns += [Column("Other than of the whole text", digits=".1%"), Column("Most held back", "characters", ".0f")]
