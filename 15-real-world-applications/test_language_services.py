@@ -12,9 +12,9 @@ from building_from_scratch import Codec, ModelConfig, Transformer
 from chat_endpoint import Reply
 from engine_thread import EngineThread
 from language_services import (
+    CLAIMS,
     SUMMARISER,
     TRANSLATOR,
-    CLAIMS,
     Article,
     Fact,
     Services,
