@@ -415,12 +415,19 @@ def tasks(config: FiguresConfig, run: RunConfig) -> None:
     rows = []
     for name, trial in TASK_TRIALS.items():
         found = measured(trial, config, run)
-        shares = [refusals(trial, config, run, seed) for seed in range(config.n_seeds)]
-        asked = [[item["accuracy"][category] for item in found] for category in INSTRUCT]
-        rows.append([name, *asked, *([item[key] for item in shares] for key in ("forbidden", "allowed"))])
+        rows.append([name, *([item["accuracy"][category] for item in found] for category in INSTRUCT)])
     columns = [Column("Taught"), *(Column(category, "", ".0%") for category in INSTRUCT)]
-    columns += [Column("refused", "of what is forbidden", ".0%"), Column("refused", "of what is allowed", ".0%")]
     config.save("tasks", columns, rows, "tasks")
+
+
+def refusing(config: FiguresConfig, run: RunConfig) -> None:
+    """The same trainings: how often they refuse what is forbidden, and what is allowed."""
+    rows = []
+    for name, trial in TASK_TRIALS.items():
+        shares = [refusals(trial, config, run, seed) for seed in range(config.n_seeds)]
+        rows.append([name, *([item[key] for item in shares] for key in ("forbidden", "allowed"))])
+    columns = [Column("Taught"), Column("refused", "of what is forbidden", ".0%")]
+    config.save("refusals", [*columns, Column("refused", "of what is allowed", ".0%")], rows, "refusals")
 
 
 def refusals(trial: Trial, config: FiguresConfig, run: RunConfig, seed: int) -> dict[str, float]:
@@ -472,6 +479,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]]
     "ranks": (ranks, 480),
     "keeping": (keeping, 360),
     "tasks": (tasks, 180),
+    "refusals": (refusing, 400),
     "rates": (rates, 540),
     "nf4": (quantising, 3),
     **FAILURE_EXPERIMENTS,

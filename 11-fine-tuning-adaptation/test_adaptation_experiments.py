@@ -64,7 +64,7 @@ def test_the_optimizers_bytes_are_counted_on_an_optimizer() -> None:
     assert all(torch.equal(part, before[name]) and part.grad is None for name, part in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4", "tasks"])
+@pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4", "refusals"])
 def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
     config, run = setting
     monkeypatch.setattr(adaptation_experiments, "RANKS", (1, 8))
@@ -74,12 +74,12 @@ def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
     monkeypatch.setattr(adaptation_experiments, "TASK_TRIALS", {"all seven": kept["full"]})
     EXPERIMENTS[name][0](config, run)
     rows, heads = table(config, name)["rows"], [column["name"] for column in table(config, name)["columns"]]
-    expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8, "tasks": 1}
+    expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8, "refusals": 1}
     assert len(rows) == expected[name]
     if name in ("keeping", "ranks"):  # by category: a mean would hide which one moved
         assert heads[-len(TOLD) - 2 - (name == "keeping") :][: len(TOLD)] == list(TOLD)
-    if name == "tasks":
-        assert heads[1:] == [*INSTRUCT, "refused", "refused"]
+    if name == "refusals":
+        assert heads[1:] == ["refused", "refused"]
         assert all(0 <= share <= 1 for shares in rows[0][1:] for share in shares)
     if name == "sft":
         assert [column["name"] for column in table(config, name)["columns"]][1:8] == list(INSTRUCT)
