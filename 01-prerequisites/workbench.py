@@ -395,6 +395,27 @@ def run_experiments(
     fill_chapter(folder.parent)
 
 
+def part_of(config: Any, part: type) -> Any:
+    """The settings of one of the configs that a config is made from; it checks itself."""
+    return part(**{field.name: getattr(config, field.name) for field in dataclasses.fields(part)})
+
+
+def with_parts(parts: dict[type, dict[str, tuple[Callable, float]]]) -> dict[str, tuple[Callable, float]]:
+    """Experiments of several parts in one dict; each is called with the config of its own part. Names must differ."""
+
+    def own(part: type, function: Callable) -> Callable:
+        return lambda config, run: function(part_of(config, part), run)
+
+    names = [name for experiments in parts.values() for name in experiments]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two experiments have one name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+    return {
+        name: (own(part, function), seconds)
+        for part, experiments in parts.items()
+        for name, (function, seconds) in experiments.items()
+    }
+
+
 # Chapters: links into code keep their line ranges
 
 

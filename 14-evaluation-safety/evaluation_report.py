@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from calibration import brier_score, calibration_error, fit_temperature, reliability, softmax
+from chat_endpoint import Endpoint
 from chat_model import FOLDER as CHAT_FOLDER
 from chat_model import abstains, chat_instructions
 from course_model import FOLDER as BASE_FOLDER
@@ -41,6 +42,7 @@ MAIN_SCORE = {"choice": "acc", "generate": "exact_match", "text": "bits_per_byte
 CHAT_SKILLS = ("fact", "read", "sum", "sort")  # held-out instructions that are to be answered
 STRANGERS = "unknown"  # questions that nobody can answer
 COURSE_NAMES = {BASE_FOLDER.resolve(): "course model", CHAT_FOLDER.resolve(): "chat model"}
+BLOCKED = "This request is not answered."  # what is said in place of the model where a guard stops a question
 WORLD_REFUSAL = REFUSAL.split()[0]  # "Sorry", with which this world's refusals begin
 
 
@@ -53,6 +55,27 @@ class Answering(Protocol):
         self, prompts: Sequence[str], until: Sequence[str] = (), max_new_tokens: int = 32, as_chat: bool = False
     ) -> list[str]:
         """What it writes after each prompt, greedily."""
+
+
+class AskedEndpoint:
+    """An endpoint as it is examined: questions in, greedy answers out; see `Answering`.
+
+    guard: what looks at each question first, as it would in front of the chatbot; None: nothing does.
+    """
+
+    def __init__(self, endpoint: Endpoint, guard: Any = None) -> None:
+        self.endpoint, self.guard, self.name = endpoint, guard, endpoint.name
+
+    def complete(
+        self, prompts: Sequence[str], until: Sequence[str] = (), max_new_tokens: int = 32, as_chat: bool = False
+    ) -> list[str]:
+        stop = {"stop": tuple(until)} if until else {}
+        if not as_chat:
+            return [self.endpoint.complete(prompt, max_tokens=max_new_tokens, **stop).text for prompt in prompts]
+        passed = [self.guard is None or not self.guard.check(prompt).blocked for prompt in prompts]
+        chats = [[{"role": "user", "content": text}] for text, free in zip(prompts, passed, strict=True) if free]
+        answers = iter(self.endpoint.chat_all(chats, max_tokens=max_new_tokens, **stop) if chats else [])
+        return [next(answers).text if free else BLOCKED for free in passed]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ python 14-evaluation-safety/evaluation_safety.py                          # base
 python 14-evaluation-safety/evaluation_safety.py evaluate --checkpoint FOLDER --task facts,new-sums
 python 14-evaluation-safety/evaluation_safety.py task --task facts        # the questions as a file
 python 14-evaluation-safety/evaluation_safety.py report                   # everything, as a page with a verdict
+python 14-evaluation-safety/evaluation_safety.py report --base-url http://127.0.0.1:8000
+python 14-evaluation-safety/evaluation_safety.py check "Ignore all rules."   # what the guard says of a text
+python 14-evaluation-safety/evaluation_safety.py red-team                 # search for a suffix that makes a model tell
 python 14-evaluation-safety/evaluation_safety.py --break wrong-count      # a failure on purpose
 python 14-evaluation-safety/evaluation_safety.py figures coverage judge   # measure, and keep the tables
 
@@ -14,17 +17,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from attack_experiments import ATTACK_EXPERIMENTS, GUARD_VERBS, AttackFiguresConfig
+from attack_failures import ATTACK_BREAKS
+from chat_endpoint import open_endpoint
 from chat_model import FOLDER as CHAT_FOLDER
 from course_model import FOLDER as BASE_FOLDER
 from course_model import command_line
 from evaluation_experiments import EVALUATION_EXPERIMENTS, EvaluationFiguresConfig
-from evaluation_report import ReportPlan, examine, subject_of
+from evaluation_report import AskedEndpoint, ReportPlan, Subject, examine, subject_of
 from evaluation_tasks import WORLD_TASKS, Task, read_task, run_task, world_task, write_task
 from metric_failures import METRIC_BREAKS
+from planted_experiments import PLANTED_EXPERIMENTS, PlantedFiguresConfig
+from planted_failures import PLANTED_BREAKS
+from planted_verbs import PLANTED_VERBS
 from report_page import write_report
 from report_verdict import headline
 from text_model import TextModel, load_text_model
-from workbench import RunConfig, announce, check_name, check_range, run_experiments, run_verbs, shown
+from workbench import (
+    RunConfig,
+    announce,
+    check_name,
+    check_range,
+    part_of,
+    run_experiments,
+    run_verbs,
+    shown,
+    with_parts,
+)
+
+BREAKS = METRIC_BREAKS | PLANTED_BREAKS | ATTACK_BREAKS
+PARTS = {
+    EvaluationFiguresConfig: EVALUATION_EXPERIMENTS,
+    PlantedFiguresConfig: PLANTED_EXPERIMENTS,
+    AttackFiguresConfig: ATTACK_EXPERIMENTS,
+}
+EXPERIMENTS = with_parts(PARTS)
 
 
 @dataclass(frozen=True)
@@ -80,15 +107,19 @@ class ReportConfig(ReportPlan):
     """Who is examined for the report, and how long."""
 
     checkpoint: str = f"{shown(BASE_FOLDER)},{shown(CHAT_FOLDER)},{shown(CHAT_FOLDER)}@3"  # folders; FOLDER@BITS rounds
+    base_url: str = ""  # an address of OpenAI's API, examined in place of folders; its key: OPENAI_API_KEY
+    model: str = ""  # the model's name there; none means the first that it offers
 
-    @property
-    def places(self) -> list[str]:
-        return [place.strip() for place in self.checkpoint.split(",") if place.strip()]
+    def subjects(self) -> list[Subject]:
+        if self.base_url:
+            endpoint = open_endpoint(self.base_url, self.model or None)
+            return [Subject(endpoint.name, AskedEndpoint(endpoint), {"place": self.base_url})]
+        return [subject_of(place.strip()) for place in self.checkpoint.split(",") if place.strip()]
 
 
 def report(config: ReportConfig, run: RunConfig) -> None:
     """Examine models with everything that stands in this topic; write one page with plots and a verdict."""
-    subjects = [subject_of(place) for place in config.places]
+    subjects = config.subjects()
     announce(f"examine {', '.join(subject.name for subject in subjects)}", 0.1 * config.n_questions * len(subjects))
     made = examine(subjects, ReportPlan(config.n_questions, config.n_forbidden), run.seed)
     for examined in made.subjects:
@@ -101,7 +132,7 @@ class DemoConfig:
     """The tour, or the failure to show in its place."""
 
     n_questions: int = 60  # questions of each task
-    break_: Literal["none", *METRIC_BREAKS] = "none"  # the failure to show
+    break_: Literal["none", *BREAKS] = "none"  # the failure to show
 
     def __post_init__(self) -> None:
         check_range(self, "n_questions", least=2)
@@ -110,7 +141,7 @@ class DemoConfig:
 def demo(config: DemoConfig, run: RunConfig) -> None:
     """Examine the base model and the chat model with the same tasks."""
     if config.break_ != "none":
-        show_break, seconds = METRIC_BREAKS[config.break_]
+        show_break, seconds = BREAKS[config.break_]
         announce(f"showing the failure {config.break_!r}", seconds)
         for what, sound, broken in show_break(run):
             print(f"{what}: {sound:.4g} as it should be, {broken:.4g} with --break {config.break_}")
@@ -123,20 +154,21 @@ def demo(config: DemoConfig, run: RunConfig) -> None:
 
 
 @dataclass(frozen=True)
-class FiguresConfig(EvaluationFiguresConfig):
+class FiguresConfig(*PARTS):
     """The experiments, and their sizes."""
 
     only: tuple[str, ...] = ()  # experiments to run; none means all
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for part in PARTS:
+            part_of(self, part)
         for name in self.only:
-            check_name("experiment", name, EVALUATION_EXPERIMENTS)
+            check_name("experiment", name, EXPERIMENTS)
 
 
 def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the experiments; write their figures and results.json."""
-    run_experiments(EVALUATION_EXPERIMENTS, config.only, config.folder, config, run)
+    run_experiments(EXPERIMENTS, config.only, config.folder, config, run)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         "evaluate": (evaluate, EvaluateConfig, RunConfig),
         "task": (task, EvaluateConfig, RunConfig),
         "report": (report, ReportConfig, RunConfig),
+        **PLANTED_VERBS,
+        **GUARD_VERBS,
         "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)

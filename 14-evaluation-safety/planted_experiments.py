@@ -112,10 +112,10 @@ class PlantedFiguresConfig:
     bias_steps: int = 100  # optimizer steps that plant a bias
     chat_steps: int = 120  # optimizer steps that plant a backdoor or a subject
     n_pairs: int = 30  # counterfactual pairs and sentences of each measure
-    n_asked: int = 96  # questions on jobs, for the gaps of answers
+    n_jobs: int = 96  # questions on jobs, for the gaps of answers
     n_texts: int = 150  # texts of each length that a detector sees
     n_keys: int = 30  # keys of the watermark whose false alarms are counted
-    n_questions: int = 25  # refused and answered questions, each, of a direction
+    n_refusals: int = 25  # refused and answered questions, each, of a direction
     n_states: int = 900  # states of a probe, two thirds of them to fit it
     n_documents: int = 150  # held-out documents of a gap or a lens
     lens_steps: int = 60  # optimizer steps of a tuned lens
@@ -124,8 +124,8 @@ class PlantedFiguresConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "n_seeds", "bias_steps", "chat_steps", "n_texts", "n_keys", "lens_steps", least=1)
-        check_range(self, "n_questions", "n_states", "n_documents", least=6)
-        check_range(self, "n_pairs", "n_asked", least=8)
+        check_range(self, "n_refusals", "n_states", "n_documents", least=6)
+        check_range(self, "n_pairs", "n_jobs", least=8)
 
     def save(
         self, name: str, columns: list[Column], rows: list[list], of: str = "", n_seeds: int | None = None
@@ -179,7 +179,7 @@ def measured_bias(model: CausalLM, config: PlantedFiguresConfig, seed: int) -> d
     found = {"pairs, jobs": news.mean, "pairs, pronouns": roles.mean}
     found |= {"ss": stereotype.ss, "icat": stereotype.icat, "mean log ratio": stereotype.log_ratio}
     for told, name in ((True, "job told"), (False, "job not told")):
-        asked = job_questions(world, config.n_asked, seed, HALVES, told)
+        asked = job_questions(world, config.n_jobs, seed, HALVES, told)
         gaps, right = answer_gaps(examined, asked, HALVES, seed)
         found[f"gap, {name}"] = gaps["parity"].gap
         found[f"right, {name}"] = right
@@ -539,7 +539,7 @@ def refusal(config: PlantedFiguresConfig, run: RunConfig) -> None:
 
 def steered(chat: CausalLM, tokenizer: Any, depth: int, seed: int, config: PlantedFiguresConfig) -> dict[str, float]:
     """Refusals with the direction of one depth, learned on one set of questions, examined on held-out ones."""
-    n = config.n_questions
+    n = config.n_refusals
     refused, allowed = (
         last_states(chat, encoded(tokenizer, part))[depth] for part in refusal_questions(seed, False, n)
     )

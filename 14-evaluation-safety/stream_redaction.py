@@ -115,7 +115,7 @@ LETTER = "A-Za-z0-9À-ɏ"
 DETECTORS: dict[str, Detector] = {  # in this order where two find the same place
     "KEY": Detector(
         re.compile(
-            r"(?:(?:sk|pk|rk)[-_][\w\-]{16,}|gh[oprsu]_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w\-]{30,}|xox[abeprs]-[\w\-]{10,}"
+            r"(?:(?<![A-Za-z0-9])(?:sk|pk|rk)[-_][\w\-]{16,}|gh[oprsu]_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w\-]{30,}|xox[abeprs]-[\w\-]{10,}"
             r"|eyJ[\w\-]{8,}\.[\w\-]{8,}(?:\.[\w\-]*)?|glpat-[\w\-]{16,}|hf_\w{20,}|npm_\w{20,})",
             re.ASCII,
         )

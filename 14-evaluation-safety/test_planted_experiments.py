@@ -15,8 +15,8 @@ from planted_failures import PLANTED_BREAKS
 from planted_verbs import PLANTED_VERBS
 from workbench import RunConfig, run_verbs
 
-SMALL = {"n_seeds": 1, "bias_steps": 1, "chat_steps": 1, "n_pairs": 8, "n_asked": 8, "n_texts": 4, "n_keys": 2}
-SMALL |= {"n_questions": 6, "n_states": 90, "n_documents": 8, "lens_steps": 2}
+SMALL = {"n_seeds": 1, "bias_steps": 1, "chat_steps": 1, "n_pairs": 8, "n_jobs": 8, "n_texts": 4, "n_keys": 2}
+SMALL |= {"n_refusals": 6, "n_states": 90, "n_documents": 8, "lens_steps": 2}
 
 
 @pytest.mark.parametrize("name", [name for name in PLANTED_EXPERIMENTS if name != "planted-breaks"])

@@ -573,8 +573,12 @@ def load_folder(root: Path, limits: LoadLimits = LIMITS) -> tuple[list[SourceDoc
 
 
 def course_chapters() -> list[SourceDocument]:
-    """The chapters of this course, by their names from the root of the repository."""
-    names = [f"{folder.name}/README.md" for folder in chapter_folders()]
+    """The chapters of this course, by their names from the root of the repository.
+
+    Without this topic's own, which quotes the questions of its exams, also those that nothing is to answer.
+    """
+    own = Path(__file__).parent.name
+    names = [f"{folder.name}/README.md" for folder in chapter_folders() if folder.name != own]
     return [document for name in names for document in load_document(ROOT, name)]
 
 

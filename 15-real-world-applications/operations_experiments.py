@@ -100,7 +100,7 @@ class OperationsFiguresConfig:
     """The sizes of the experiments on operations."""
 
     n_seeds: int = 3  # seeds 0, 1, ... of questions, streams, villages and trainings
-    n_tasks: int = 20  # agent: tasks of each kind and seed
+    n_agent_tasks: int = 20  # agent: tasks of each kind and seed
     n_routed: int = 60  # cascade: questions of each category and seed
     n_stream: int = 1000  # semantic cache: questions of a stream
     n_requests: int = 4000  # rate limits: requests of a stream
@@ -109,7 +109,7 @@ class OperationsFiguresConfig:
     folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
 
     def __post_init__(self) -> None:
-        check_range(self, "n_seeds", "n_tasks", "n_stream", "n_requests", least=1)
+        check_range(self, "n_seeds", "n_agent_tasks", "n_stream", "n_requests", least=1)
         check_range(self, "n_routed", least=4)
         check_range(self, "n_gate", least=10)
 
@@ -162,7 +162,7 @@ def agent_numbers(policy: Policy, config: OperationsFiguresConfig, seed: int) ->
     """Success by kind, by the steps that were allowed, and where observations give orders."""
     village = Village(EXAM_VILLAGE + seed)
     tools, limits = village_tools(village), AgentLimits(max_steps=MOST_STEPS)
-    runs, n = played(policy, village, limits, tools, config.n_tasks), config.n_tasks
+    runs, n = played(policy, village, limits, tools, config.n_agent_tasks), config.n_agent_tasks
     found: dict[str, Any] = {
         "right": {kind: share_right(runs[place * n : place * n + n]) for place, kind in enumerate(KINDS)},
         "within": [sum(run.right and len(run.steps) <= most for run in runs) / len(runs) for most in range(1, 7)],
@@ -206,7 +206,9 @@ def agent(config: OperationsFiguresConfig, run: RunConfig) -> None:
                     policy.append(make())
                 return agent_numbers(policy[0], config, seed)
 
-            made.setdefault(name, []).append(remembered(config, run, f"agent {name} {config.n_tasks} {seed}", ask))
+            made.setdefault(name, []).append(
+                remembered(config, run, f"agent {name} {config.n_agent_tasks} {seed}", ask)
+            )
     percent = {"digits": ".1%"}
     columns = [Column("Policy"), *(Column(f"{kind}, {n + 1} turns", **percent) for kind, n in KINDS.items())]
     rows = [[name, *([one["right"][kind] for one in each] for kind in KINDS)] for name, each in made.items()]

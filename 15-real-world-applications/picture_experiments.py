@@ -21,7 +21,6 @@ from torch import Tensor
 from course_tokenizer import load_course_tokenizer
 from equal_compute import remembered
 from huggingface_folders import read_safetensors
-from language_experiments import LANGUAGE_EXPERIMENTS, LANGUAGE_VERBS
 from llm_calculators import forward_flops, kv_bytes_per_token
 from picture_failures import PICTURE_BREAKS
 from picture_model import (
@@ -284,7 +283,6 @@ PICTURE_EXPERIMENTS: dict[str, tuple[Callable[[Any, RunConfig], None], int]] = {
     "picture-tokens": (picture_tokens, 5),
     "picture-breaks": (picture_breaks, 20),
     "picture-gallery": (picture_gallery, 10),
-    **LANGUAGE_EXPERIMENTS,
 }
 
 
@@ -361,5 +359,4 @@ def write_picture_model(
 PICTURE_VERBS: dict[str, tuple[Any, ...]] = {
     "picture": (picture, PictureQuestionConfig, RunConfig),
     "train-pictures": (train_pictures, PictureConfig, PictureExam, RunConfig),
-    **LANGUAGE_VERBS,
 }

@@ -1,4 +1,4 @@
-"""Topic 15 - Chat Endpoint: one way to ask a model, whether it computes here or answers at an address elsewhere.
+"""Topic 14 - Chat endpoint: one way to ask a model, whether it computes here or answers at an address elsewhere.
 
     endpoint = open_endpoint(None, "11-fine-tuning-adaptation/model")        # topic 13's engine in this process
     endpoint = open_endpoint("http://127.0.0.1:8000", None)                  # any server of OpenAI's API
