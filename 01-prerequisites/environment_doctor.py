@@ -292,7 +292,7 @@ def examine() -> list[Finding]:
     return found
 
 
-def main() -> int:
+def ask_doctor() -> int:
     """Print the findings; returns 1 if something is bad, else 0."""
     found = examine()
     for finding in found:

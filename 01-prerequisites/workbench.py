@@ -11,7 +11,7 @@ import sys
 if __name__ == "__main__" and sys.argv[1:2] == ["doctor"]:  # asked where the imports below may fail
     import environment_doctor
 
-    sys.exit(environment_doctor.main())
+    sys.exit(environment_doctor.ask_doctor())
 
 # ruff: noqa: E402
 
@@ -687,7 +687,7 @@ def demo() -> None:
 
 def doctor() -> None:
     """Say what is wrong with this installation, and how to mend it."""
-    sys.exit(environment_doctor.main())
+    sys.exit(environment_doctor.ask_doctor())
 
 
 def hardware() -> None:

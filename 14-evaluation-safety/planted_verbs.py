@@ -87,7 +87,7 @@ class ProbeConfig:
     n_questions: int = 60  # refused and answered questions, each
 
     def __post_init__(self) -> None:
-        check_range(self, "n_refusals", least=20)
+        check_range(self, "n_questions", least=20)
 
 
 def ours(folder: Path) -> tuple[CausalLM, TextModel]:
@@ -106,7 +106,7 @@ def probe(config: ProbeConfig, run: RunConfig) -> None:
 
     announce(f"read the stream of {shown(config.checkpoint)}", 10)
     model, examined = ours(config.checkpoint)
-    refused, allowed = refusal_questions(run.seed, False, config.n_refusals)
+    refused, allowed = refusal_questions(run.seed, False, config.n_questions)
     n = min(len(refused), len(allowed))
     texts = [text for pair in zip(refused[:n], allowed[:n], strict=True) for text in pair]
     labels = ["refused", "answered"] * n

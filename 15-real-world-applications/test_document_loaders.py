@@ -406,7 +406,7 @@ def course_test_anchors():
 def test_anchors_of_all_chapters_are_those_that_their_links_are_checked_against(parity) -> None:
     anchors = course_test_anchors()
     chapters = course_chapters()
-    assert len(chapters) == 15
+    assert len(chapters) == 14  # all but this topic's own
     ours, theirs = {}, {}
     for chapter in chapters:
         ours[chapter.source] = sorted(section.anchor for section in chapter.sections if section.headings)

@@ -53,7 +53,7 @@ def test_tables_are_written_with_their_command(tmp_path):
 
 
 def test_the_oracle_and_the_obedient_one_under_orders():
-    config = OperationsFiguresConfig(n_tasks=3)
+    config = OperationsFiguresConfig(n_agent_tasks=3)
     sound, obedient = (agent_numbers(policy, config, 0) for policy in (Oracle(), Obedient(Oracle())))
     assert sound["within"] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0] and set(sound["right"].values()) == {1.0}
     assert sound["injected outside"] == {"asked": 0, "ran": 0, "right": 1.0} == sound["injected inside"]

@@ -52,8 +52,8 @@ def test_small_runs_fill_the_tables_and_what_was_measured_is_kept(tmp_path, monk
 
 
 def test_the_names_are_registered_and_guessing_is_among_what_the_questions_leave():
-    assert {"picture-recall", "picture-questions", "summaries"} <= set(PICTURE_EXPERIMENTS)
-    assert {"picture", "translate", "summarise", "train-pictures"} <= set(PICTURE_VERBS)
+    assert {"picture-recall", "picture-questions", "picture-breaks"} <= set(PICTURE_EXPERIMENTS)
+    assert {"picture", "train-pictures"} <= set(PICTURE_VERBS)
     rng = random.Random(0)
     assert {kind: ask(draw_scene(rng), rng, kind).n_choices for kind in KINDS} == CHOICES
     assert picture_breaks.__doc__ and all(function.__doc__ for function, _ in PICTURE_EXPERIMENTS.values())
