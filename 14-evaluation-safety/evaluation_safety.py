@@ -26,6 +26,7 @@ from course_model import command_line
 from evaluation_experiments import EVALUATION_EXPERIMENTS, EvaluationFiguresConfig
 from evaluation_report import AskedEndpoint, ReportPlan, Subject, examine, subject_of
 from evaluation_tasks import WORLD_TASKS, Task, read_task, run_task, world_task, write_task
+from lm_eval_adapter import write_harness_task
 from metric_failures import METRIC_BREAKS
 from planted_experiments import PLANTED_EXPERIMENTS, PlantedFiguresConfig
 from planted_failures import PLANTED_BREAKS
@@ -94,12 +95,26 @@ def evaluate(config: EvaluateConfig, run: RunConfig) -> None:
     show(load_text_model(config.checkpoint), tasks)
 
 
-def task(config: EvaluateConfig, run: RunConfig) -> None:
-    """Write tasks of the world as files, a question in each line."""
+@dataclass(frozen=True)
+class TaskConfig(EvaluateConfig):
+    """Which tasks are written, and for whom."""
+
+    harness: bool = False  # also for lm-evaluation-harness, in OUT/harness
+
+
+def task(config: TaskConfig, run: RunConfig) -> None:
+    """Write tasks of the world as files, a question in each line; on demand for lm-evaluation-harness too."""
     for made in config.tasks(run.seed):
         path = run.out / f"{made.task}.jsonl"
         write_task(made, path)
         print(f"{len(made.questions)} questions in {shown(path)}")
+        if config.harness:
+            folder = run.out / "harness"
+            write_harness_task(made, folder)
+            print(
+                f"lm_eval --model hf --model_args pretrained={shown(config.checkpoint)},dtype=float32 "
+                f"--include_path {shown(folder)} --tasks {made.task} --device cpu"
+            )
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     verbs: dict[str, tuple[Any, ...]] = {
         "demo": (demo, DemoConfig, RunConfig),
         "evaluate": (evaluate, EvaluateConfig, RunConfig),
-        "task": (task, EvaluateConfig, RunConfig),
+        "task": (task, TaskConfig, RunConfig),
         "report": (report, ReportConfig, RunConfig),
         **PLANTED_VERBS,
         **GUARD_VERBS,

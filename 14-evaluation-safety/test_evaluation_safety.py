@@ -7,8 +7,9 @@ from metric_failures import METRIC_BREAKS
 
 
 def test_a_task_is_written_and_a_model_examined_with_it(tmp_path, capsys) -> None:
-    main(["task", "--task", "new-sums", "--n-questions", "6", "--out", str(tmp_path)])
-    capsys.readouterr()
+    main(["task", "--task", "new-sums", "--n-questions", "6", "--harness", "--out", str(tmp_path)])
+    assert f"--include_path {tmp_path / 'harness'} --tasks new-sums" in capsys.readouterr().out
+    assert (tmp_path / "harness" / "new-sums.yaml").is_file()
     main(["evaluate", "--task", f"{tmp_path / 'new-sums.jsonl'},held-out", "--n-questions", "4"])
     found = capsys.readouterr().out
     assert "exact_match" in found and "bits_per_byte" in found and " to " in found
