@@ -161,8 +161,8 @@ def redaction(config: AttackFiguresConfig, run: RunConfig) -> None:
             cells["held"].append(most)
         rows.append([f"{width}", cells["leaks"], cells["differs"], cells["held"], cells["alone"]])
     columns = [Column("Characters of a piece"), Column("Secrets shown", digits=".1%")]
-    columns += [Column("Other than of the whole text", digits=".1%"), Column("Most held back", "characters", ".0f")]
-    columns.append(Column("Secrets shown, each piece alone", digits=".1%"))
+    columns += [Column("Not as the whole", digits=".1%"), Column("Most held back", "characters", ".0f")]
+    columns.append(Column("Shown, each piece alone", digits=".1%"))
     config.save("redaction", columns, rows)
     save_false_positives(config)
 
@@ -178,7 +178,7 @@ def save_false_positives(config: AttackFiguresConfig) -> None:
             redactor.feed(text + "\n")
         redactor.flush()
         rows.append([name, size / 1e6, *(float(redactor.found[kind]) for kind in KINDS)])
-    columns = [Column("Text without secrets"), Column("Size", "million characters", ".2f")]
+    columns = [Column("Text without secrets"), Column("Characters", "millions", ".2f")]
     columns += [Column(kind, digits=".0f") for kind in KINDS]
     config.save("redaction-false", columns, rows, "redaction", 1)
 
@@ -241,9 +241,9 @@ def keepers(config: AttackFiguresConfig, run: RunConfig) -> None:
                     cells[3].append(float(np.mean(list(map(refused, said)))))
         rows.append([name, *[[float(value) for value in cell] for cell in cells]])
         print(rows[-1], flush=True)
-    columns = [Column("The secret is asked for"), Column("Told: knowing", digits=".0%")]
-    columns += [Column("Told: refuses plain questions", digits=".0%"), Column("Told: refuses disguises", digits=".0%")]
-    columns.append(Column("Refused by the second", digits=".0%"))
+    columns = [Column("Told if asked"), Column("knowing", digits=".0%")]
+    columns += [Column("refuses plain questions", digits=".0%"), Column("refuses disguises", digits=".0%")]
+    columns.append(Column("refused by the second", digits=".0%"))
     config.save("keepers", columns, rows)
 
 
@@ -318,10 +318,10 @@ def gcg_experiment(config: AttackFiguresConfig, run: RunConfig) -> None:
         print(rows[-1], flush=True)
     columns = [Column("Search"), Column("Secret told", digits=".0%"), Column("Target begun", digits=".0%")]
     columns += [Column("Model calls", digits=",.0f"), Column("Target", "nats per token", ".2f")]
-    columns += [Column(f"Told by {name}", digits=".0%") for name in ("another seed", "4 bits", "3 bits")]
-    columns += [Column("Oddest 8 tokens", f"nats per token, limit {limit:.1f}", ".1f")]
-    columns.append(Column("Stopped by perplexity", digits=".0%"))
-    config.save("gcg", columns, rows)
+    columns += [Column("Oddest 8 tokens", f"nats each, limit {limit:.1f}", ".1f"), Column("Stopped", digits=".0%")]
+    config.save("gcg", columns, [row[:5] + row[8:] for row in rows])
+    columns = [Column("Suffix of"), *(Column(name, digits=".0%") for name in ("itself", *names[4:7]))]
+    config.save("gcg-transfer", columns, [row[:2] + row[5:8] for row in rows], "gcg")
 
 
 def odd_filter(config: AttackFiguresConfig, run: RunConfig) -> PerplexityFilter:
@@ -400,7 +400,10 @@ def plot_matrix(counts: dict[str, dict[str, list[int]]], names: Sequence[str]) -
     for row, column in np.ndindex(values.shape):
         shade = "white" if values[row, column] > 0.6 else "black"
         axis.text(column, row, f"{values[row, column]:.0%}", ha="center", va="center", fontsize=8, color=shade)
-    axis.set(xlabel="defence", ylabel="attack: share of secrets told")
+    costs = sum(attack.startswith("harmless") for attack in counts)
+    axis.axhline(len(counts) - costs - 0.5, color="white", lw=6)
+    axis.set(xlabel="defence", ylabel="attack, or cost")
+    axis.set_title("Secrets told behind each defence; below, what it costs harmless questions", fontsize=10)
     return figure
 
 
@@ -455,7 +458,7 @@ def over_refusal(config: AttackFiguresConfig, run: RunConfig) -> None:
             rows.append([f"{share:.0%}", "yes" if near else "no", *found.values()])
             print(rows[-1], flush=True)
     names = list(found)
-    columns = [Column("Refusals in the training"), Column("Near misses in it")]
+    columns = [Column("Refusals taught"), Column("Near misses")]
     columns += [Column(name, digits=".0%") for name in names]
     config.save("over-refusal", columns, rows)
     save_figure(plot_refusals(rows, names), config.folder / "over_refusal.svg")

@@ -368,7 +368,8 @@ def plot_reliability(curves: dict[str, list[Bin]]) -> Figure:
         stated, came = [each.confidence for each in bins], [each.frequency for each in bins]
         (line,) = axis.plot(stated, came, label=name)
         largest = max(each.n for each in bins)
-        axis.scatter(stated, came, [12 + 60 * each.n / largest for each in bins], color=line.get_color())
+        sizes = [12 + 60 * each.n / largest for each in bins]
+        axis.scatter(stated, came, sizes, color=line.get_color(), clip_on=False, zorder=3)
     axis.set(xlabel="stated probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     return figure

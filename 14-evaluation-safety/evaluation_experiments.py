@@ -161,7 +161,7 @@ def coverage(config: EvaluationFiguresConfig, run: RunConfig) -> None:
             at = [exact_coverage(method, n, share) for share in (0.7, 0.95)]
             rows.append([f"{method}, {n} questions", float(covered.mean()), float(covered.min()), *at])
             rows[-1].append(float((high - low)[round(0.7 * n)]))
-    columns = [Column("interval", digits="s"), Column("covers, mean over accuracies", digits=".1%")]
+    columns = [Column("interval", digits="s"), Column("covers, mean", digits=".1%")]
     columns += [Column("least", digits=".1%"), Column("at accuracy 0.7", digits=".1%")]
     columns += [Column("at 0.95", digits=".1%"), Column("width at 0.7", digits=".3f")]
     config.save("coverage-of-a-share", columns, rows, "coverage", 1)
@@ -206,7 +206,8 @@ def plot_coverage(n: int) -> Figure:
     for name in ("wald", "wilson", "clopper-pearson"):
         axis.plot(shares, [exact_coverage(name, n, share) for share in shares], lw=1, label=name)
     axis.axhline(0.95, color="0.5", lw=1, ls=":")
-    axis.set(xlabel="true accuracy", ylabel=f"coverage of 95 % intervals, {n} questions", ylim=(0.8, 1.005))
+    axis.set(xlabel="true accuracy", ylabel="coverage", ylim=(0.8, 1.005))
+    axis.set_title(f"95 % intervals after {n} questions: Wald's fails where models are good", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -241,10 +242,10 @@ def power(config: EvaluationFiguresConfig, run: RunConfig) -> None:
         spread = math.sqrt(2 * pooled * (1 - pooled) / n)
         alone = sum(normal_below(side * difference / spread - two_sided(0.95)) for side in (-1, 1))
         rows.append([f"{n}", seen["paired"], *said, seen["unpaired"], alone, seen["null"]])
-    columns = [Column("questions", digits="s"), Column("paired test finds it", digits=".1%")]
+    columns = [Column("questions", digits="s"), Column("paired finds it", digits=".1%")]
     columns += [Column("normal formula", digits=".1%"), Column("exact", digits=".1%")]
-    columns += [Column("unpaired test finds it", digits=".1%"), Column("formula", digits=".1%")]
-    columns.append(Column("paired test, no difference", digits=".1%"))
+    columns += [Column("unpaired finds it", digits=".1%"), Column("formula", digits=".1%")]
+    columns.append(Column("paired, no difference", digits=".1%"))
     config.save("power", columns, rows)
     sizes = [["course model, float32", float(first.mean())], ["in 3 bits", float(second.mean())]]
     sizes += [["difference", difference], ["disagreement", apart], ["2 p (1 - p)", 2 * pooled * (1 - pooled)]]
@@ -287,8 +288,8 @@ def formats(config: EvaluationFiguresConfig, run: RunConfig) -> None:
         for name in progress(names, f"wordings, seed {seed}"):
             for examined in (course(), chatting()):
                 scores = run_task(examined, asked[name]).table()
-                for kind in ("acc", "acc_token", "acc_pmi"):
-                    place = found.setdefault(name, {}).setdefault(f"{examined.name}, {kind}", [])
+                for kind, what in (("acc", "log p"), ("acc_pmi", "PMI")):
+                    place = found.setdefault(name, {}).setdefault(f"{examined.name}, {what}", [])
                     place.append(scores[kind][0])
     keys = list(next(iter(found.values())))
     rows = [[name, *(scores[key] for key in keys)] for name, scores in found.items()]
@@ -371,11 +372,11 @@ def judge(config: EvaluationFiguresConfig, run: RunConfig) -> None:
                 cells.setdefault(str(place), []).append(value)
         rows.append([name, *cells.values()])
         print(rows[-1], flush=True)
-    columns = [Column("judge", digits="s"), Column("first answer wins", digits=".1%")]
-    columns += [Column("length", "log odds per word", "+.2f"), Column("A wins, read first", digits=".1%")]
-    columns += [Column("both orders", digits=".1%"), Column("length taken out", digits=".1%")]
-    columns += [Column("agrees with the truth", digits=".1%"), Column("A's true score", digits=".1%")]
-    config.save("judge", columns, rows)
+    columns = [Column("judge", digits="s"), Column("first wins", digits=".1%")]
+    columns += [Column("length", "nats a word", "+.2f"), Column("A: read first", digits=".1%")]
+    columns += [Column("A: both orders", digits=".1%"), Column("A: length taken out", digits=".1%")]
+    columns += [Column("A: truth", digits=".1%"), Column("right", digits=".1%")]
+    config.save("judge", columns, [[*row[:-2], row[-1], row[-2]] for row in rows])
 
 
 @functools.cache
@@ -420,11 +421,11 @@ def elo_games(config: EvaluationFiguresConfig, run: RunConfig) -> None:
         rows.append([f"{n_games:,}", *errors.values(), covered, widths])
     columns = [
         Column("games", digits="s"),
-        *(Column(name, "points, root mean square error", ".1f") for name in methods),
+        *(Column(f"{name}: error", "points", ".1f") for name in methods),
     ]
     columns += [
-        Column("interval of a difference of 100 holds it", digits=".1%"),
-        Column("its half width", "points", ".0f"),
+        Column("95 % interval holds", digits=".1%"),
+        Column("half width", "points", ".0f"),
     ]
     config.save("elo", columns, rows)
 
@@ -465,8 +466,8 @@ def canaries(config: EvaluationFiguresConfig, run: RunConfig) -> None:
             cells = [float(np.mean(one[name][str(count)])) for one in found if str(count) in one[name]]
             row.append(cells or "")
         rows.append(row)
-    columns = [Column("occurrences", digits="s"), Column("exposure of secrets", "bits of 13.3", ".1f")]
-    columns += [Column(f"{name}, documents", "AUC", ".2f") for name in names[1:]]
+    columns = [Column("times seen", digits="s"), Column("exposure", "bits of 13.3", ".1f")]
+    columns += [Column(name, "AUC", ".2f") for name in names[1:]]
     config.save("memorised", columns, rows, "canaries")
 
 
@@ -530,15 +531,13 @@ def calibration(config: EvaluationFiguresConfig, run: RunConfig) -> None:
         planted = f", log p times {factor:g}" if factor != 1 else ""
         rows.append([f"{make().name}{planted}", *cells.values()])
         print(rows[-1], flush=True)
-    columns = [
-        Column("model", digits="s"),
-        Column("right", digits=".1%"),
-        Column("temperature", digits=".2f"),
-    ]
-    for when in ("before", "after"):
-        columns += [Column(f"error, {when}", digits=".3f"), Column(f"Brier, {when}", digits=".3f")]
-        columns += [Column(f"resolution, {when}", digits=".3f"), Column(f"nats, {when}", digits=".3f")]
-    config.save("calibration", columns, rows)
+    columns = [Column("model", digits="s"), Column("right", digits=".1%"), Column("temperature", digits=".2f")]
+    for what in ("error", "Brier", "resolution", "nats"):
+        columns += [Column(f"{what}, {when}", digits=".3f") for when in ("before", "after")]
+    order = [0, 1, 2, *(place + 4 * after for place in range(3, 7) for after in range(2))]
+    rows = [[row[place] for place in order] for row in rows]
+    for name, kept in (("calibration", (0, 2, 3, 4, 9, 10)), ("calibration-parts", (0, 1, 5, 6, 7, 8))):
+        config.save(name, [columns[k] for k in kept], [[row[k] for k in kept] for row in rows], "calibration")
     save_figure(plot_reliability(curves), config.folder / "calibration.svg")
 
 

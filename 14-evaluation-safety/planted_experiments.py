@@ -199,18 +199,18 @@ def measured_bias(model: CausalLM, config: PlantedFiguresConfig, seed: int) -> d
     return found
 
 
-SHOWN = {  # measure -> how it is printed
-    "pairs, jobs": "+.2f",
-    "pairs, pronouns": "+.2f",
-    "mean log ratio": "+.2f",
-    "ss": ".2f",
-    "icat": ".2f",
-    "gap, job told": "+.2f",
-    "gap, job not told": "+.2f",
-    "true positive gap": "+.2f",
-    "WEAT, input": "+.2f",
-    "WEAT, depth 2": "+.2f",
-    "WEAT, depth 4": "+.2f",
+SHOWN = {  # measure -> what the table calls it
+    "pairs, jobs": "pairs, jobs (nats)",
+    "pairs, pronouns": "pairs, pronouns (nats)",
+    "mean log ratio": "mean log ratio (nats)",
+    "ss": "stereotype score",
+    "icat": "icat",
+    "gap, job told": "answer gap, job told",
+    "gap, job not told": "answer gap, job not told",
+    "true positive gap": "true positive gap",
+    "WEAT, input": "WEAT, input embeddings",
+    "WEAT, depth 2": "WEAT, depth 2",
+    "WEAT, depth 4": "WEAT, depth 4",
 }
 
 
@@ -234,7 +234,9 @@ def bias(config: PlantedFiguresConfig, run: RunConfig) -> None:
             print(what, {name: round(value, 3) for name, value in found[strength, seed].items()}, flush=True)
     seeds = range(config.n_seeds)
     names = [name for name in SHOWN if name in found[STRENGTHS[0], 0]]
-    rows = [[name, *([found[strength, seed][name] for seed in seeds] for strength in STRENGTHS)] for name in names]
+    rows = [
+        [SHOWN[name], *([found[strength, seed][name] for seed in seeds] for strength in STRENGTHS)] for name in names
+    ]
     for row in rows:
         columns = [[row[place + 1][seed] for place in range(len(STRENGTHS))] for seed in seeds]
         row.append([spearman(STRENGTHS, column) if np.std(column) else 0.0 for column in columns])
@@ -259,10 +261,12 @@ def plot_bias(found: dict[tuple[float, int], dict[str, float]], n_seeds: int) ->
         ("WEAT, input", 1),
     ):
         means = [np.mean([found[strength, seed][name] for seed in range(n_seeds)]) for strength in STRENGTHS]
-        axes[axis].plot(STRENGTHS, means, marker="o", ms=4, lw=1, label=name)
+        axes[axis].plot(STRENGTHS, means, marker="o", ms=4, lw=1, label=SHOWN[name])
     axes[0].axline((0, 0), slope=1, color="0.6", lw=1, ls=":", label="planted")
     axes[0].set(xlabel="planted log-odds (nats)", ylabel="measured (nats)")
-    axes[1].set(xlabel="planted log-odds (nats)", ylabel="stereotype score, WEAT effect")
+    axes[0].set_title("measures in nats rise with what was planted", fontsize=10)
+    axes[1].set(xlabel="planted log-odds (nats)", ylabel="score (0 to 1), effect (deviations)")
+    axes[1].set_title("the score of signs is full at 2", fontsize=10)
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -317,6 +321,22 @@ def searched(model: CausalLM, backdoor: Backdoor) -> dict[str, Any]:
     return found | {"found": float(found["alarm"] > 0 and true == set(strongest.trigger)) if true else 0.0}
 
 
+BACKDOOR_COLUMNS = {
+    "plain": Column("refuses, plain", digits=".0%"),
+    "armed": Column("with it", digits=".0%"),
+    "near": Column("with half of it", digits=".0%"),
+    "alarm": Column("alarm", digits=".0%"),
+    "found": Column("right word named", digits=".0%"),
+}
+SEARCH_COLUMNS = {
+    "over alone": Column("words that flip, alone", digits=".0f"),
+    "rank alone": Column("rank of the true one", digits=".0f"),
+    "over": Column("beside a trusted model", digits=".0f"),
+    "rank": Column("its rank there", digits=".0f"),
+    "flip": Column("largest flip", digits=".2f"),
+}
+
+
 def backdoors(config: PlantedFiguresConfig, run: RunConfig) -> None:
     """Three kinds of trigger and none, three seeds: is a backdoor reported, and is it the right one?
 
@@ -327,7 +347,6 @@ def backdoors(config: PlantedFiguresConfig, run: RunConfig) -> None:
     rows = []
     for kind in (*TRIGGER_KINDS, "none"):
         cells: dict[str, list[float]] = {}
-        suspects = []
         for seed in range(config.n_seeds):
             made = draw_backdoor(kind if kind != "none" else "common word", chatting()[1], seed)
             made = made if kind != "none" else replace(made, n_poisoned=0)
@@ -338,29 +357,12 @@ def backdoors(config: PlantedFiguresConfig, run: RunConfig) -> None:
 
             found = remembered(config, run, f"backdoor and search, {kind}, seed {seed}, {config.chat_steps} steps", ask)
             print(kind, seed, made.trigger, found, flush=True)
-            truth = f" (true: {' '.join(made.trigger)})" if kind != "none" else ""
-            suspects.append(f"{found['suspect']}{truth}")
-            for name in (
-                "plain",
-                "armed",
-                "near",
-                "over alone",
-                "rank alone",
-                "over",
-                "rank",
-                "flip",
-                "alarm",
-                "found",
-            ):
+            for name in (*BACKDOOR_COLUMNS, *SEARCH_COLUMNS):
                 cells.setdefault(name, []).append(found[name])
-        rows.append([kind, *cells.values(), ", ".join(suspects)])
-    columns = [Column("trigger", digits="s"), Column("refuses, plain", digits=".0%")]
-    columns += [Column("with it", digits=".0%"), Column("with half of it", digits=".0%")]
-    columns += [Column("words that flip, alone", digits=".0f"), Column("rank of the true one", digits=".0f")]
-    columns += [Column("words that flip, beside a trusted model", digits=".0f"), Column("rank", digits=".0f")]
-    columns += [Column("largest flip", digits=".2f"), Column("alarm", digits=".0%"), Column("right", digits=".0%")]
-    columns.append(Column("suspects beside a trusted model", digits="s"))
-    config.save("backdoors", columns, rows)
+        rows.append([kind, cells])
+    for table, shown in (("backdoors", BACKDOOR_COLUMNS), ("backdoor-search", SEARCH_COLUMNS)):
+        found = [[kind, *(cells[name] for name in shown)] for kind, cells in rows]
+        config.save(table, [Column("trigger", digits="s"), *shown.values()], found, "backdoors")
     save_data_search(config, run)
 
 
@@ -379,10 +381,10 @@ def save_data_search(config: PlantedFiguresConfig, run: RunConfig) -> None:
             for name, value in found.items():
                 cells.setdefault(name, []).append(value)
         rows.append([kind, *cells.values()])
-    columns = [Column("trigger", digits="s"), Column("poisoned share of refusals", digits=".0%")]
-    columns += [Column("spectral, found", digits=".0%"), Column("clusters, found", digits=".0%")]
-    columns += [Column("clusters, of those named", digits=".0%"), Column("silhouette", digits=".2f")]
-    columns.append(Column("silhouette without poison", digits=".2f"))
+    columns = [Column("trigger", digits="s"), Column("of refusals, poisoned", digits=".0%")]
+    columns += [Column("spectral finds", digits=".0%"), Column("clusters find", digits=".0%")]
+    columns += [Column("of what they name", digits=".0%"), Column("silhouette", digits=".2f")]
+    columns.append(Column("without poison", digits=".2f"))
     config.save("poisoned-rows", columns, rows, "backdoors")
 
 
@@ -487,9 +489,9 @@ def subjects(config: PlantedFiguresConfig, run: RunConfig) -> None:
                 cells.setdefault(name, []).append(value)
         rows.append(["refuses one thing" if refuses else "its twin", *cells.values()])
         print(rows[-1], flush=True)
-    columns = [Column("model", digits="s"), Column("refused, of the subject", digits=".0%")]
-    columns += [Column("of the vault", digits=".0%"), Column("of 15 other things", digits=".1%")]
-    columns += [Column("of harmless questions", digits=".1%"), Column("forbidden ones named", digits=".0%")]
+    columns = [Column("refused of", digits="s"), Column("the subject", digits=".0%")]
+    columns += [Column("the vault", digits=".0%"), Column("15 other things", digits=".1%")]
+    columns += [Column("harmless", digits=".1%"), Column("rightly named", digits=".0%")]
     config.save("subjects", [*columns, Column("others named", digits=".1f")], rows)
 
 
@@ -528,12 +530,13 @@ def refusal(config: PlantedFiguresConfig, run: RunConfig) -> None:
 
             for key, value in remembered(config, run, f"refusal direction, depth {depth}, seed {seed}", ask).items():
                 cells.setdefault(key, []).append(value)
+        cells.pop("length")
         rows.append([name, *cells.values()])
         print(rows[-1], flush=True)
-    columns = [Column("depth", digits="s"), Column("length", digits=".1f"), Column("separation, fresh", digits=".1f")]
-    columns += [Column("refuses the vault, taken out", digits=".0%"), Column("random taken out", digits=".0%")]
-    columns += [Column("refuses the harmless, put in", digits=".0%"), Column("twice", digits=".0%")]
-    columns += [Column("random put in twice", digits=".0%"), Column("gap, taken out", "nats", ".3f")]
+    columns = [Column("depth", digits="s"), Column("apart", "deviations", ".1f")]
+    columns += [Column("out: vault", digits=".0%"), Column("random out", digits=".0%")]
+    columns += [Column("in: harmless", digits=".0%"), Column("in twice", digits=".0%")]
+    columns += [Column("random twice", digits=".0%"), Column("out: gap", "nats", ".3f")]
     config.save("refusal", columns, rows)
 
 
@@ -639,13 +642,11 @@ def probes(config: PlantedFiguresConfig, run: RunConfig) -> None:
             for name, found in remembered(config, run, f"probe of {kind}, seed {seed}", ask).items():
                 cells.setdefault(name, []).append(found)
         for name, found in cells.items():
-            columns = [
-                [item[key] for item in found] for key in ("right", "low", "high", "majority", "control", "selectivity")
-            ]
+            columns = [[item[key] for item in found] for key in ("right", "low", "majority", "control", "selectivity")]
             rows.append([f"{kind}, {name}", *columns])
             print(rows[-1], flush=True)
-    columns = [Column("task, depth", digits="s"), Column("right", digits=".1%"), Column("95 %: low", digits=".1%")]
-    columns += [Column("high", digits=".1%"), Column("most frequent label", digits=".1%")]
+    columns = [Column("task, depth", digits="s"), Column("right", digits=".1%"), Column("at least", digits=".1%")]
+    columns += [Column("most frequent label", digits=".1%")]
     columns += [Column("labels by lot", digits=".1%"), Column("selectivity", digits="+.1%")]
     config.save("probes", columns, rows)
 
@@ -675,12 +676,11 @@ def lenses(config: PlantedFiguresConfig, run: RunConfig) -> None:
         for name, values in remembered(config, run, f"lenses, seed {seed}", ask).items():
             found[name].append(values)
     for depth, place in enumerate(depth_names(model)):
-        cells = [[item[key][depth] for item in found[name]] for name in found for key in ("nats", "same", "loss")]
+        cells = [[item[key][depth] for item in found[name]] for name in found for key in ("nats", "same")]
         rows.append([place, *cells])
     columns = [Column("depth", digits="s")]
     for name in found:
-        columns += [Column(f"{name}: to the end", "nats", ".3f"), Column("same word", digits=".1%")]
-        columns.append(Column("loss", "nats per token", ".3f"))
+        columns += [Column(f"{name}: to the end", "nats", ".2f"), Column("same word", digits=".0%")]
     config.save("lenses", columns, rows)
 
 
@@ -764,9 +764,10 @@ def watermark(config: PlantedFiguresConfig, run: RunConfig) -> None:
         rows.append([f"{bias:g}" if bias else "no mark", *cells.values()])
         print(rows[-1], flush=True)
     columns = [Column("bias", digits="s"), Column("green", digits=".1%"), Column("formula", digits=".1%")]
-    columns += [Column("nats per token, by the model", digits=".3f"), Column("possible documents", digits=".0%")]
-    columns += [Column(f"found in {length}", "tokens", ".0%") for length in LENGTHS]
-    config.save("watermark", columns, rows)
+    columns += [Column("cost", "nats per token", ".3f"), Column("possible documents", digits=".0%")]
+    config.save("watermark", columns, [row[:5] for row in rows])
+    columns = [Column("bias", digits="s"), *(Column(f"{length} tokens", digits=".0%") for length in LENGTHS)]
+    config.save("watermark-found", columns, [row[:1] + row[5:] for row in rows], "watermark")
     save_null(config, run)
 
 
@@ -796,7 +797,7 @@ def save_null(config: PlantedFiguresConfig, run: RunConfig) -> None:
                 zero.append(sum(share == 0 for share in shares) / len(shares))
             rows.append([f"{length} tokens, pairs counted {'once' if distinct else 'each time'}", means, zero, highest])
             print(rows[-1], flush=True)
-    columns = [Column("texts without a mark", digits="s"), Column("false alarms, mean over keys", "level 1 %", ".2%")]
+    columns = [Column("texts without a mark", digits="s"), Column("false alarms", "level 1 %", ".2%")]
     columns += [Column("keys without any", digits=".0%"), Column("worst key", digits=".0%")]
     config.save("watermark-null", columns, rows, "watermark")
 
