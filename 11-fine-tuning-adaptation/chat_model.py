@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from course_model import FOLDER as BASE_FOLDER
 from course_model import REPORT, command_line, load_course_model, tokenizer_sha256
 from course_tokenizer import Chat, CourseTokenizer, load_course_tokenizer
 from fine_tuning_adaptation import (
@@ -340,11 +341,11 @@ def samples(model: nn.Module, tokenizer: CourseTokenizer) -> list[tuple[str, str
 # The verbs
 
 
-def chat(config: ChatConfig, exam: AnswerConfig, run: RunConfig) -> None:
+def chat(config: ChatConfig, exam: AnswerConfig, run: RunConfig, folder: Path = BASE_FOLDER) -> None:
     """Make the chat model from the course model; save it as a Llama folder with tokenizer, chat template and card."""
     announce(f"train on conversations, {config.chat_steps:,} steps", 30 + 0.2 * config.chat_steps)
     seed_everything(run.seed)
-    base, tokenizer = load_course_model()
+    base, tokenizer = load_course_model(folder)
     facts = {"base_sha256": base_sha256(base), "base_gap": forgetting(base, tokenizer, exam)}
     before = time.process_time()
     model, log = train_chat_model(base.to(pick_device(run.device)), tokenizer, config, run)
@@ -352,10 +353,10 @@ def chat(config: ChatConfig, exam: AnswerConfig, run: RunConfig) -> None:
     facts |= {"command": command_line(), "machine": describe_machine(), "date": datetime.date.today().isoformat()}
     facts |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     report = facts | examine_chat(model, tokenizer, exam) | {"samples": samples(model, tokenizer)}
-    report["tokenizer_sha256"] = tokenizer_sha256()
-    folder = save_chat_model(model, tokenizer, run.out, report)
+    report["tokenizer_sha256"] = tokenizer_sha256(folder)
+    made = save_chat_model(model, tokenizer, run.out, report)
     show_chat_report(report)
-    print(f"the chat model is in {shown(folder)}")
+    print(f"the chat model is in {shown(made)}")
 
 
 @dataclass(frozen=True)
