@@ -13,11 +13,11 @@ ever read as a call, only tools on the list run, and steps, tokens and repetitio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from chat_endpoint import Endpoint
-from chat_tools import Tool, call_schema, call_tool
+from chat_tools import Tool, call_schema, call_tool, spaced_call, spaced_schema, unspaced_call
 from tokenizer_basics import without_duplicates
 from workbench import check_range
 
@@ -109,10 +109,16 @@ class Policy(Protocol):
 # Turns
 
 
-def turn_schema(tools: Mapping[str, Tool], thoughts: bool = True) -> dict[str, Any]:
-    """The JSON schema of a turn: a thought with a valid call, or with an answer; without thoughts, the act alone."""
-    thought = {"thought": {"type": "string", "pattern": PLAIN}} if thoughts else {}
-    kinds = ({"action": call_schema(tools)}, {"answer": {"type": "string", "pattern": PLAIN}})
+def turn_schema(tools: Mapping[str, Tool], thoughts: bool = True, spaced: bool = False) -> dict[str, Any]:
+    """The JSON schema of a turn: a thought with a valid call, or with an answer; without thoughts, the act alone.
+
+    spaced: every text begins with a blank, as in `write_turn`.
+    """
+    text = {"type": "string", "pattern": f"^ {PLAIN[1:]}" if spaced else PLAIN}
+    if spaced:
+        tools = {name: replace(tool, parameters=spaced_schema(tool.parameters)) for name, tool in tools.items()}
+    thought = {"thought": text} if thoughts else {}
+    kinds = ({"action": call_schema(tools)}, {"answer": text})
     made = [
         {
             "type": "object",
@@ -126,7 +132,7 @@ def turn_schema(tools: Mapping[str, Tool], thoughts: bool = True) -> dict[str, A
 
 
 def read_turn(text: str) -> tuple[str, dict[str, Any] | None, str]:
-    """Thought, call and answer of a turn; exactly one of the last two is there.
+    """Thought, call and answer of a turn; exactly one of the last two is there. A blank before a text is no part of it.
 
     Raises ValueError, in words for the model, for anything but one JSON object of that form.
     """
@@ -147,14 +153,19 @@ def read_turn(text: str) -> tuple[str, dict[str, Any] | None, str]:
     if "action" in found:
         if not isinstance(found["action"], dict):
             raise ValueError("an action is an object with name and arguments")
-        return thought, found["action"], ""
+        return thought.strip(), unspaced_call(found["action"]), ""
     if not answer.strip():
         raise ValueError("the answer is empty")
-    return thought, None, answer.strip()
+    return thought.strip(), None, answer.strip()
 
 
-def write_turn(thought: str, call: dict[str, Any] | None = None, answer: str = "") -> str:
-    """A turn as JSON; without a thought the field is left out."""
+def write_turn(thought: str, call: dict[str, Any] | None = None, answer: str = "", spaced: bool = False) -> str:
+    """A turn as JSON; without a thought the field is left out.
+
+    spaced: texts begin with a blank; a model that copies a name then writes the tokens that it read, see `spaced_call`.
+    """
+    if spaced:
+        thought, answer, call = thought and f" {thought}", answer and f" {answer}", call and spaced_call(call)
     act = {"answer": answer} if call is None else {"action": call}
     return json.dumps(({"thought": thought} if thought else {}) | act, ensure_ascii=False)
 

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from chat_tools import NAME, TOOLS, Tool, course_world, object_of
 from course_model import command_line
 from course_tokenizer import Chat, CourseTokenizer
 from fine_tuning_adaptation import DialogueBatches, answer_loss, replay_documents
-from low_rank_adapters import LoraConfig, add_adapters, fold, load_adapter, save_adapter, train_rows
+from low_rank_adapters import ADAPTER_WEIGHTS, LoraConfig, add_adapters, fold, load_adapter, save_adapter, train_rows
 from modern_llm_architectures import CausalLM
 from served_model import CourseServing, ServedModel
 from serving_engine import EngineConfig
@@ -160,16 +161,16 @@ def call_of(tool: str, /, **arguments: str) -> dict[str, Any]:
 class Oracle:
     """Reads a question by patterns and the observations by theirs, and always knows the next step.
 
-    thoughts: whether it says why.
+    thoughts: whether it says why. spaced: whether its texts begin with a blank, see `write_turn`.
     """
 
-    def __init__(self, thoughts: bool = True) -> None:
-        self.thoughts = thoughts
+    def __init__(self, thoughts: bool = True, spaced: bool = False) -> None:
+        self.thoughts, self.spaced = thoughts, spaced
 
     def turn(self, question: str, steps: Sequence[AgentStep], limits: AgentLimits) -> Turn:
         seen = [(step.observation.splitlines() or [""])[0] for step in steps]  # a result is one line
         thought, call, answer = self.act(question, seen)
-        return Turn(write_turn(thought if self.thoughts else "", call, answer))
+        return Turn(write_turn(thought if self.thoughts else "", call, answer, self.spaced))
 
     def act(self, question: str, seen: Sequence[str]) -> tuple[str, dict[str, Any] | None, str]:
         """Thought, call and answer. Raises ValueError for a question that is not of this village."""
@@ -215,13 +216,14 @@ class Oracle:
 class AgentTrainConfig:
     """How the chat model is taught to act."""
 
-    n_tasks: int = 800  # tasks of each kind to learn from
-    agent_steps: int = 330  # optimizer steps
+    n_tasks: int = 2000  # tasks of each kind to learn from
+    agent_steps: int = 1200  # optimizer steps
     agent_batch: int = 12  # traces and documents of a step
-    agent_rate: float = 5e-3  # the peak learning rate
+    agent_rate: float = 1e-2  # the peak learning rate
     agent_rank: int = 16  # of the low-rank updates
     replay: float = 0.1  # fraction of each batch that is pretraining documents
     thoughts: bool = True  # whether a turn says why
+    spaced: bool = True  # whether texts begin with a blank, so that a copied name is the tokens that were read
 
     def __post_init__(self) -> None:
         check_range(self, "n_tasks", "agent_steps", "agent_batch", "agent_rank", least=1)
@@ -244,7 +246,7 @@ def trace_rows(tokenizer: CourseTokenizer, config: AgentTrainConfig, seed: int) 
         village, tools = villages[number % N_VILLAGES], toolboxes[number % N_VILLAGES]
         for kind in KINDS:
             task = draw_task(village, rng, kind)
-            run = Agent(Oracle(config.thoughts), tools).run(task.question)
+            run = Agent(Oracle(config.thoughts, config.spaced), tools).run(task.question)
             if not task.right(run.answer):
                 raise ValueError(f"the oracle fails: {run.text()}")
             last = {"role": "assistant", "content": run.steps[-1].turn.text}
@@ -270,11 +272,12 @@ def train_agent(config: AgentTrainConfig, run: RunConfig) -> tuple[CausalLM, Cou
 
 def teach_agent(config: AgentTrainConfig, run: RunConfig) -> None:
     """Train the policy on the oracle's traces, examine it, and write its adapter with a card to --out."""
-    announce(f"train an agent's policy, {config.agent_steps} steps", 0.7 * config.agent_steps)
+    announce(f"train an agent's policy, {config.agent_steps} steps", 30 + 0.5 * config.agent_steps)
     start = time.process_time()
     model, tokenizer, log = train_agent(config, run)
     seconds, folder = time.process_time() - start, run.out / "agent_adapter"
     save_adapter(model, folder, BASE)
+    weights = (folder / ADAPTER_WEIGHTS).read_bytes()
     found = examine_agent(learned_agent(folder, Village(EXAM_VILLAGE)), EXAM_TASKS, EXAM_SEED)
     report = {
         "right": {kind: [run.right for run in runs] for kind, runs in found.items()},
@@ -282,6 +285,9 @@ def teach_agent(config: AgentTrainConfig, run: RunConfig) -> None:
         "tokens": {kind: sum(run.n_tokens for run in runs) / len(runs) for kind, runs in found.items()},
         "exam": {"n": EXAM_TASKS, "seed": EXAM_SEED, "village": EXAM_VILLAGE},
         "loss": log[-1]["loss"],
+        "bytes": len(weights),
+        "weights_sha256": sha256(weights).hexdigest(),
+        "base_sha256": model.base_identity,
         "cpu_seconds": seconds,
         "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
@@ -310,16 +316,21 @@ def agent_card(report: dict[str, Any]) -> str:
         "",
         f"    {report['command']}",
         "",
-        f"in {report['config']['agent_steps']} steps, {report['cpu_seconds'] / 60:.1f} minutes of CPU time "
-        f"({report['machine']}, {report['date']}), on the traces of a perfect policy in villages made up for it.",
+        f"in {report['config']['agent_steps']:,} steps, {report['cpu_seconds'] / 60:.1f} minutes of CPU time "
+        f"({report['machine']}, {report['date']}), on the traces of a perfect policy in villages made up for it. "
+        "It loads on no other weights.",
         "",
-        "**Use**: to learn with. It writes the turns of one agent loop for four kinds of question and knows no others.",
+        "**Use**: to learn with. It writes the turns of one agent loop for four kinds of question and knows no others. "
+        "Its texts begin with a blank, so that a name that it copies is the tokens that it read.",
         "",
         f"{exam['n']} tasks of each kind in a village that no training saw, without a schema that binds the turns:",
         "",
         "| Kind | Calls needed | Right | Turns taken | Tokens read and written |",
         "|:--|--:|--:|--:|--:|",
         *rows,
+        "",
+        f"`{ADAPTER_WEIGHTS}`: {report['bytes']:,} bytes, sha256 `{report['weights_sha256']}`; weights of the base: "
+        f"`{report['base_sha256']}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -340,7 +351,7 @@ def learned_agent(
 ) -> Agent:
     """The committed policy with the tools of a village; bound: its turns must obey the schema."""
     tools = village_tools(village or Village(EXAM_VILLAGE))
-    policy = agent_policy(*load_agent_model(folder), turn_schema(tools) if bound else None)
+    policy = agent_policy(*load_agent_model(folder), turn_schema(tools, spaced=True) if bound else None)
     return Agent(policy, tools, limits)
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 
 import pytest
 
@@ -24,16 +25,21 @@ from agent_loop import (
     write_turn,
 )
 from agent_tasks import (
+    ADAPTER,
+    EXAM_VILLAGE,
     KINDS,
+    REPORT,
     AgentTask,
     AgentTrainConfig,
     Oracle,
     Village,
+    agent_card,
     agent_policy,
     call_of,
     draw_task,
     draw_tasks,
     examine_agent,
+    learned_agent,
     share_right,
     trace_rows,
     train_agent,
@@ -43,7 +49,7 @@ from chat_endpoint import Reply
 from chat_model import load_chat_model
 from chat_tools import Tool, object_of
 from constrained_decoding import schema_dfa
-from low_rank_adapters import fold
+from low_rank_adapters import ADAPTER_WEIGHTS, fold
 from workbench import RunConfig
 
 VILLAGE = Village(3)
@@ -228,11 +234,14 @@ def test_long_results_are_cut():
 def test_the_schema_admits_the_oracles_turns_and_no_others():
     dfa = schema_dfa(json.dumps(turn_schema(TOOLS)), 2)
     bare = schema_dfa(json.dumps(turn_schema(TOOLS, thoughts=False)), 2)
+    spaced = schema_dfa(json.dumps(turn_schema(TOOLS, spaced=True)), 2)
     for task in draw_tasks(VILLAGE, 2, 1):
         for step in Agent(Oracle(), TOOLS).run(task.question).steps:
             assert dfa.matches(step.turn.text)
         for step in Agent(Oracle(thoughts=False), TOOLS).run(task.question).steps:
             assert bare.matches(step.turn.text) and not dfa.matches(step.turn.text)
+        for step in Agent(Oracle(spaced=True), TOOLS).run(task.question).steps:
+            assert spaced.matches(step.turn.text) and not dfa.matches(step.turn.text)
     assert not dfa.matches(write_turn("a", call_of("send_mail", to="x")))
     assert not dfa.matches(write_turn("a", call_of("friend_of", person="7")))
     assert not dfa.matches('{"thought": "a", "answer": ""}')
@@ -283,6 +292,32 @@ def test_one_run_without_room_does_not_end_the_others():
 
 
 # The learned policy
+
+
+def test_blanks_before_texts_change_the_tokens_and_nothing_else():
+    tokenizer = load_chat_model()[1]
+    for task in draw_tasks(VILLAGE, 2, 3):
+        plain, spaced = (Agent(Oracle(spaced=one), TOOLS).run(task.question) for one in (False, True))
+        assert spaced.text() == plain.text() and spaced.steps[0].turn.text != plain.steps[0].turn.text
+    name = tokenizer.encode(" Lily Gray")
+    turns = [write_turn("", call_of("friend_of", person="Lily Gray"), spaced=one) for one in (False, True)]
+    for turn, copied in zip(turns, (False, True), strict=True):
+        ids = tokenizer.encode(turn)
+        assert copied == any(ids[place : place + len(name)] == name for place in range(len(ids)))
+    assert read_turn(turns[0]) == read_turn(turns[1])
+    assert read_turn(write_turn("so", answer="7 eggs", spaced=True)) == ("so", None, "7 eggs")
+
+
+def test_the_card_says_what_the_report_says_and_some_tasks_repeat_it():
+    report = json.loads((ADAPTER / REPORT).read_text(encoding="utf-8"))
+    assert (ADAPTER / "README.md").read_text(encoding="utf-8") == agent_card(report)
+    weights = (ADAPTER / ADAPTER_WEIGHTS).read_bytes()
+    assert sha256(weights).hexdigest() == report["weights_sha256"] and len(weights) == report["bytes"] <= 1_000_000
+    exam = report["exam"]
+    assert exam["village"] == EXAM_VILLAGE and all(len(right) == exam["n"] for right in report["right"].values())
+    found = examine_agent(learned_agent(), 4, exam["seed"])
+    for kind, runs in found.items():
+        assert [run.right for run in runs] == report["right"][kind][:4]
 
 
 def test_lessons_train_the_turns_alone():
