@@ -50,15 +50,19 @@ def names_set_to_none(run: RunConfig) -> list[Row]:
 
 
 def public_score(run: RunConfig) -> list[Row]:
-    """The cases that chose a program are reported as its score, in place of cases that nobody has seen."""
+    """The case that chose a program is reported as its score, in place of cases that nobody has seen.
+
+    The case is the one that people write down first, the empty input: nine programs of ten pass it, and half of those
+    are wrong. A case drawn at random shows nothing here, because 90 of the 93 programs that pass it are right.
+    """
     code, tasks = load_code_model(), draw_tasks(24, 79, "validation", (3,))
     bodies = code.write([task.prompt for task in tasks], 10, 0.8, run.seed)
-    public = passes(judge_bodies(tasks, bodies, cases=lambda task: task.public[:1]))
+    public = passes(judge_bodies(tasks, bodies, cases=lambda task: task.hidden[:1]))
     hidden = passes(judge_bodies(tasks, bodies))
     picked = [row.index(True) if True in row else 0 for row in public]
     sound = [row[place] for row, place in zip(hidden, picked, strict=True)]
     seen = [row[place] for row, place in zip(public, picked, strict=True)]
-    return [("public-score: programs picked by one public case, share right", share(sound), share(seen))]
+    return [("public-score: programs picked by the empty input, share right", share(sound), share(seen))]
 
 
 def one_seed_for_all(run: RunConfig) -> list[Row]:
