@@ -22,7 +22,7 @@ figures: $(VENV)/installed
 	$(BIN)/python 01-prerequisites/workbench.py every figures
 
 bench: $(VENV)/installed
-	$(BIN)/python 01-prerequisites/workbench.py every bench
+	$(BIN)/python 01-prerequisites/workbench.py bench
 
 parity: $(VENV)/installed
 	rm -f parity.json

@@ -59,7 +59,7 @@ from workbench import (
     run_experiments,
     save_figure,
     save_results,
-    speed_ratio,
+    speed_line,
     time_in_turns,
 )
 
@@ -277,9 +277,8 @@ def report_speed(config: BenchConfig, run: RunConfig) -> None:
     for d_hidden, batch_size in ((32, 64), (512, 256)):
         times = step_times(d_hidden, batch_size, config.n_rounds, run.seed)
         rounds += times.values()
-        ratio = speed_ratio(times["ours"], times["torch"])
-        best = np.min(times["ours"]) / 10
-        print(f"training step, width {d_hidden}, batch {batch_size}: {best * 1e3:.2f} ms, {ratio} of torch")
+        what, best = f"training step, width {d_hidden}, batch {batch_size},", np.min(times["ours"]) / 10
+        print(f"{speed_line(what, 'torch', times['ours'], times['torch'])}; {best * 1e3:.2f} ms")
     warn_if_unsteady(rounds)
     save_figure(plot_roofline(machine, rates), run.out / "roofline.svg")
 

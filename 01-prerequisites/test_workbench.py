@@ -482,6 +482,7 @@ def test_timing_takes_turns_and_leaves_the_first_round_out() -> None:
     assert calls == ["a", "b"] * 4
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert speed_ratio([1.0, 2.0, 1.0], [3.0, 4.0, 1.0]) == "2.00x the speed (1.00 to 3.00 in 3 rounds)"
+    assert speed_ratio([100.0], [0.5]) == "0.005x the speed (0.005 to 0.005 in 1 rounds)"
 
 
 def test_progress_passes_the_items_through(capsys) -> None:

@@ -671,7 +671,17 @@ def time_in_turns(works: dict[str, Callable[[], object]], n_rounds: int = 7) -> 
 def speed_ratio(ours: list[float], theirs: list[float]) -> str:
     """How fast ours is beside theirs: median and range over the rounds of their seconds / our seconds."""
     ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
-    return f"{np.median(ratios):.2f}x the speed ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
+    middle, least, most = (shown_ratio(value) for value in (float(np.median(ratios)), ratios[0], ratios[-1]))
+    return f"{middle}x the speed ({least} to {most} in {len(ratios)} rounds)"
+
+
+def shown_ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"  # what is far slower is not shown as 0.00
+
+
+def speed_line(what: str, rival: str, ours: list[float], theirs: list[float]) -> str:
+    """One comparison as every `bench` prints it and `workbench.py bench` reads it: both in seconds of each round."""
+    return f"{what} beside {rival}: {speed_ratio(ours, theirs)}"
 
 
 # The verbs
@@ -843,6 +853,8 @@ def parity() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from course_bench import BenchConfig, bench  # here, because it imports this module
+
     verbs = {
         "demo": (demo,),
         "doctor": (doctor,),
@@ -852,6 +864,7 @@ def main(argv: list[str] | None = None) -> None:
         "tables": (tables,),
         "notebooks": (notebooks, NotebookConfig),
         "every": (every, EveryConfig),
+        "bench": (bench, BenchConfig, RunConfig),
         "parity": (parity,),
     }
     run_verbs(__doc__, verbs, argv)

@@ -43,7 +43,7 @@ from workbench import (
     save_figure,
     seed_everything,
     shown,
-    speed_ratio,
+    speed_line,
     time_in_turns,
     write_atomically,
 )
@@ -1113,10 +1113,10 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
         seconds = time_in_turns(
             {name: partial(forward_backward, layer, x) for name, layer in layers.items()}, config.n_repeats
         )
-        print(f"{cell.upper()} beside nn.{cell.upper()}: {speed_ratio(seconds['ours'], seconds['torch'])}")
+        print(speed_line(cell.upper(), f"nn.{cell.upper()}", seconds["ours"], seconds["torch"]))
     for rows, steps in ((config.batch_size, config.seq_len), (1, 16 * config.seq_len)):
         seconds = measure_scan(steps, rows, config.d_hidden, config.n_repeats, device)
-        print(f"scan beside loop, {rows} x {steps} steps: {speed_ratio(seconds['scan'], seconds['loop'])}")
+        print(speed_line(f"scan of {rows} x {steps} steps", "our loop", seconds["scan"], seconds["loop"]))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -815,7 +815,7 @@ def test_bench_prints_ratios(capsys) -> None:
     topic.main("bench --batch-size 2 --seq-len 5 --d-hidden 4 --n-repeats 2 --device cpu".split())
     output = capsys.readouterr().out
     pairs = [f"{name} beside nn.{name}" for name in LAYERS] + [
-        f"scan beside loop, {n} steps" for n in ("2 x 5", "1 x 80")
+        f"scan of {n} steps beside our loop" for n in ("2 x 5", "1 x 80")
     ]
     for pair in pairs:
         assert re.search(rf"{pair}: \d+\.\d+x the speed", output), pair

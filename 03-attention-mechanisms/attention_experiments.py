@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -246,11 +246,12 @@ def fastest(work: Callable[[], object], n_repeats: int, device: torch.device) ->
 
 
 KINDS = ("naive", "tiled", "PyTorch", "linear")
+Measure = TypeVar("Measure")
 
 
 def measure_cost(
-    config: CostConfig, run: RunConfig, measure: Callable[[Callable[[], object]], float]
-) -> dict[str, dict[int, float]]:
+    config: CostConfig, run: RunConfig, measure: Callable[[Callable[[], object]], Measure]
+) -> dict[str, dict[int, Measure]]:
     """`measure(work)` for forward and backward of each of KINDS, unmasked, one sequence, at doubling lengths.
 
     Returns {kind: {length: result}}. `peak_memory` measures bytes beyond the inputs, `fastest` seconds.
@@ -276,8 +277,8 @@ def measure_cost(
     return costs
 
 
-def multi_head_seconds(config: CostConfig, run: RunConfig) -> tuple[float, float]:
-    """Seconds of forward and backward of our layer and of PyTorch's with the same weights, 8 sequences."""
+def multi_head_works(config: CostConfig, run: RunConfig) -> dict[str, Callable[[], None]]:
+    """Forward and backward of our layer and of PyTorch's with the same weights, 8 sequences."""
     seed_everything(run.seed)
     device = pick_device(run.device)
     ours = MultiHeadAttention(config.n_heads * config.d_head, config.n_heads).to(device)
@@ -287,10 +288,10 @@ def multi_head_seconds(config: CostConfig, run: RunConfig) -> tuple[float, float
     def work(layer: nn.Module, *inputs: Tensor, **options) -> None:
         layer(*inputs, **options)[0].sum().backward()
 
-    return (
-        fastest(lambda: work(ours, x), config.n_repeats, device),
-        fastest(lambda: work(theirs, x, x, x, average_attn_weights=False), config.n_repeats, device),
-    )
+    return {
+        "ours": lambda: work(ours, x),
+        "theirs": lambda: work(theirs, x, x, x, average_attn_weights=False),
+    }
 
 
 def growth(costs: dict[int, float]) -> float:

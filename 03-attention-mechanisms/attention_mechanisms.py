@@ -45,6 +45,8 @@ from workbench import (
     run_verbs,
     save_figure,
     seed_everything,
+    speed_line,
+    time_in_turns,
 )
 
 N_KINDS = 16  # different symbols of the memory tasks; guessing is right once in so many
@@ -1021,27 +1023,25 @@ def token_names(token_ids: Tensor) -> list[str]:
 
 def bench(config: CostConfig, run: RunConfig) -> None:
     """Ours beside PyTorch's in one run: time as a ratio, and peak memory against length; forward and backward."""
-    from attention_experiments import KINDS, fastest, growth, measure_cost, multi_head_seconds, peak_memory
+    from attention_experiments import KINDS, growth, measure_cost, multi_head_works, peak_memory
 
     announce(f"time attention at {config.shortest} to {config.longest} tokens", 15)
     print(f"{describe_machine()}; {config.n_heads} heads of {config.d_head}, tiles of {config.tile_size}, float32")
-    device = pick_device(run.device)
-    seconds = measure_cost(config, run, lambda work: fastest(work, config.n_repeats, device))
+    works = measure_cost(config, run, lambda work: work)
+    seconds = time_in_turns({(kind, n): work for kind in works for n, work in works[kind].items()}, config.n_repeats)
     n_bytes = measure_cost(config, run, peak_memory)
-    for kind, times in seconds.items():
-        for seq_len, duration in times.items():
-            ratio = duration / seconds["PyTorch"][seq_len]
-            print(
-                f"{seq_len:6} tokens {kind:8} {duration * 1e3:9.2f} ms {ratio:6.2f} x PyTorch "
-                f"{n_bytes[kind][seq_len] / 2**20:8.2f} MiB"
-            )
+    for (kind, n), times in seconds.items():
+        spent = f"{1e3 * min(times):.2f} ms, {n_bytes[kind][n] / 2**20:.2f} MiB"
+        if kind == "PyTorch":
+            print(f"PyTorch's attention, {n} tokens: {spent}")
+        else:
+            print(f"{speed_line(f'{kind} attention, {n} tokens,', 'PyTorch', times, seconds['PyTorch', n])}; {spent}")
     if config.longest >= 4 * config.shortest:
         exponents = [f"{kind} length^{growth(n_bytes[kind]):.2f}" for kind in KINDS]
         print(f"peak memory grows as: {', '.join(exponents)} (beyond a fixed part)")
-    ours, theirs = multi_head_seconds(config, run)
-    print(
-        f"MultiHeadAttention {ours * 1e3:.2f} ms, {ours / theirs:.2f} x nn.MultiheadAttention (with weights per head)"
-    )
+    seconds = time_in_turns(multi_head_works(config, run), config.n_repeats)
+    what = "MultiHeadAttention with weights per head"
+    print(speed_line(what, "nn.MultiheadAttention", seconds["ours"], seconds["theirs"]))
 
 
 def main(argv: list[str] | None = None) -> None:

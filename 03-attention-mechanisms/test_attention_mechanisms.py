@@ -1222,7 +1222,8 @@ def test_the_other_verbs_run(tmp_path, capsys) -> None:
     assert "chance 6.2%" in text and text.count("head 1") == 2 and "are not there yet" in text
     main(["bench", "--shortest", "16", "--longest", "64", "--tile-size", "16", "--n-repeats", "1", *out])
     text = capsys.readouterr().out
-    assert text.count("x PyTorch") == 12 and "tiled length^" in text and "x nn.MultiheadAttention" in text
+    assert text.count("beside PyTorch: ") == 9 and text.count("PyTorch's attention") == 3 and "tiled length^" in text
+    assert "beside nn.MultiheadAttention: " in text and text.count("x the speed") == 10
     assert {path.name for path in tmp_path.iterdir()} == {"heads_layer_0.svg", "heads_layer_1.svg"}
 
 

@@ -52,7 +52,7 @@ from workbench import (
     run_verbs,
     save_figure,
     seed_everything,
-    speed_ratio,
+    speed_line,
     time_in_turns,
 )
 
@@ -1094,8 +1094,8 @@ def bench(config: BenchConfig, model_config: ModelConfig, run: RunConfig) -> Non
     for name, times in seconds.items():
         median = statistics.median(times)
         print(f"{name:7} {1e3 * median:8.1f} ms per training step, {flops / median / 1e9:6.1f} GFLOP/s in products")
-    ratio = speed_ratio(seconds["ours"], seconds["theirs"])
-    print(f"training step beside nn.TransformerEncoder's: {ratio}; {describe_machine()}")
+    print(speed_line("training step", "nn.TransformerEncoder's", seconds["ours"], seconds["theirs"]))
+    print(describe_machine())
 
 
 def main(argv: list[str] | None = None) -> None:

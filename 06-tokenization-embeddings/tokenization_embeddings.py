@@ -12,6 +12,7 @@ of the Hugging Face library.
 import itertools
 import os
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -97,10 +98,10 @@ from workbench import (
     check_name,
     check_range,
     describe_machine,
-    render_cell,
     run_verbs,
     seed_everything,
     shown,
+    speed_line,
     write_atomically,
 )
 
@@ -528,16 +529,19 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
     announce(f"time byte-level BPE on {config.n_bytes / 1e7:g} and {config.n_bytes / 1e6:g} MB", 240)
     sizes = (config.n_bytes // 10, config.n_bytes)
     print(describe_machine())
-    for rows, columns in (
-        (measure_training_speed(sizes, config.vocab_size, config.n_rounds, config.n_naive), TRAINING_COLUMNS),
-        (measure_encoding_speed(config.n_bytes // 10, config.vocab_size, config.n_rounds), ENCODING_COLUMNS),
+    rust = "tokenizers (Rust), one thread, CPU time"
+    for row in measure_training_speed(sizes, config.vocab_size, config.n_rounds, config.n_naive):
+        name, size, _, ours, theirs, _, naive, _ = row
+        what = f"training on {size:.1f} MB"
+        print(f"{speed_line(what, rust, ours, theirs)}; {statistics.median(ours):.2f} s of CPU time; {name}")
+        print(speed_line(what, "our naive trainer, estimated", ours, [naive] * len(ours)))
+    for name, size, empty, full, theirs, _ in measure_encoding_speed(
+        config.n_bytes // 10, config.vocab_size, config.n_rounds
     ):
-        for row in rows:
-            cells = (
-                f"{column.name} {render_cell(cell, column.digits)} {column.unit}".strip()
-                for column, cell in zip(columns, row, strict=True)
-            )
-            print("; ".join(cells).removeprefix("Text "))
+        for cache, rates in (("empty", empty), ("full", full)):
+            seconds = [[size / rate for rate in side] for side in (rates, theirs)]
+            line = speed_line(f"encoding, cache {cache}: {name},", rust, *seconds)
+            print(f"{line}; {statistics.median(rates):.2f} MB per s of CPU time")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -766,7 +766,7 @@ def test_range_and_bench_run_from_the_command_line(tmp_path, capsys) -> None:
     sizes = "--d-model 8 --n-layers 1 --n-heads 2 --d-ff 12 --batch-size 4 --seq-len 16".split()
     main(["bench", *sizes, "--n-rounds", "1", "--n-texts", "32", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for name in ("4 micro-batches", "bf16", "checkpointed", "packed", "our Muon beside torch.optim's"):
+    for name in ("4 micro-batches", "bf16", "checkpointed", "packed batches", "our Muon beside torch.optim's"):
         assert name in said
 
 

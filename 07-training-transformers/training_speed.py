@@ -25,7 +25,7 @@ from workbench import (
     describe_machine,
     pick_device,
     seed_everything,
-    speed_ratio,
+    speed_line,
     time_in_turns,
 )
 
@@ -131,11 +131,13 @@ def bench(bench: BenchConfig, model_config: ModelConfig, config: TrainConfig, ru
     print(describe_machine())
     seconds = time_in_turns(step_works(model_config, config, run), bench.n_rounds)
     for name in [name for name in seconds if name != "plain"]:
-        print(f"{name} beside plain: {speed_ratio(seconds[name], seconds['plain'])}")
+        print(speed_line(f"training step, {name},", "our plain one", seconds[name], seconds["plain"]))
     works = batching_works(bench, model_config, config, run)
     seconds = time_in_turns({name: work for name, (work, _) in works.items()}, bench.n_rounds)
-    for name, (_, share) in works.items():
-        print(f"{name}: {share:.1%} real tokens, {speed_ratio(seconds[name], seconds['padded'])} of padded")
+    print(f"padded batches: {works['padded'][1]:.1%} real tokens")
+    for name in [name for name in works if name != "padded"]:
+        line = speed_line(f"{name} batches", "our padded ones", seconds[name], seconds["padded"])
+        print(f"{line}; {works[name][1]:.1%} real tokens")
     seconds = time_in_turns(optimizer_works(model_config, run), bench.n_rounds)
     for name in ("AdamW", "Adafactor", "Muon"):
-        print(f"our {name} beside torch.optim's: {speed_ratio(seconds[f'our {name}'], seconds[f'their {name}'])}")
+        print(speed_line(f"our {name}", "torch.optim's", seconds[f"our {name}"], seconds[f"their {name}"]))

@@ -470,7 +470,7 @@ def test_bench_times_ours_and_theirs(tmp_path, capsys) -> None:
     main(["bench", *flags, *FLAGS[:8], "--out", str(tmp_path), "--device", "cpu"])
     shown = capsys.readouterr().out
     for name in ("bert, training step", "gpt2, training step", "gpt2, generation", "t5, generation"):
-        assert f"{name}: " in shown
+        assert f"{name} beside transformers': " in shown
     assert shown.count("x the speed") == 5
 
 

@@ -704,7 +704,7 @@ def bench(config: BenchConfig, sizes: VariantConfig, run: RunConfig) -> None:
     announce("time BERT, GPT-2 and T5 beside Hugging Face's", 40)
     print(describe_machine())
     for name, ratio in measure_speed(config, sizes, run).items():
-        print(f"{name}: {ratio}")
+        print(f"{name} beside transformers': {ratio}")
 
 
 def measure_speed(config: BenchConfig, sizes: VariantConfig, run: RunConfig) -> dict[str, str]:

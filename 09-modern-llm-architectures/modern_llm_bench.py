@@ -167,7 +167,7 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
     announce("time a training step and decoding beside transformers' Llama and GPT-2", 60)
     print(describe_machine())
     for name, result in measure_speed(config, run).items():
-        print(f"{name}: {result}")
+        print(f"{name.replace(', against ', ' beside ')}: {result}")
 
 
 def speed(config: "FiguresConfig", run: RunConfig) -> None:

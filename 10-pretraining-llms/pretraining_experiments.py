@@ -38,7 +38,7 @@ from workbench import (
     run_experiments,
     save_figure,
     save_results,
-    speed_ratio,
+    speed_line,
     time_in_turns,
 )
 
@@ -192,7 +192,7 @@ def bench(run: RunConfig) -> None:
         }
         seconds = time_in_turns(works, 9)
     print(describe_machine())
-    print(f"training step beside transformers' Llama: {speed_ratio(seconds['ours'], seconds['theirs'])}")
+    print(speed_line("training step", "transformers' Llama", seconds["ours"], seconds["theirs"]))
     fastest, n_tokens = min(seconds["ours"]), 8 * 128
     flops = 3 * sum(forward_flops(ours.config, 128).values()) * n_tokens
     peak = 2 * 512**3 * 10 / min(seconds["matmul"])

@@ -52,6 +52,7 @@ from workbench import (
     save_figure,
     save_results,
     seed_everything,
+    speed_line,
     speed_ratio,
     time_in_turns,
 )
@@ -577,7 +578,10 @@ def sparse_model(model: CausalLM, batches: list[Batch], sparsity: float) -> Caus
     return made
 
 
-def measure_compression(n_rounds: int = 7) -> list[list]:
+Pair = tuple[list[float], list[float]]  # seconds of a model and of float32 in every round
+
+
+def time_compression(n_rounds: int) -> list[tuple[str, float, Pair, Pair | None]]:
     """Each compressed model beside float32, all in turns: bytes, forward pass of 8 x 128 tokens, one row's decoding."""
     model, tokenizer = load_course_model()
     batches = calibration_batches(tokenizer, 64, 0)
@@ -607,9 +611,8 @@ def measure_compression(n_rounds: int = 7) -> list[list]:
             share = 0.5 if name.startswith("half") else 0.9
             sizes = [layer.weight.shape for layer in block_linears(model).values()]
             n_bytes = float_bytes(model) + sum(csr_bytes(*size, share) - 4 * size.numel() for size in sizes)
-        speed = [short_ratio(forwards[name], forwards["float32"])]
-        speed.append(short_ratio(decodes[name], decodes["float32"]) if name in decodes else "")
-        found.append([name, n_bytes / 2**20, *speed])
+        written = (decodes[name], decodes["float32"]) if name in decodes else None
+        found.append((name, n_bytes, (forwards[name], forwards["float32"]), written))
     return found
 
 
@@ -622,14 +625,20 @@ def compression_speed(config: CompressionFiguresConfig, run: RunConfig) -> None:
     """Real speed and memory of every kind of compressed model against float32, in one run."""
     columns = [Column("Model"), Column("Tensors", "MiB", ".2f")]
     columns += [Column("Speed of a forward pass", "times float32's"), Column("Speed of decoding", "times float32's")]
-    config.save_table("compression-speed", columns, measure_compression())
+    rows = [
+        [name, n_bytes / 2**20, short_ratio(*forwards), short_ratio(*decodes) if decodes else ""]
+        for name, n_bytes, forwards, decodes in time_compression(7)
+    ]
+    config.save_table("compression-speed", columns, rows)
 
 
 def bench_compression(n_rounds: int) -> None:
     """What `bench` prints of this half of the topic."""
-    print(f"{'model':48} {'MiB':>6} {'forward':>22} {'decoding':>22}   times float32's speed, median (range)")
-    for name, size, forwards, decodes in measure_compression(n_rounds):
-        print(f"{name:48} {size:6.2f} {forwards:>22} {decodes:>22}")
+    for name, n_bytes, forwards, decodes in time_compression(n_rounds):
+        if name != "float32":
+            print(f"{speed_line(f'{name}, forward pass', 'float32', *forwards)}; {n_bytes / 2**20:.2f} MiB")
+            if decodes:
+                print(speed_line(f"{name}, decoding", "float32", *decodes))
 
 
 def compression_breaks(config: CompressionFiguresConfig, run: RunConfig) -> None:

@@ -92,6 +92,7 @@ from workbench import (
     save_figure,
     save_results,
     seed_everything,
+    speed_line,
     speed_ratio,
 )
 
@@ -675,5 +676,6 @@ def bench(config: RooflineConfig, run: RunConfig) -> None:
     )
     if config.compile:
         both = compare_compiled(model, config.batch_size, config.seq_len, n_rounds=config.n_rounds)
-        print(f"torch.compile: {speed_ratio(both.compiled, both.eager)}; first step {both.first:.0f} s")
+        line = speed_line("training step, compiled,", "our eager one", both.compiled, both.eager)
+        print(f"{line}; first step {both.first:.0f} s")
     bench_compression(config.n_rounds)

@@ -61,6 +61,7 @@ from workbench import (
     save_figure,
     save_results,
     seed_everything,
+    speed_line,
 )
 
 COMMAND = "python 13-inference-at-scale/inference_at_scale.py figures"
@@ -654,16 +655,16 @@ def bench(config: ServingBenchConfig, run: RunConfig) -> None:
     """The engine beside transformers on the same requests, in turns: tokens per second, times, goodput."""
     announce(f"{config.n_requests} requests by five systems, {config.n_rounds + 1} rounds", 30 * (config.n_rounds + 1))
     found = compare(config, chat_model()[0], CHAT_FOLDER, run.seed)
-    base = [item.tokens_per_second for item in found[f"transformers, static batches of {config.static_batch}"]]
     print(describe_machine())
-    print(f"{'system':36}{'tokens/s':>10}{'times static':>22}{'TTFT p95':>11}{'TPOT p50':>11}{'same':>7}")
+    per_token = {name: [1 / item.tokens_per_second for item in measured] for name, measured in found.items()}
+    rivals = [name for name in found if name.startswith("transformers")]
     for name, measured in found.items():
-        speeds = [item.tokens_per_second for item in measured]
-        ratios = sorted(own / other for own, other in zip(speeds, base, strict=True))
-        ratio = f"{np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         first, each = (np.median([seconds(getattr(item, key)[q]) for item in measured]) for key, q in TIMES)
-        same = np.mean([item.same for item in measured])
-        print(f"{name:36}{np.median(speeds):10,.0f}{ratio:>22}{first:8.0f} ms{each:8.1f} ms{same:7.0%}")
+        same, rate = np.mean([item.same for item in measured]), 1 / np.median(per_token[name])
+        print(f"{name}: {rate:,.0f} tokens/s, TTFT p95 {first:.0f} ms, TPOT p50 {each:.1f} ms, {same:.0%} the same")
+    for rival in rivals:
+        print(speed_line("engine", rival, per_token["engine"], per_token[rival]))
+    print(speed_line("engine", "our static batches", *(per_token[n] for n in ("engine", list(found)[1]))))
 
 
 TIMES = (("ttft", "p95"), ("tpot", "p50"))

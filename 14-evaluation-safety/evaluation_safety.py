@@ -23,6 +23,7 @@ from chat_endpoint import open_endpoint
 from chat_model import FOLDER as CHAT_FOLDER
 from course_model import FOLDER as BASE_FOLDER
 from course_model import command_line
+from evaluation_bench import BENCH_VERBS
 from evaluation_experiments import EVALUATION_EXPERIMENTS, EvaluationFiguresConfig
 from evaluation_report import AskedEndpoint, ReportPlan, Subject, examine, subject_of
 from evaluation_tasks import WORLD_TASKS, Task, read_task, run_task, world_task, write_task
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         "report": (report, ReportConfig, RunConfig),
         **PLANTED_VERBS,
         **GUARD_VERBS,
+        **BENCH_VERBS,
         "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
