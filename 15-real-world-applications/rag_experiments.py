@@ -220,8 +220,8 @@ def retrievers(config: RagFiguresConfig, run: RunConfig) -> None:
     n_sections = len({(chunk.source, chunk.headings) for chunk in chunks})
     chance = 1 - (1 - n_right / n_sections) ** 5
     rows["five sections at random"] = [*[chance] * len(GROUPS), "", ""]
-    columns = [Column("Searcher"), *(Column(f"success@5, {name}", digits=".1%") for name in GROUPS)]
-    columns += [Column("MRR, held out", digits=".3f"), Column("nDCG@10, held out", digits=".3f")]
+    columns = [Column("Searcher"), *(Column(name.removeprefix("held out, "), digits=".0%") for name in GROUPS)]
+    columns += [Column("MRR", digits=".2f"), Column("nDCG@10", digits=".2f")]
     config.save_table("retrievers", columns, [[name, *cells] for name, cells in rows.items()], config.n_seeds)
 
 
@@ -281,14 +281,19 @@ def hnsw_recall(config: RagFiguresConfig, run: RunConfig) -> None:
 
 
 def plot_recall(found: dict[int, tuple[list[float], list[float]]], n_vectors: int) -> Figure:
-    """Recall of the graph against the vectors it compared, one line for each seed; brute force is the right edge."""
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for seed in range(len(next(iter(found.values()))[0])):
-        points = [(costs[seed], recalls[seed]) for recalls, costs in found.values()]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"seed {seed}")
-    axes.axvline(n_vectors, color="0.5", linestyle="--", label="brute force")
+    """Mean recall of the graph over the vectors it compared, with the spread of the seeds; brute force at the right."""
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    costs = [np.mean(compared) for _, compared in found.values()]
+    means, spread = ([of(recalls) for recalls, _ in found.values()] for of in (np.mean, np.std))
+    axes.errorbar(costs, means, spread, marker="o", capsize=3, label="the graph (candidates kept)")
+    for width, cost, mean in zip(found, costs, means, strict=True):
+        axes.annotate(f"{width}", (cost, mean), textcoords="offset points", xytext=(8, -13), fontsize=9)
+    axes.plot([n_vectors], [1.0], "ks", label="brute force")
     axes.set(xlabel="vectors compared in a search", ylabel="recall@10", xscale="log")
-    axes.legend()
+    ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000) if min(costs) * 0.8 <= tick <= n_vectors * 1.4]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(loc="lower right", frameon=False)
     return figure
 
 
@@ -299,7 +304,7 @@ def hallucination(config: RagFiguresConfig, run: RunConfig) -> None:
     """Right, wrong and no answers about people whom the model knows, only documents know, and nobody knows."""
     world, (base, tokenizer), (chat, _) = World(), load_course_model(), load_chat_model()
     n = config.n_people
-    groups = {"in the training": world.known[:n], "in documents only": world.unseen[:n]}
+    groups = {"trained on": world.known[:n], "in documents": world.unseen[:n]}
     index = DocumentIndex()
     index.add(SHARED, people_documents(world, [person for people in groups.values() for person in people]))
     groups["nowhere"] = world.unseen[n : 2 * n]
@@ -318,8 +323,38 @@ def hallucination(config: RagFiguresConfig, run: RunConfig) -> None:
     chance = float(np.mean([1 / len(world.words[attribute.word_class]) for attribute in ATTRIBUTES.values()]))
     rows.append(["guessing among the values", *[chance, 1 - chance] * 2, 0.0, 1.0])
     columns = [Column("Way")]
-    columns += [Column(f"{what}, {name}", digits=".1%") for name in groups for what in ("right", "wrong")]
+    columns += [Column(f"{name}: {what}", digits=".0%") for name in groups for what in ("right", "wrong")]
     config.save_table("hallucination", columns, rows, config.n_seeds)
+    save_figure(plot_people(rows[:-1], [*groups]), config.folder / "hallucination.svg")
+
+
+SHOWN_WAYS = {  # of the base model: what the figure calls them
+    "closed book (base model)": "asked alone",
+    "passage read (base model)": "with a passage",
+    "passage read or abstain (base model)": "with a passage\nand the rule",
+}
+
+
+def plot_people(rows: list[list[Any]], groups: list[str]) -> Figure:
+    """Right, wrong and silent answers of the base model about each group of people, one bar for each way."""
+    figure, axes = plt.subplots(1, len(groups), figsize=(8, 2.3), sharey=True, layout="constrained")
+    titles = {"trained on": "people it was trained on", "in documents": "people in your documents"}
+    shown = {SHOWN_WAYS[row[0]]: row for row in rows if row[0] in SHOWN_WAYS}
+    for place, (axis, group) in enumerate(zip(axes, groups, strict=True)):
+        right, wrong = (np.array([np.mean(row[1 + 2 * place + side]) for row in shown.values()]) for side in (0, 1))
+        left = np.zeros(len(shown))
+        parts = (("right", right, "tab:green", ""), ("wrong", wrong, "tab:red", "//"), ("silent", None, "0.85", ""))
+        for what, values, colour, hatch in parts:
+            values = 1 - left if values is None else values
+            axis.barh([*shown], values, 0.62, left, color=colour, hatch=hatch, edgecolor="white", label=what)
+            left = left + values
+        axis.set(title=titles.get(group, "people nothing tells of"), xlim=(0, 1), xticks=[0, 0.5, 1])
+        axis.set_xticklabels(["0", "50 %", "100 %"])
+        axis.title.set_size(10)
+        axis.tick_params(left=False)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
 OUTSIDE = (  # questions that neither the chapters nor Python's reference can answer
