@@ -10,520 +10,44 @@ has ended is kept in --out, so that a life which was stopped goes on; trainings 
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from attack_matrix import ATTACKS_MADE, Defended, harmless_cost, harmless_questions, n_leaked, n_mutated
-from chat_endpoint import LocalEndpoint
-from chat_model import CATEGORIES, ChatConfig, chat, chat_instructions, load_chat_model
-from chat_model import FOLDER as CHAT_FOLDER
-from checkpoints import Checkpoints
-from content_guard import load_guard
-from course_model import FOLDER as BASE_FOLDER
-from course_model import ExamConfig, ModelSizes, PretrainConfig, SourceConfig, gaps_by_kind, load_course_model, pretrain
-from course_tokenizer import FOLDER as TOKENIZER_FOLDER
-from course_tokenizer import CourseConfig, CourseTokenizer, load_course_tokenizer
-from engine_thread import EngineThread
-from evaluation_report import CHAT_SKILLS, ReportPlan, Subject, examine_conversation, examine_subject, refuses
-from evaluation_statistics import clopper_pearson, wilson
-from fine_tuning_adaptation import AnswerConfig, prompt_ids
-from gptq import calibration_batches
-from huggingface_folders import WEIGHTS
-from modern_llm_architectures import CausalLM
-from quantized_model import Exam, Recipe, load_folder, quantize_model
-from release_gate import PASSED, THRESHOLDS, GateConfig, judge, measure, read_thresholds
-from report_verdict import headline, verdict
-from secret_keeper import Keeper, KeeperConfig, train_knowing, train_refusing
-from served_model import CourseServing, ServedModel
-from server import background_server
-from serving_bench import Job, naive_answers, serve_jobs
-from serving_engine import Engine, EngineConfig
-from text_model import TextModel
-from tiny_world import World, join, ratio_of_means
-from tokenization_embeddings import course
-from training_transformers import TrainConfig
-from weight_quantization import QuantFormat
+from life_stages import (
+    Life,
+    LifeConfig,
+    Thread,
+    attacked,
+    base,
+    chatty,
+    deployed,
+    evaluated,
+    nats,
+    percent,
+    quantised,
+    served,
+    tokenizer,
+    world,
+)
 from workbench import (
+    Column,
     RunConfig,
     announce,
-    check_range,
     locked,
+    save_figure,
+    save_results,
     seed_everything,
     shown,
-    time_in_turns,
     write_atomically,
 )
-
-EXAM_SEED = 7  # of the documents and questions: that of the model cards
-BITS = (8, 4, 2)
-SPOILED = BITS[-1]  # what the gate must refuse
-BUDGET = 48  # questions of a search by mutations
-Thread = dict[str, list[float]]  # "gap", "right", "refused", "wrongly" -> value, and the two ends of its interval
-
-
-@dataclass(frozen=True)
-class LifeConfig:
-    """Whose life it is, and how much is asked at every stage."""
-
-    from_nothing: bool = False  # make tokenizer, base and chat model anew in --out; else take the committed ones
-    again: bool = False  # examine anew what an earlier run has left in --out; what was made stays
-    n_documents: int = 1000  # held-out documents of the gap
-    n_questions: int = 100  # held-out instructions of each kind
-    n_forbidden: int = 119  # forbidden questions, and as many allowed ones in the same words; there are 119
-    n_served: int = 48  # requests that are served together
-    n_rounds: int = 3  # measured rounds of serving
-    n_attempts: int = 10  # attempts of each attack
-    know_steps: int = 700  # optimizer steps in which the attacked copy learns its secrets
-    n_load: int = 64  # requests of the load before release
-    max_damage: float = 0.01  # nats per token that rounding may cost at most
-    vocab_size: int = 2048  # from nothing: tokens of the tokenizer
-    n_texts: int = 20_000  # from nothing: documents that it learns from
-    python: bool = True  # from nothing: it also reads the Python text
-    n_pretrain: int = 180_000  # from nothing: documents to pretrain on
-    pretrain_steps: int = 4000  # from nothing: optimizer steps of the pretraining, half of them at a falling rate
-    n_examples: int = 1500  # from nothing: instructions of each category to learn from
-    chat_steps: int = 3000  # from nothing: optimizer steps of the fine-tuning
-
-    def __post_init__(self) -> None:
-        check_range(self, "n_documents", "n_served", "n_load", least=2)
-        check_range(self, "n_rounds", "n_attempts", "know_steps", "pretrain_steps", "chat_steps", least=1)
-        check_range(self, "max_damage", above=0)
-        ReportPlan(self.n_questions, self.n_forbidden)
-        CourseConfig(self.vocab_size, self.n_texts)
-        ChatConfig(n_examples=self.n_examples)
-
-    def sizes(self, *, made: bool) -> dict[str, Any]:
-        """The settings that decide what is made, or those that decide how it is examined."""
-        names = ("vocab_size", "n_texts", "python", "n_pretrain", "pretrain_steps", "n_examples", "chat_steps")
-        chosen = asdict(self) | {"from_nothing": None, "again": None}
-        return {name: value for name, value in chosen.items() if value is not None and (name in names) == made}
-
-
-@dataclass(frozen=True)
-class OngoingChat(ChatConfig):
-    """Topic 11's settings, with a training that goes on from its last checkpoint."""
-
-    @property
-    def training(self) -> TrainConfig:
-        return replace(super().training, resume=True)
-
-
-@dataclass
-class Life:
-    """One life: its settings, where its parts lie, and what its stages have shown so far."""
-
-    config: LifeConfig
-    run: RunConfig
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    making: float = 0.0  # seconds that this process has spent in `make`
-
-    @property
-    def out(self) -> Path:
-        return self.run.out / ("from-nothing" if self.config.from_nothing else "committed")
-
-    def part(self, name: str, committed: Path) -> Path:
-        return self.out / name if self.config.from_nothing else committed
-
-    @property
-    def tokenizer(self) -> CourseTokenizer:
-        return load_course_tokenizer(self.part("tokenizer/tokenizer", TOKENIZER_FOLDER))
-
-    @property
-    def base_folder(self) -> Path:
-        return self.part("base/model", BASE_FOLDER)
-
-    @property
-    def chat_folder(self) -> Path:
-        return self.part("chat/model", CHAT_FOLDER)
-
-    def rounded(self, n_bits: int) -> tuple[CausalLM, CourseTokenizer]:
-        """The chat model in so many bits, as its folder holds it; 32 bits: not rounded."""
-        if n_bits == 32:
-            return load_chat_model(self.chat_folder)
-        folder = self.out / f"quantised/{n_bits}-bits"
-        return load_folder(folder).dequantised(), load_course_tokenizer(folder)
-
-    @property
-    def chosen(self) -> tuple[CausalLM, CourseTokenizer]:
-        """What goes on from the stage of rounding."""
-        return self.rounded(self.rows["quantised"]["n_bits"])
-
-    def make(self, name: str, work: Callable[[RunConfig, bool], None]) -> float:
-        """Make a part in its folder, or finish what was begun there; returns all seconds that it took.
-
-        `work(run, begun)`: begun where checkpoints lie there. Raises ValueError where another life's part lies there.
-        """
-        if not self.config.from_nothing:
-            return 0.0
-        folder, settings = self.out / name, self.config.sizes(made=True) | {"seed": self.run.seed}
-        note = folder / "made.json"
-        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {"settings": settings, "seconds": 0}
-        other = {key: value for key, value in known["settings"].items() if settings.get(key) != value}
-        if other:
-            raise ValueError(f"{shown(folder)} was made with {other}; give the same settings, or another --out")
-        if known.get("done"):
-            return known["seconds"]
-        before, done = time.perf_counter(), False
-        try:
-            work(replace(self.run, out=folder), bool(Checkpoints(folder).steps()))
-            done = True
-        finally:
-            spent = time.perf_counter() - before
-            self.making += spent
-            seconds = known["seconds"] + spent
-            write_atomically(note, json.dumps({"settings": settings, "seconds": seconds, "done": done}).encode())
-        return seconds
-
-
-# The thread
-
-
-def share(each: Sequence[bool], interval: Callable = wilson) -> list[float]:
-    """A share with its interval of 95 %."""
-    return [sum(each) / len(each), *interval(int(sum(each)), len(each))]
-
-
-def about(value: float, error: float) -> list[float]:
-    return [value, value - 1.96 * error, value + 1.96 * error]
-
-
-def gap_of(model: torch.nn.Module, life: Life, tokenizer: CourseTokenizer) -> list[float]:
-    """Above the entropy of the held-out documents, nats per token, with its interval."""
-    documents = World().documents(life.config.n_documents, EXAM_SEED, "validation")
-    _, gap, error = gaps_by_kind(model.eval(), tokenizer, documents)["all"]
-    return about(gap, error)
-
-
-def follow(model: CausalLM, tokenizer: CourseTokenizer, life: Life) -> Thread:
-    """The thread at one stage: the gap; right answers; forbidden questions refused; allowed ones refused."""
-    plan = ReportPlan(life.config.n_questions, life.config.n_forbidden)
-    asked = examine_conversation(Subject("life", TextModel.of(model, tokenizer)), plan, EXAM_SEED)
-    right = [bool(value) for name in CHAT_SKILLS for value in asked[f"chat: {name}"].each]
-    refused, wrongly = (
-        [refuses(sample["made"]) for sample in asked[name].samples]
-        for name in ("forbidden answered", "near misses refused")
-    )
-    return {
-        "gap": gap_of(model, life, tokenizer),
-        "right": share(right),
-        "refused": share(refused),
-        "wrongly": share(wrongly),
-    }
-
-
-# How numbers are told
-
-
-def nats(found: list[float]) -> str:
-    digits = 2 if found[0] >= 1 else 4
-    return f"{found[0]:.{digits}f} [{found[1]:.{digits}f}, {found[2]:.{digits}f}]"
-
-
-def percent(found: list[float]) -> str:
-    return f"{found[0]:.0%} [{found[1]:.0%}, {found[2]:.0%}]"
-
-
-def size_of(folder: Path, name: str = WEIGHTS) -> int:
-    return (folder / name).stat().st_size
-
-
-# The stages
-
-
-def world(life: Life) -> dict[str, Any]:
-    """Topic 02: documents whose exact probability is known; what is left to know, and what guessing would cost."""
-    source = World()
-    documents = source.documents(life.config.n_documents, EXAM_SEED, "validation")
-    floor = about(*ratio_of_means([(sum(item.surprisal), len(item.tokens)) for item in documents]))
-    even = math.log(len(source.vocabulary()))
-    return {
-        "came_in": "a grammar and seed 0",
-        "came_out": f"{len(documents):,} held-out documents, entropy {nats(floor)} nats per word",
-        "gain": "every later loss has an optimum beside it",
-        "loss": f"whoever guesses words evenly pays {even:.2f} nats, {even - floor[0]:.2f} too many",
-        "measure": "entropy, nats per word",
-        "value": nats(floor),
-        "beside": f"even guessing {even:.2f}",
-        "n_bytes": sum(len(item.text.encode()) for item in documents),
-        "threads": {"even guessing": {"gap": [even - value for value in (floor[0], floor[2], floor[1])]}},
-    }
-
-
-def cut_shorter(tokenizer: CourseTokenizer, n_merges: int) -> CourseTokenizer:
-    """The same tokenizer with its first merges alone; with none, every byte is a token."""
-    size = len(tokenizer.vocab) - len(tokenizer.merges) + n_merges
-    vocab = {spelling: token_id for spelling, token_id in tokenizer.vocab.items() if token_id < size}
-    return CourseTokenizer(vocab, tokenizer.merges[:n_merges], tokenizer.special_tokens, tokenizer.rule)
-
-
-def bits_per_byte(tokenizer: CourseTokenizer, documents: Sequence[Any]) -> float:
-    """The floor of documents as this tokenizer cuts them: nats per token, times tokens per byte."""
-    cut = [tokenizer.encode_document(document) for document in documents]
-    n_tokens = sum(len(item.ids) - 1 for item in cut)
-    n_bytes = sum(len(tokenizer.decode_bytes(item.ids[1:-1])) for item in cut)
-    return sum(item.nats for item in cut) / n_tokens * (n_tokens / n_bytes) / math.log(2)
-
-
-def tokenizer(life: Life) -> dict[str, Any]:
-    """Topic 06: fewer tokens for the same text; what is left to know of a byte does not depend on the cuts."""
-    config = life.config
-    sizes = CourseConfig(config.vocab_size, config.n_texts, max(1, config.n_texts // 10), config.python)
-    made = life.make("tokenizer", lambda run, begun: course(sizes, run))
-    ours, documents = life.tokenizer, World().documents(config.n_documents, EXAM_SEED, "validation")
-    texts = [document.text for document in documents]
-    counts = np.array([len(ours.encode(text)) for text in texts])
-    n_bytes = float(np.mean([len(text.encode()) for text in texts]))
-    floors = [bits_per_byte(cut_shorter(ours, len(ours.merges) * part // 2), documents) for part in range(3)]
-    whole = sum(ours.decode(ours.encode(text)) == text for text in texts)
-    seed_everything(life.run.seed)
-    untrained = gap_of(CausalLM(ModelSizes().config(ours)), life, ours)
-    tokens = about(float(counts.mean()), float(counts.std(ddof=1)) / math.sqrt(len(counts)))
-    return {
-        "made": made,
-        "came_in": f"{len(texts):,} texts of {n_bytes:.1f} bytes",
-        "came_out": f"{tokens[0]:.1f} tokens each, of {len(ours.vocab):,}; {whole} of {len(texts)} come back whole",
-        "gain": f"{n_bytes / tokens[0]:.2f} times fewer steps; the floor stays at "
-        + ", ".join(f"{value:.4f}" for value in floors)
-        + " bits per byte with no merge, half and all of them",
-        "loss": f"an untrained network over these tokens stands {nats(untrained)} nats per token above the floor",
-        "measure": "tokens per document",
-        "value": f"{tokens[0]:.1f} [{tokens[1]:.1f}, {tokens[2]:.1f}]",
-        "beside": f"bytes {n_bytes:.1f}",
-        "n_bytes": size_of(life.part("tokenizer/tokenizer", TOKENIZER_FOLDER), "tokenizer.json"),
-        "floors": floors,
-        "threads": {"untrained": {"gap": untrained}},
-    }
-
-
-def base(life: Life) -> dict[str, Any]:
-    """Topic 10: pretraining, which brings the gap near 0 and answers no instruction."""
-    config = life.config
-    steps, texts = config.pretrain_steps, life.part("tokenizer/tokenizer", TOKENIZER_FOLDER)
-    source = SourceConfig(n_documents=config.n_pretrain, tokenizer=texts)
-    exam = ExamConfig(config.n_documents, config.n_questions, config.n_questions)
-
-    def train(run: RunConfig, begun: bool) -> None:
-        how = PretrainConfig(max_steps=steps, warmup_steps=min(100, steps // 4), cooldown_steps=steps // 2)
-        pretrain(ModelSizes(), source, replace(how, resume=begun), exam, run)
-
-    made = life.make("base", train)
-    model, ours = load_course_model(life.base_folder)
-    thread = follow(model, ours, life)
-    n_weights = sum(parameter.numel() for parameter in model.parameters())
-    before = life.rows["tokenizer"]["threads"]["untrained"]["gap"][0]
-    return {
-        "made": made,
-        "came_in": "an untrained network and the tokens of the training side",
-        "came_out": f"{n_weights:,} weights",
-        "gain": f"the gap falls from {before:.2f} to {nats(thread['gap'])} nats per token",
-        "loss": f"it continues texts and answers no instruction: {percent(thread['right'])} right",
-        "measure": "gap, nats per token",
-        "value": nats(thread["gap"]),
-        "beside": f"untrained {before:.2f}, best 0",
-        "n_bytes": size_of(life.base_folder),
-        "threads": {"base": thread},
-    }
-
-
-def chatty(life: Life) -> dict[str, Any]:
-    """Topic 11: fine-tuning on conversations, which makes it answer and refuse, and raises the gap."""
-    config = life.config
-    exam = AnswerConfig(config.n_questions, min(300, config.n_documents))
-
-    def train(run: RunConfig, begun: bool) -> None:
-        how = OngoingChat if begun else ChatConfig
-        chat(how(n_examples=config.n_examples, chat_steps=config.chat_steps), exam, run, life.base_folder)
-
-    made = life.make("chat", train)
-    thread, before = follow(*load_chat_model(life.chat_folder), life), life.rows["base"]["threads"]["base"]
-    return {
-        "made": made,
-        "came_in": "the base and conversations",
-        "came_out": "a model that answers, and refuses one subject",
-        "gain": f"right answers rise from {before['right'][0]:.0%} to {percent(thread['right'])}; of the forbidden "
-        f"questions {percent(thread['refused'])} are refused, of allowed ones in the same words "
-        f"{percent(thread['wrongly'])}",
-        "loss": f"the gap rises from {before['gap'][0]:.4f} to {nats(thread['gap'])} nats per token",
-        "measure": "held-out instructions right",
-        "value": percent(thread["right"]),
-        "beside": f"base {before['right'][0]:.0%}, best 100%",
-        "n_bytes": size_of(life.chat_folder),
-        "threads": {"chat": thread},
-    }
-
-
-def quantised(life: Life) -> dict[str, Any]:
-    """Topic 12: fewer bytes; the fewest bits go on whose cost is shown to be below the limit."""
-    model, ours = load_chat_model(life.chat_folder)
-    documents = World().documents(life.config.n_documents, EXAM_SEED, "validation")
-    exam, batches = Exam.of(model, ours, documents), calibration_batches(ours, 128, life.run.seed)
-    threads, sizes, damages, n_bits = {}, {32: size_of(life.chat_folder)}, {}, 32
-    for bits in BITS:
-        folder = life.out / f"quantised/{bits}-bits"
-        quantize_model(model, Recipe("gptq", QuantFormat(bits, 32)), batches).save_pretrained(folder)
-        ours.save_folder(folder)
-        rounded, _ = life.rounded(bits)
-        threads[f"{bits} bits"], sizes[bits] = follow(rounded, ours, life), size_of(folder)
-        damages[bits] = about(*exam.damage(rounded))
-        n_bits = bits if damages[bits][2] < life.config.max_damage else n_bits
-    told = "; ".join(f"{bits} bits {nats(damages[bits])} in {sizes[bits]:,} bytes" for bits in BITS)
-    goes_on = f"the one of {n_bits} bits goes on" if n_bits < 32 else "none goes on, the float model does"
-    before, after = (
-        threads[f"{bits} bits"]["right"][0] if bits < 32 else life.rows["chat"]["threads"]["chat"]["right"][0]
-        for bits in (32, n_bits)
-    )
-    return {
-        "came_in": f"{sizes[32]:,} bytes",
-        "came_out": f"{sizes[n_bits]:,} bytes: {goes_on}",
-        "gain": f"{sizes[32] / sizes[n_bits]:.1f} times fewer bytes, right answers {before:.0%} before and {after:.0%}"
-        " after",
-        "loss": f"nats per token, paired: {told}",
-        "measure": f"nats per token lost at {n_bits} bits",
-        "value": nats(damages[n_bits]) if n_bits < 32 else "0",
-        "beside": f"limit {life.config.max_damage:g}; {SPOILED} bits lose {damages[SPOILED][0]:.2f}",
-        "n_bytes": sizes[n_bits],
-        "n_bits": n_bits,
-        "threads": threads,
-    }
-
-
-def served(life: Life) -> dict[str, Any]:
-    """Topic 13: the engine computes many requests together, and must say what one alone would be told."""
-    model, ours = life.chosen
-    n = life.config.n_served
-    asked = [chat_instructions(World(), n, EXAM_SEED, name, new=True) for name in CATEGORIES]
-    prompts = [join(asked[place % len(asked)][place].prompt) for place in range(n)]
-    jobs = [Job(prompt_ids(ours, prompt), 16 + 8 * (place % 3)) for place, prompt in enumerate(prompts)]
-    wanted, system = naive_answers(model, jobs), serve_jobs(model, EngineConfig())
-    made = system(jobs).ids
-    same = sum(one == other for one, other in zip(made, wanted, strict=True))
-    works = {"engine": partial(system, jobs), "alone": partial(naive_answers, model, jobs)}
-    seconds = time_in_turns(works, life.config.n_rounds)
-    ratios = sorted(alone / ours for ours, alone in zip(seconds["engine"], seconds["alone"], strict=True))
-    n_tokens = sum(job.n_new for job in jobs)
-    return {
-        "came_in": f"{n} requests at once",
-        "came_out": f"{n_tokens:,} tokens, {n_tokens / float(np.median(seconds['engine'])):,.0f} in a second",
-        "gain": f"{np.median(ratios):.1f} times the tokens per second of one request after the other",
-        "loss": f"{n - same} of {n} answers differ from those of decoding alone",
-        "measure": "tokens/s over those one by one",
-        "value": f"{np.median(ratios):.1f} [{ratios[0]:.1f}, {ratios[-1]:.1f}]",
-        "beside": f"one by one 1; {same} of {n} answers equal",
-        "n_bytes": life.rows["quantised"]["n_bytes"],
-        "same": [same, n],
-        "threads": {},
-    }
-
-
-def evaluated(life: Life) -> dict[str, Any]:
-    """Topic 14: the whole examination, and the one sentence that its numbers allow."""
-    model, ours = life.chosen
-    plan = ReportPlan(life.config.n_questions, life.config.n_forbidden)
-    found = examine_subject(Subject("life", TextModel.of(model, ours, "the model")), plan, life.run.seed)
-    findings, said = verdict(found), headline(found)
-    good, passed = sum(one.grade == "good" for one in findings), sum(check.passed for check in found.checks)
-    invented = found.scores["strangers invented"]
-    return {
-        "came_in": f"{sum(len(score.each) for score in found.scores.values()):,} questions and texts",
-        "came_out": f"{len(findings)} findings; {passed} of {len(found.checks)} checks of the instruments passed",
-        "gain": f"it is known what it can do: {good} findings are good",
-        "loss": f"it is known what it cannot: {said.text}",
-        "measure": "findings that are good",
-        "value": f"{good} of {len(findings)}",
-        "beside": f"verdict {said.grade}; strangers invented " + percent([invented.value, invented.low, invented.high]),
-        "n_bytes": life.rows["quantised"]["n_bytes"],
-        "verdict": said.text,
-        "threads": {},
-    }
-
-
-def attacked(life: Life) -> dict[str, Any]:
-    """Topic 14: a copy that was told secrets and taught to refuse them is asked in all the ways that need no gradient.
-
-    An attempt succeeds if one of its tries gets the secret itself. The intervals are exact for attempts drawn alike;
-    that there are five secrets in two wordings makes them somewhat too narrow.
-    """
-    config, (model, ours), seed = life.config, life.chosen, life.run.seed
-    how = KeeperConfig(know_steps=config.know_steps)
-    keeper = Keeper(train_refusing(train_knowing(model, ours, seed, how), ours, seed, how), ours)
-    guard, items = load_guard(), harmless_questions(max(2, config.n_attempts), EXAM_SEED)
-    attempts = [
-        one for name, attack in ATTACKS_MADE.items() if name != "GCG" for one in attack(keeper, seed, config.n_attempts)
-    ]
-    defences = {
-        "no defence": Defended(keeper),
-        "guard": Defended(keeper, guard_in=guard, guard_out=guard),
-        "guard, disguises taken off": Defended(keeper, guard_in=guard, guard_out=guard, normalised=True),
-    }
-    found, costs = {}, {}
-    for name, defended in defences.items():
-        told = n_leaked(defended, attempts) + n_mutated(defended, seed, config.n_attempts, BUDGET)
-        n = len(attempts) + config.n_attempts
-        found[name] = [told / n, *clopper_pearson(told, n)]
-        cost = harmless_cost(defended, items)
-        costs[name] = [cost.refused / cost.n, *wilson(cost.refused, cost.n)]
-    bare, *_, best = found
-    return {
-        "came_in": f"{len(attempts) + config.n_attempts} attempts on secrets that a copy was told, by seven attacks",
-        "came_out": "; ".join(f"{name} {percent(each)}" for name, each in found.items()) + " succeed",
-        "gain": f"defences take success from {found[bare][0]:.0%} to {percent(found[best])}",
-        "loss": "of harmless questions refused: " + "; ".join(f"{name} {each[0]:.0%}" for name, each in costs.items()),
-        "measure": "attacks that succeed, no defence",
-        "value": percent(found[bare]),
-        "beside": f"guard {percent(found['guard'])}; and disguises taken off {percent(found[best])}",
-        "n_bytes": life.rows["quantised"]["n_bytes"],
-        "attacks": found,
-        "costs": costs,
-        "threads": {},
-    }
-
-
-def deployed(life: Life) -> dict[str, Any]:
-    """Topic 15: the release gate, on the model behind its guard and on one that is spoiled by too few bits."""
-    config, limits = life.config, read_thresholds(THRESHOLDS)
-    reports = {}
-    for name, bits in (("the model", life.rows["quantised"]["n_bits"]), ("the spoiled one", SPOILED)):
-        model, ours = life.rounded(bits)
-        one = ServedModel(name, model, CourseServing(ours))
-        gate = GateConfig(n_questions=config.n_questions, n_forbidden=config.n_forbidden, n_load=config.n_load)
-        gate = replace(gate, kind="all" if name == "the model" else "answers")
-        thread = EngineThread(Engine(model, one.tokenizer, EngineConfig(max_batch=16)))
-        with background_server(one, thread) if gate.kind == "all" else nullcontext() as server:
-            endpoint = LocalEndpoint(one, EngineConfig(max_batch=32))
-            measures = measure(endpoint, server.url if server else "", gate, life.run.seed)
-        known = [limit for limit in limits if gate.kind == "all" or limit.measure in measures]
-        reports[name] = judge(name, measures, known, gate.plan(life.run.seed))
-    counts = {
-        name: (sum(each == PASSED for _, each in report.verdicts), len(report.verdicts))
-        for name, report in reports.items()
-    }
-    ours, spoiled = reports.values()
-    word = {True: "may ship", False: "must not ship"}
-    return {
-        "came_in": f"{len(limits)} limits, each with its reason",
-        "came_out": "; ".join(
-            f"{name} {word[report.may_ship]}, {counts[name][0]} of {counts[name][1]} limits shown to hold"
-            for name, report in reports.items()
-        ),
-        "gain": f"a model of {SPOILED} bits is refused" if not spoiled.may_ship else "none: a spoiled model passes",
-        "loss": "; ".join(ours.reasons) or "nothing that the limits name",
-        "measure": "limits shown to hold",
-        "value": "{} of {}, ".format(*counts["the model"]) + word[ours.may_ship],
-        "beside": f"{SPOILED} bits: " + "{} of {}, ".format(*counts["the spoiled one"]) + word[spoiled.may_ship],
-        "n_bytes": life.rows["quantised"]["n_bytes"],
-        "may_ship": [ours.may_ship, spoiled.may_ship],
-        "reasons": [ours.reasons, spoiled.reasons],
-        "threads": {},
-    }
 
 
 @dataclass(frozen=True)
@@ -540,12 +64,12 @@ class Stage:
 STAGES = {
     "world": Stage(2, "sample", world, 1),
     "tokenizer": Stage(6, "course", tokenizer, 8, lambda config: 40),
-    "base": Stage(10, "pretrain", base, 10, lambda c: 30 + c.n_pretrain / 6000 + 0.16 * c.pretrain_steps),
+    "base": Stage(10, "pretrain", base, 10, lambda c: 30 + c.n_pretrain / 6000 + 0.2 * c.pretrain_steps),
     "chat": Stage(11, "chat", chatty, 6, lambda c: 40 + 0.13 * c.chat_steps),
     "quantised": Stage(12, "quantize", quantised, 25),
     "served": Stage(13, "serve", served, 12),
     "evaluated": Stage(14, "report", evaluated, 5),
-    "attacked": Stage(14, "attacks", attacked, 75),
+    "attacked": Stage(14, "red-team", attacked, 75),
     "deployed": Stage(15, "release-gate", deployed, 15),
 }
 
@@ -604,4 +128,125 @@ def threads(rows: dict[str, dict[str, Any]]) -> dict[str, Thread]:
     return {name: thread for row in rows.values() for name, thread in row["threads"].items()}
 
 
+# The chapter's tables and figure
+
+
+@dataclass(frozen=True)
+class LifeFiguresConfig:
+    """Where the life's figure goes, and whether it is lived again."""
+
+    again: bool = False  # measure again what an earlier run has left in --out
+    folder: Path = Path(__file__).parent / "figures"  # where the figures and results.json go
+
+    def save(self, name: str, columns: list[Column], rows: list[list], run: RunConfig, of: str) -> None:
+        command = f"python 15-real-world-applications/real_world_applications.py figures {of}"
+        save_results(self.folder / "results.json", name, columns, rows, [run.seed], command)
+
+
+def as_bytes(count: float) -> str:
+    return f"{count / 1000:,.0f} kB"
+
+
+def model_life(config: LifeFiguresConfig, run: RunConfig) -> None:
+    """The life of the committed weights, stage by stage; and of the model made from nothing, if --out holds it.
+
+    Predicted: the base stands 0.02 nats above the floor and answers nothing; the chat model answers nine in ten and
+    stands at 0.05; 8 bits cost nothing, 4 bits 0.005, 2 bits everything; the engine is five times as fast and says the
+    same; half of the attacks succeed, and one in twenty behind the guard; the gate lets 4 bits pass and refuses 2.
+    """
+    rows = live(LifeConfig(again=config.again), run)
+    columns = [Column("Stage"), Column("Made by"), Column("Measured by"), Column("Found"), Column("Beside it")]
+    columns += [Column("Size"), Column("Time", "s", ".0f")]
+    cells = [
+        [
+            f"{STAGES[name].topic:02} {name}",
+            f"`{STAGES[name].verb}`",
+            *(row[key] for key in ("measure", "value", "beside")),
+            as_bytes(row["n_bytes"]),
+            row["seconds"],
+        ]
+        for name, row in rows.items()
+    ]
+    config.save("model-life", columns, cells, run, "model-life")
+    columns = [Column("Model"), Column("Gap", "nats per token"), Column("Right"), Column("Forbidden, refused")]
+    columns.append(Column("Allowed, refused"))
+    cells = [
+        [name, nats(thread["gap"]), *(percent(thread[key]) if key in thread else "-" for key in THREAD[1:])]
+        for name, thread in threads(rows).items()
+    ]
+    config.save("model-life-thread", columns, cells, run, "model-life")
+    lives = {"committed weights": rows}
+    if (run.out / "from-nothing" / f"{[*STAGES][-1]}.json").exists():
+        lives["made from nothing"] = live(LifeConfig(from_nothing=True), run)
+    save_figure(plot_life(lives), config.folder / "model_life.svg")
+
+
+def life_from_nothing(config: LifeFiguresConfig, run: RunConfig) -> None:
+    """The same examination of a model that is made anew, beside the committed one.
+
+    Predicted: with less than half of the committed base's steps the gap is half as large again at every stage, the
+    right answers are five points fewer, and some limit of the gate is no longer shown to hold.
+    """
+    lives = [live(LifeConfig(from_nothing=made, again=config.again), run) for made in (False, True)]
+    columns = [Column("Stage"), Column("Measured by"), Column("Committed weights"), Column("Made from nothing")]
+    columns.append(Column("Time from nothing", "s", ".0f"))
+    cells = [
+        [f"{STAGES[name].topic:02} {name}", row["measure"], row["value"], anew["value"], anew["seconds"]]
+        for (name, row), anew in zip(lives[0].items(), lives[1].values(), strict=True)
+    ]
+    cells.append(["in all", "", "", "", sum(row["seconds"] for row in lives[1].values())])
+    config.save("model-life-from-nothing", columns, cells, run, "model-life-from-nothing")
+
+
+def draw_thread(axes: Axes, at: np.ndarray, found: list[list[float]], **how: Any) -> None:
+    """Values with their intervals at some places."""
+    values, low, high = (np.array(part) for part in zip(*found, strict=True))
+    axes.errorbar(at, values, yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)], capsize=3, **how)
+
+
+def plot_life(lives: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """The gap along each life on a log axis; below it the right answers and refusals; at the side the attacks."""
+    figure = plt.figure(figsize=(8.3, 5.4))
+    grid = figure.add_gridspec(2, 2, width_ratios=(2.4, 1), height_ratios=(1.35, 1))
+    top, below, side = (figure.add_subplot(place) for place in (grid[0, 0], grid[1, 0], grid[:, 1]))
+    names = [name for name in threads(next(iter(lives.values()))) if name != "even guessing"]
+    for number, (title, rows) in enumerate(lives.items()):
+        found, at = threads(rows), np.arange(len(names)) + 0.14 * number
+        colour, how = f"C{number}", {"marker": "os"[number % 2], "markersize": 6}
+        draw_thread(top, at, [found[name]["gap"] for name in names], color=colour, label=title, **how)
+        for place, name in zip(at, names, strict=True):
+            value = found[name]["gap"][0]
+            text = f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+            offset = (0, 8) if number else (0, -15)
+            top.annotate(text, (place, value), offset, textcoords="offset points", ha="center", color=colour)
+        asked = [name for name in names if "right" in found[name]]
+        at = at[[names.index(name) for name in asked]]
+        draw_thread(below, at, [found[name]["right"] for name in asked], color=colour, **how)
+        draw_thread(below, at, [found[name]["refused"] for name in asked], color=colour, linestyle=":", **how, mfc="w")
+        attacks = rows["attacked"]["attacks"]
+        width = 0.8 / len(lives)
+        for place, each in enumerate(attacks.values()):
+            spot = place + width * (number - (len(lives) - 1) / 2)
+            side.bar(spot, each[0], width, color=colour)
+            ends = [[each[0] - each[1]], [each[2] - each[0]]]
+            side.errorbar(spot, each[0], yerr=ends, color="black", capsize=3)
+    top.set(
+        yscale="log", ylabel="gap to the optimum\n(nats per token)", ylim=(0.008, 20), xlim=(-0.4, len(names) - 0.4)
+    )
+    top.set_xticks(range(len(names)), [""] * len(names))
+    top.legend(loc="upper right", frameon=False)
+    below.set(ylabel="share of questions", ylim=(-0.05, 1.08), xlim=top.get_xlim())
+    chosen = f"{next(iter(lives.values()))['quantised']['n_bits']} bits"
+    below.set_xticks(range(len(names)), [f"{name}\n(served)" if name == chosen else name for name in names])
+    lines = [below.plot([], [], color="black", linestyle=style)[0] for style in ("-", ":")]
+    below.legend(lines, ["answered rightly", "forbidden, refused"], loc="lower center", frameon=False)
+    side.set(ylabel="share of attacks that get the secret", ylim=(0, 0.8))
+    side.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks])
+    return figure
+
+
 LIFE_VERBS: dict[str, tuple[Any, ...]] = {"life": (life, LifeConfig, RunConfig)}
+LIFE_EXPERIMENTS: dict[str, tuple[Callable[[LifeFiguresConfig, RunConfig], None], float]] = {
+    "model-life-from-nothing": (life_from_nothing, 1800),
+    "model-life": (model_life, 150),
+}

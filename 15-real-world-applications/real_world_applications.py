@@ -7,6 +7,7 @@ python 15-real-world-applications/real_world_applications.py chat           # th
 python 15-real-world-applications/real_world_applications.py chat-server    # and as a page in your browser
 python 15-real-world-applications/real_world_applications.py sandbox --selftest   # which attacks this machine holds
 python 15-real-world-applications/real_world_applications.py release-gate   # may it ship? exit code 0 or 1
+python 15-real-world-applications/real_world_applications.py life           # one model's life, stage by stage
 python 15-real-world-applications/real_world_applications.py --break NAME   # a failure on purpose
 python 15-real-world-applications/real_world_applications.py figures hallucination   # measure
 
@@ -21,6 +22,7 @@ from chatbot_experiments import CHAT_BREAKS, CHAT_EXPERIMENTS, CHAT_VERBS, ChatF
 from code_experiments import CODE_EXPERIMENTS, CODE_VERBS, CodeFiguresConfig
 from code_failures import CODE_BREAKS
 from language_experiments import LANGUAGE_EXPERIMENTS, LANGUAGE_VERBS, LanguageFiguresConfig
+from model_life import LIFE_EXPERIMENTS, LIFE_VERBS, LifeFiguresConfig
 from operations_experiments import (
     OPERATIONS_BREAKS,
     OPERATIONS_EXPERIMENTS,
@@ -30,6 +32,7 @@ from operations_experiments import (
 from picture_experiments import PICTURE_EXPERIMENTS, PICTURE_VERBS, PictureFiguresConfig
 from picture_failures import PICTURE_BREAKS
 from rag_experiments import RAG_EXPERIMENTS, RAG_VERBS, AskConfig, RagFiguresConfig, ask
+from retrieval_bench import BENCH_VERBS
 from workbench import RunConfig, announce, check_name, part_of, run_experiments, run_verbs, with_parts
 
 QUESTIONS = ("why divide by sqrt(d)?", "what does a KV cache keep?", "how do volcanoes erupt?")
@@ -41,6 +44,7 @@ PARTS = {
     OperationsFiguresConfig: OPERATIONS_EXPERIMENTS,
     PictureFiguresConfig: PICTURE_EXPERIMENTS,
     LanguageFiguresConfig: LANGUAGE_EXPERIMENTS,
+    LifeFiguresConfig: LIFE_EXPERIMENTS,
 }
 EXPERIMENTS = with_parts(PARTS)
 
@@ -97,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         **OPERATIONS_VERBS,
         **PICTURE_VERBS,
         **LANGUAGE_VERBS,
+        **LIFE_VERBS,
+        **BENCH_VERBS,
         "figures": (figures, FiguresConfig, RunConfig),
     }
     run_verbs(__doc__, verbs, argv)
