@@ -240,30 +240,45 @@ def rl_run(method: str, config: Any, run: RunConfig, seed: int) -> dict[str, Any
 
 def rl_methods(config: Any, run: RunConfig) -> None:
     """Every method for the same CPU time on the same start: reward, distance, entropy, length, held-out accuracy."""
-    logs, rows = {}, []
+    names, found, rows, states = ("sampled", "greedy", *CATEGORIES), {}, [], []
     for method in ("start", *METHODS):
-        runs = [rl_run(method, config, run, seed) for seed in range(config.n_seeds)]
-        cells: list[Any] = [[item["after"][name] for item in runs] for name in ("sampled", "greedy", *CATEGORIES)]
+        found[method] = runs = [rl_run(method, config, run, seed) for seed in range(config.n_seeds)]
+        rows.append([method, *([item["after"][name] for item in runs] for name in names)])
         if method == "start":
-            cells = [*cells, *[""] * 5]
-        elif method in FROM_REFERENCE:  # their log is about what the start samples, not about what they have become
-            cells += [*[""] * 4, [float(item["rows"][-1]["step"]) for item in runs]]
+            continue
+        n_batches = [float(item["rows"][-1]["step"]) for item in runs]
+        if method in FROM_REFERENCE:  # their log is about what the start samples, not about what they have become
+            states.append([method, n_batches, *[""] * 4])
         else:
-            logs[method] = [item["rows"] for item in runs]
-            cells += [
-                [float(np.mean([row[name] for row in item["rows"][-5:]])) for item in runs]
-                for name in ("reward", "kl", "entropy", "length")
-            ]
-            cells.append([float(item["rows"][-1]["step"]) for item in runs])
-        rows.append([method, *cells])
-    columns = [
-        *(Column("Method"), Column("held out, sampled", "", ".1%"), Column("greedy", "", ".1%")),
-        *(Column(f"greedy, {category}", "", ".1%") for category in CATEGORIES),
-        *(Column("reward at the end", "", ".3f"), Column("KL", "nats per answer", ".2f")),
-        *(Column("entropy", "nats per token", ".3f"), Column("length", "tokens", ".1f"), Column("batches", "", ".0f")),
-    ]
+            last = [[float(np.mean([row[key] for row in item["rows"][-5:]])) for item in runs] for key in STATE]
+            states.append([method, n_batches, *last])
+    columns = [Column("Method"), Column("held out, sampled", "", ".1%"), Column("greedy", "", ".1%")]
+    columns += [Column(f"greedy, {category}", "", ".1%") for category in CATEGORIES]
     config.save("rl-methods", columns, rows, "rl-methods")
-    save_figure(plot_rl(logs), config.folder / "rl-methods.svg")
+    columns = [Column("Method"), Column("batches", "", ".0f"), Column("reward", "", ".3f")]
+    columns += [Column("KL", "nats per answer", ".2f"), Column("entropy", "nats per token", ".3f")]
+    config.save("rl-methods-state", [*columns, Column("length", "tokens", ".1f")], states, "rl-methods")
+    exams = {method: [item["after"] for item in runs] for method, runs in found.items()}
+    save_figure(plot_methods(exams), config.folder / "rl-methods.svg")
+
+
+STATE = ("reward", "kl", "entropy", "length")  # of the log, the mean of the last five batches
+
+
+def plot_methods(exams: dict[str, list[dict[str, float]]]) -> Figure:
+    """Right answers after each method, sampled and greedy; a dot for each seed, dashed where all of them started."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), sharey=True)
+    titles = ("sampled: most methods gain", "greedy: no clear gain, and DPO loses")
+    for axis, name, title in zip(axes, ("sampled", "greedy"), titles, strict=True):
+        for place, found in enumerate(exams.values()):
+            values = [item[name] for item in found]
+            axis.plot(values, [place] * len(values), "o", ms=4, color="C0" if place else "0.4", alpha=0.6)
+            axis.plot([np.mean(values)], [place], "|", ms=16, mew=2, color="C0" if place else "0.4")
+        axis.axvline(np.mean([item[name] for item in exams["start"]]), ls="--", lw=1, color="0.4")
+        axis.set(title=title, xlabel="right answers, held out")
+    axes[0].set_yticks(range(len(exams)), list(exams))
+    axes[0].invert_yaxis()
+    return figure
 
 
 LIFT = ReinforceConfig(method="rloo", budget=80.0)
@@ -611,9 +626,9 @@ def plot_over(runs: list[dict[str, Any]]) -> Figure:
             label = "best of n" if not seed else None
             axis.plot(distances, [pair[best] for pair in item["best_of_n"]], "o", ms=4, color=f"C{seed}", label=label)
         axis.set(xlabel="KL to the start (nats per answer)")
-    axes[0].set(ylabel="learned reward")
-    axes[1].set(ylabel="true reward: share of right answers")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set(ylabel="learned reward", title="what the judge says rises ...")
+    axes[1].set(ylabel="share of right answers", title="... while what is true falls")
+    axes[1].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -9,6 +9,7 @@ import adaptation_experiments
 from adaptation_experiments import (
     EXPERIMENTS,
     RANKS,
+    STEADY,
     TOLD,
     FiguresConfig,
     Trial,
@@ -21,7 +22,6 @@ from course_model import load_course_model
 from fine_tuning_adaptation import RATES, MethodConfig, adapt
 from low_rank_adapters import LoraConfig
 from prompt_tuning import trained_parameters
-from tiny_world import INSTRUCT
 from workbench import RunConfig
 
 TINY = {"n_seeds": 2, "sft_steps": 2, "n_questions": 1, "n_documents": 4}
@@ -77,12 +77,12 @@ def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
     expected = {"sft": 6, "keeping": 3, "ranks": 4, "nf4": 8, "refusals": 1}
     assert len(rows) == expected[name]
     if name in ("keeping", "ranks"):  # by category: a mean would hide which one moved
-        assert heads[-len(TOLD) - 2 - (name == "keeping") :][: len(TOLD)] == list(TOLD)
+        assert heads[-len(STEADY) - 2 - (name == "keeping") :][: len(STEADY)] == list(STEADY)
     if name == "refusals":
         assert heads[1:] == ["refused", "refused"]
         assert all(0 <= share <= 1 for shares in rows[0][1:] for share in shares)
     if name == "sft":
-        assert [column["name"] for column in table(config, name)["columns"]][1:8] == list(INSTRUCT)
+        assert [column["name"] for column in table(config, name)["columns"]][1:7] == list(TOLD)
         assert rows[0][0] == "the course model" and rows[-1][0] == "guessing"
     if name == "nf4":
         errors = [row[2] for row in rows]
