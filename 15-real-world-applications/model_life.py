@@ -10,6 +10,7 @@ has ended is kept in --out, so that a life which was stopped goes on; trainings 
 """
 
 import json
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,9 +151,8 @@ def as_bytes(count: float) -> str:
 def model_life(config: LifeFiguresConfig, run: RunConfig) -> None:
     """The life of the committed weights, stage by stage; and of the model made from nothing, if --out holds it.
 
-    Predicted: the base stands 0.02 nats above the floor and answers nothing; the chat model answers nine in ten and
-    stands at 0.05; 8 bits cost nothing, 4 bits 0.005, 2 bits everything; the engine is five times as fast and says the
-    same; half of the attacks succeed, and one in twenty behind the guard; the gate lets 4 bits pass and refuses 2.
+    Nothing is predicted here: each stage has been measured in its own topic, with other questions, and should come out
+    the same; what is new is that one model goes through all of them, each stage taking what the one before has made.
     """
     rows = live(LifeConfig(again=config.again), run)
     columns = [Column("Stage"), Column("Made by"), Column("Measured by"), Column("Found"), Column("Beside it")]
@@ -194,6 +194,10 @@ def life_from_nothing(config: LifeFiguresConfig, run: RunConfig) -> None:
         [f"{STAGES[name].topic:02} {name}", row["measure"], row["value"], anew["value"], anew["seconds"]]
         for (name, row), anew in zip(lives[0].items(), lives[1].values(), strict=True)
     ]
+    served = [threads(rows).get(f"{rows['quantised']['n_bits']} bits") or threads(rows)["chat"] for rows in lives]
+    for key, what in zip(THREAD, ("gap", "answered rightly", "forbidden, refused", "allowed, refused"), strict=True):
+        told = nats if key == "gap" else percent
+        cells.append(["what is served", what, *(told(thread[key]) for thread in served), ""])
     cells.append(["in all", "", "", "", sum(row["seconds"] for row in lives[1].values())])
     config.save("model-life-from-nothing", columns, cells, run, "model-life-from-nothing")
 
@@ -214,10 +218,11 @@ def plot_life(lives: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         found, at = threads(rows), np.arange(len(names)) + 0.14 * number
         colour, how = f"C{number}", {"marker": "os"[number % 2], "markersize": 6}
         draw_thread(top, at, [found[name]["gap"] for name in names], color=colour, label=title, **how)
-        for place, name in zip(at, names, strict=True):
+        for index, (place, name) in enumerate(zip(at, names, strict=True)):
             value = found[name]["gap"][0]
             text = f"{value:.1f}" if value >= 1 else f"{value:.3f}"
-            offset = (0, 8) if number else (0, -15)
+            shift = 14 * (index < 2)  # aside of the line, which falls there
+            offset = (shift, 8) if number else (-shift, -15)
             top.annotate(text, (place, value), offset, textcoords="offset points", ha="center", color=colour)
         asked = [name for name in names if "right" in found[name]]
         at = at[[names.index(name) for name in asked]]
@@ -241,7 +246,7 @@ def plot_life(lives: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     lines = [below.plot([], [], color="black", linestyle=style)[0] for style in ("-", ":")]
     below.legend(lines, ["answered rightly", "forbidden, refused"], loc="lower center", frameon=False)
     side.set(ylabel="share of attacks that get the secret", ylim=(0, 0.8))
-    side.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks])
+    side.set_xticks(range(len(attacks)), [textwrap.fill(name, 9) for name in attacks])
     return figure
 
 
