@@ -19,9 +19,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest  # noqa: E402
 from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
 
-from workbench import ROOT, course_layers, first_difference, largest_difference  # noqa: E402
+from course_pages import LEVELS, course_layers  # noqa: E402
+from workbench import ROOT, first_difference, largest_difference  # noqa: E402
 
-LEVELS = ("output", "gradient", "trajectory", "invariant", "exchange")
 LEDGER: list[dict] = []
 RAN: set[str] = set()  # tests of this run
 

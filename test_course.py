@@ -1,11 +1,13 @@
 """The house rules: what every topic folder must keep, checked on the files themselves."""
 
 import ast
+import contextlib
 import doctest
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import json
 import re
 import sys
@@ -14,11 +16,21 @@ from pathlib import Path
 
 import pytest
 
-from workbench import BLOCK, ROOT, course_map, glossary, relink, render_table, without_own_folders
+from course_pages import (
+    chapter_symbols,
+    ledger_summary,
+    page_blocks,
+    table_rows,
+    trap_names,
+    trap_row,
+    twice_in_a_topic,
+)
+from workbench import BLOCK, ROOT, relink, render_table, without_own_folders
 
 TOPICS = sorted(path for path in ROOT.glob("[0-9][0-9]-*") if path.is_dir())
 MODULES = sorted(path for topic in TOPICS for path in topic.glob("*.py"))
 CHAPTERS = [ROOT / "README.md", *(topic / "README.md" for topic in TOPICS)]
+PAGES = sorted(ROOT.glob("*.md"))
 NOTEBOOKS = sorted(path for topic in TOPICS for path in topic.glob("*.ipynb"))
 TOPIC_OF = {path.stem: path.parent.name for path in MODULES}
 PLAIN_MODULES = [path for path in MODULES if not path.name.startswith("test_")]
@@ -129,7 +141,7 @@ def anchors(text: str) -> set[str]:
     return set(found)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)
+@pytest.mark.parametrize("chapter", [*PAGES, *CHAPTERS[1:]], ids=name_of)
 def test_links_and_anchors_exist(chapter: Path) -> None:
     text = re.sub(r"^```.*?^```", "", chapter.read_text(encoding="utf-8"), flags=re.S | re.M)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
@@ -160,10 +172,47 @@ def test_tables_equal_results(chapter: Path) -> None:
     assert blocks == {name: render_table(results[name]) for name in blocks}
 
 
-def test_course_map_and_glossary_say_what_the_chapters_say() -> None:
-    blocks = {match[2]: match[3].strip() for match in BLOCK.finditer(CHAPTERS[0].read_text(encoding="utf-8"))}
-    expected = {"course-map": course_map(TOPICS), "glossary": glossary(TOPICS)}
-    assert {name: blocks[name] for name in expected} == expected, "run: python 01-prerequisites/workbench.py contents"
+def blocks_of(page: Path) -> dict[str, str]:
+    return {match[2]: match[3].strip() for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
+
+
+def test_the_pages_say_what_the_chapters_say() -> None:
+    for page, expected in page_blocks(TOPICS).items():
+        blocks = blocks_of(ROOT / page)
+        stale = [name for name, block in expected.items() if blocks.get(name) != block]
+        assert not stale, f"{page} is stale; run: python 01-prerequisites/workbench.py contents"
+
+
+def test_the_summary_of_the_ledger_is_that_of_its_page() -> None:
+    summary = ledger_summary(blocks_of(ROOT / "PARITY.md")["parity"])
+    assert blocks_of(ROOT / "README.md")["parity-summary"] == summary, "run: make parity"
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=name_of)
+def test_a_letter_has_one_meaning_in_a_topic(topic: Path) -> None:
+    assert chapter_symbols(topic) and not twice_in_a_topic(topic)
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=name_of)
+def test_every_failure_that_can_be_planted_stands_in_the_chapter(topic: Path) -> None:
+    """The names of the registries are those that the command line takes, and the chapter's tables describe each."""
+    rows = table_rows((topic / "README.md").read_text(encoding="utf-8"))
+    for command, names in trap_names(int(topic.name[:2])).items():
+        script, verb = command.split()
+        taken = break_names(topic / script, verb)
+        assert taken is None or set(names) == taken, command
+        for name in names:
+            bug, symptom, measured = trap_row(name, rows)
+            assert bug or symptom or measured, f"{name} has no row in {topic.name}/README.md"
+
+
+def break_names(script: Path, verb: str) -> set[str] | None:
+    """What --break of a script's verb takes, read from its help; None if its help lists no names."""
+    shown, main = io.StringIO(), importlib.import_module(script.stem).main
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    found = re.search(r"--break\s+\{([^}]*)\}", shown.getvalue())
+    return found and set(re.sub(r"\s", "", found[1]).split(",")) - {"none"}
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=name_of)

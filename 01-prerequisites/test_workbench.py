@@ -28,12 +28,10 @@ from workbench import (
     RunConfig,
     check_folder,
     check_range,
-    course_map,
     describe_machine,
     fill_blocks,
     fill_chapter,
     first_difference,
-    glossary,
     grade,
     largest_difference,
     line_ranges,
@@ -41,7 +39,6 @@ from workbench import (
     pick_device,
     progress,
     relink,
-    render_ledger,
     render_table,
     run_verbs,
     save_figure,
@@ -350,30 +347,6 @@ def test_a_link_to_a_name_that_is_gone_is_refused(tmp_path: Path) -> None:
         relink(tmp_path / "README.md")
 
 
-# The root README
-
-
-def test_course_map_and_glossary_come_from_the_chapters(tmp_path: Path) -> None:
-    first, second = tmp_path / "01-alpha", tmp_path / "02-beta"
-    for folder in (first, second):
-        folder.mkdir()
-    (first / "README.md").write_text(
-        "# 1. A\n\n> It is 7\n> of 9.\n\n## Glossary\n\n**zeta** ($z$): x **y**.\n\n"
-        "- **Eta**, **beta**: y.\n\n## R\n\n**no**\n"
-    )
-    (second / "README.md").write_text(
-        "# 2. Beta\n\nIn this topic: the rest.\n\n## Glossary\n\n**zeta**: again.\n\n## R\n"
-    )
-    assert course_map([first, second]).splitlines()[2:] == [
-        "| 1 | [A](01-alpha/README.md) | It is 7 of 9. | complete |",
-        "| 2 | [Beta](02-beta/README.md) | the rest | planned |",
-    ]
-    (second / "beta.py").touch()
-    assert course_map([second]).endswith("| the rest | code and proofs begun, chapter planned |")
-    links = [f"[{term}](01-alpha/README.md#glossary) 1" for term in ("beta", "Eta", "zeta")]
-    assert glossary([first, second]) == " ·\n".join(links)
-
-
 # Comparisons
 
 
@@ -501,12 +474,6 @@ def test_the_ledger_fails_a_difference_beyond_the_tolerance(parity) -> None:
         parity("half", "truth", "vibes", 1.0, 1.0, 1e-3)
 
 
-def test_the_ledger_is_rendered_with_the_worst_error_of_each_level() -> None:
-    row = {"topic": "01-prerequisites", "component": "f", "oracle": "g", "level": "output", "tolerance": 1e-10}
-    rows = [{**row, "error": 1e-12}, {**row, "error": 3e-11}, {**row, "level": "gradient", "error": 0.0}]
-    assert render_ledger(rows).splitlines()[2] == "| 01 | f | g | output 3e-11 (1e-10) · gradient 0e+00 (1e-10) |"
-
-
 def test_shape_comments_are_executed(checked_shapes, tmp_path: Path) -> None:
     import importlib.util
 
@@ -549,13 +516,3 @@ def test_the_network_is_out_of_reach_but_loopback_is_not(request) -> None:
     blocked = request.getfixturevalue("no_network")
     assert len(blocked) == 2
     blocked.clear()
-
-
-def test_layers_without_a_proof_are_named() -> None:
-    layers = workbench.course_layers()
-    assert layers["LayerNorm"] == "04-transformer-architecture" and layers["CausalLM"] == "09-modern-llm-architectures"
-    assert "Module" not in layers and "TransformerConfig" not in layers
-    assert layers["UnscaledTransformer"] == "05-building-from-scratch"  # a layer made from a layer of ours
-    rows = [{"layers": sorted(layers.keys() - {"LayerNorm", "Bart"})}, {"error": 0.0}]
-    left = {"04-transformer-architecture": ["LayerNorm"], "08-transformer-variants": ["Bart"]}
-    assert workbench.unproven_layers(rows) == left

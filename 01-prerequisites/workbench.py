@@ -458,42 +458,8 @@ def relink(chapter: Path) -> str:
     return CODE_LINK.sub(renewed, chapter.read_text(encoding="utf-8"))
 
 
-# The root README: what the chapters say of themselves
-
-
 def chapter_folders() -> list[Path]:
     return sorted(path.parent for path in ROOT.glob("[0-9][0-9]-*/README.md"))
-
-
-def course_map(folders: list[Path]) -> str:
-    """A table of the topics, each with its chapter's promise, or for a planned topic with what it will hold."""
-    lines = ["| | Topic | In one sentence | Status |", "|--:|:--|:--|:--|"]
-    for folder in folders:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        number, title = re.search(r"^# (\d+)\. (.+)$", text, re.MULTILINE).groups()
-        promise = re.search(r"^> (.+(?:\n> .+)*)", text, re.MULTILINE)
-        plan = re.search(r"^In this topic: (.+)\.$", text, re.MULTILINE)
-        sentence = promise[1].replace("\n> ", " ") if promise else plan[1]
-        begun = "code and proofs begun, chapter planned" if list(folder.glob("*.py")) else "planned"
-        status = "complete" if promise else begun
-        lines.append(f"| {number} | [{title}]({folder.name}/README.md) | {sentence} | {status} |")
-    return "\n".join(lines)
-
-
-def glossary(folders: list[Path]) -> str:
-    """Every term of the chapters' glossaries in alphabetical order, linked to the chapter that defines it first."""
-    home: dict[str, str] = {}
-    for folder in folders:
-        section = re.search(
-            r"^## Glossary\n(.+?)^## ", (folder / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
-        )
-        entries = re.findall(r"^(?:- )?(\*\*.+?)(?:: |$)", section[1] if section else "", re.MULTILINE)
-        for term in (term for entry in entries for term in re.findall(r"\*\*(.+?)\*\*", entry)):
-            home.setdefault(term.rstrip(".:"), folder.name)
-    return " ·\n".join(
-        f"[{term}]({folder}/README.md#glossary) {int(folder[:2])}"
-        for term, folder in sorted(home.items(), key=lambda item: item[0].lower())
-    )
 
 
 # Comparing: what a proof measures, and what a learner reads
@@ -717,14 +683,6 @@ def links() -> None:
             print(f"rewrote {shown(chapter)}")
 
 
-def contents() -> None:
-    """Fill the course map and the glossary of the root README from the chapters."""
-    readme, folders = ROOT / "README.md", chapter_folders()
-    blocks = {"course-map": course_map(folders), "glossary": glossary(folders)}
-    write_atomically(readme, fill_blocks(readme.read_text(encoding="utf-8"), blocks).encode())
-    print(f"filled {shown(readme)}")
-
-
 def tables() -> None:
     """Fill the result tables of every chapter from its results.json."""
     for results in sorted(ROOT.glob("[0-9][0-9]-*/figures/results.json")):
@@ -785,75 +743,9 @@ def every(config: EveryConfig) -> None:
             sys.exit(done.returncode)
 
 
-def render_ledger(rows: list[dict]) -> str:
-    """The parity ledger as a Markdown table: one line for each component and oracle, worst error of each level."""
-    groups: dict[tuple, dict[str, tuple[float, float]]] = {}
-    for row in rows:
-        levels = groups.setdefault((row["topic"], row["component"], row["oracle"]), {})
-        worst = levels.get(row["level"], (-1.0, 0.0))
-        levels[row["level"]] = max(worst, (row["error"], row["tolerance"]))
-    lines = ["| Topic | Component | Compared with | Largest error (tolerance) |", "|:--|:--|:--|:--|"]
-    for (topic, component, oracle), levels in sorted(groups.items()):
-        errors = " · ".join(f"{level} {error:.0e} ({limit:.0e})" for level, (error, limit) in levels.items())
-        lines.append(f"| {topic[:2]} | {component} | {oracle} | {errors} |")
-    return "\n".join(lines)
-
-
-@functools.cache
-def course_layers() -> dict[str, str]:
-    """Public layers of the course, read from the source: name -> topic folder. A layer is a class made from another
-    layer, in the end from nn.Module."""
-    bases: dict[str, tuple[str, set[str]]] = {}
-    for path in sorted(ROOT.glob("[0-9][0-9]-*/*.py")):
-        if not path.name.startswith(("test_", "exercises_")):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.ClassDef):
-                    names = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
-                    bases[node.name] = path.parent.name, names
-    layers = {"Module"}
-    while more := {name for name, (_, above) in bases.items() if above & layers} - layers:
-        layers |= more
-    return {name: topic for name, (topic, _) in bases.items() if name in layers - {"Module"} and name[0] != "_"}
-
-
-def unproven_layers(rows: list[dict]) -> dict[str, list[str]]:
-    """Topic -> its public layers that no proof of the ledger runs."""
-    run = {name for row in rows for name in row.get("layers", ())}
-    found: dict[str, list[str]] = {}
-    for name, topic in sorted(course_layers().items(), key=lambda item: (item[1], item[0])):
-        if name not in run:
-            found.setdefault(topic, []).append(name)
-    return found
-
-
-def parity() -> None:
-    """Print the ledger that the last test run wrote to parity.json, and put it into the root README.
-
-    Says besides which public layers (subclasses of nn.Module) no proof runs.
-    """
-    path = ROOT / "parity.json"
-    if not path.exists():
-        raise ValueError(f"{shown(path)} does not exist; run the tests first: pytest")
-    rows = json.loads(path.read_text(encoding="utf-8"))["proofs"]
-    table = render_ledger(rows)
-    widest = max((row for row in rows if row["tolerance"]), key=lambda row: row["error"] / row["tolerance"])
-    summary = (
-        f"{len(rows)} proofs of {len({(row['topic'], row['component']) for row in rows})} components; "
-        f"the closest to its tolerance: {widest['component']}, {widest['level']}, {widest['error']:.1e} of "
-        f"{widest['tolerance']:.0e}."
-    )
-    unproven = unproven_layers(rows)
-    n_left = sum(map(len, unproven.values()))
-    summary += f" {len(course_layers()) - n_left} of {len(course_layers())} public layers run in a proof"
-    summary += "; not: " + ", ".join(name for names in unproven.values() for name in names) + "." if n_left else "."
-    print(table, summary, sep="\n\n")
-    readme = ROOT / "README.md"
-    blocks = {"parity": f"{table}\n\n*{summary} {describe_machine()} · {datetime.date.today()}*"}
-    write_atomically(readme, fill_blocks(readme.read_text(encoding="utf-8"), blocks).encode())
-
-
 def main(argv: list[str] | None = None) -> None:
-    from course_bench import BenchConfig, bench  # here, because it imports this module
+    from course_bench import BenchConfig, bench  # here, because they import this module
+    from course_pages import contents, parity
 
     verbs = {
         "demo": (demo,),
