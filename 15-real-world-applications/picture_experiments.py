@@ -256,7 +256,7 @@ def picture_gallery(config: PictureFiguresConfig, run: RunConfig) -> None:
 
 
 def gallery(model: PictureLM, tokenizer, n: int = 8) -> Figure:
-    """Pictures with held-out pairs, and what the model says of each; a cross marks what is wrong."""
+    """Pictures with held-out pairs, and what the model says of each, marked right or wrong."""
     rng = random.Random(11)
     scenes = [draw_scene(rng, "held-out") for _ in range(n)]
     pictures = render_all(scenes, rng)

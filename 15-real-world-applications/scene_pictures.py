@@ -391,5 +391,5 @@ def plot_pictures(pixels: Tensor, titles: Sequence[str], n_columns: int = 4) -> 
         axis.set_axis_off()
     for axis, picture, title in zip(axes.flat, pixels, titles, strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=7, loc="left", y=-0.02, va="top")
+        axis.set_title(title, fontsize=7, loc="left", y=-0.05, va="top")
     return figure
