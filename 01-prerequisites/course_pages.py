@@ -52,17 +52,18 @@ def at_root(text: str, folder: Path) -> str:
 
 
 def course_map(folders: list[Path]) -> str:
-    """A table of the topics, each with its chapter's promise, or for a planned topic with what it will hold."""
-    lines = ["| | Topic | In one sentence | Status |", "|--:|:--|:--|:--|"]
+    """A table of the topics: each chapter's question, its promise with a measured number, and what it takes."""
+    lines = ["| | Topic and its question | One measured answer | Read; run | Exercises |", "|--:|:--|:--|:--|--:|"]
     for folder in folders:
         text = read_chapter(folder)
         number, title = re.search(r"^# (\d+)\. (.+)$", text, re.MULTILINE).groups()
-        promise = re.search(r"^> (.+(?:\n> .+)*)", text, re.MULTILINE)
-        plan = re.search(r"^In this topic: (.+)\.$", text, re.MULTILINE)
-        sentence = promise[1].replace("\n> ", " ") if promise else plan[1]
-        begun = "code and proofs begun, chapter planned" if list(folder.glob("*.py")) else "planned"
-        status = "complete" if promise else begun
-        lines.append(f"| {number} | [{title}]({folder.name}/README.md) | {sentence} | {status} |")
+        promise = re.search(r"^> (.+(?:\n> .+)*)", text, re.MULTILINE)[1].replace("\n> ", " ")
+        question = re.findall(r"\*\*([A-Z][^*]+\?)\*\*", section_of(text, "The question"))[-1].replace("\n", " ")
+        takes = re.search(r"^\*\*Read\*\* about (\d+) min.+? \((.+?) on 2 CPU cores\)", text, re.MULTILINE)
+        minutes, run = takes.groups()
+        n_exercises = len(re.findall(r"^### Exercise \d", text, re.MULTILINE))
+        topic = f"[**{title}**]({folder.name}/README.md)<br>{question}"
+        lines.append(f"| {number} | {topic} | {promise} | {minutes} min; {run} | {n_exercises} |")
     return "\n".join(lines)
 
 
@@ -130,8 +131,8 @@ def library_of(oracle: str) -> str | None:
 def ledger_summary(table: str) -> str:
     """For each topic of the ledger: components, comparisons of each level, the worst error, the libraries."""
     rows = read_ledger(table)
-    heads = ["Topic", "Components", *(level.capitalize() for level in LEVELS), "Worst error / tolerance", "Libraries"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "--:|" * (len(heads) - 1) + ":--|"]
+    heads = ["Topic", "Components", " · ".join(LEVELS), "Worst error / tolerance", "Libraries"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:|--:|:-:|--:|:--|"]
     for topic in [*sorted({row.topic for row in rows}), "all"]:
         own = [row for row in rows if topic in (row.topic, "all")]
         counts = [sum(level in row.levels for row in own) for level in LEVELS]
@@ -142,7 +143,7 @@ def ledger_summary(table: str) -> str:
         named = ", ".join(sorted(libraries, key=lambda name: (-libraries[name], name)))
         number = topic if topic == "all" else str(int(topic))
         components = len({(row.topic, row.component) for row in own})
-        cells = [number, components, *counts, f"{max(shares, default=0.0):.2g}", named if topic != "all" else ""]
+        cells = [number, components, " · ".join(map(str, counts)), f"{max(shares, default=0.0):.2g}", named if topic != "all" else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -366,6 +367,88 @@ def twice_in_a_topic(folder: Path) -> list[str]:
     return found
 
 
+# The papers
+
+
+PAPERS = Path(__file__).with_name("papers.json")  # arXiv id -> [title, authors, year], each looked up
+ARXIV = re.compile(r"(?:arXiv:|arxiv\.org/\w+/)(\d{4}\.\d{4,5})")
+OTHER_IDS = re.compile(r"https://(doi\.org/[^\s)\]]+|aclanthology\.org/[^\s)\]]+)")
+
+
+class Citation(NamedTuple):
+    arxiv_id: str
+    title: str  # as the chapter gives it; "" if it does not
+    author: str  # surname of the first author; "" if none stands before
+    year: int  # 0 if none stands before
+
+
+MONTHS = "January February March April May June July August September October November December".split()
+
+
+def known_papers() -> dict[str, list]:
+    return json.loads(PAPERS.read_text(encoding="utf-8"))
+
+
+def citations(text: str) -> list[Citation]:
+    """Every link to arXiv, with what stands right before it: `A. Author et al., *Title*, 2020, [arXiv:...`."""
+    found = []
+    for match in re.finditer(r"\[arXiv:(\d{4}\.\d{4,5})\]", text):
+        before = re.split(r"\]\([^)]*\)|\n", text[max(0, match.start() - 300) : match.start()])[-1]
+        title = re.search(r"\*([^*]+)\*(?:,[^*.;]*)?[,.]? ?$", before)
+        year = re.search(r"\b((?:19|20)\d\d)[,.:]? ?\(?$", before)
+        head = before[: title.start()] if title else before[: year.start()] if year else ""
+        name = re.search(r"([A-Z][\w\u00C0-\u017F'-]+)(?:,? (?:et al\.|and |[A-Z]\.)[^.;:]*)?,? ?$", head)
+        words = (title[1] if title else "", name[1] if name else "", int(year[1]) if year else 0)
+        found.append(Citation(match[1], *words))
+    return found
+
+
+def plain_words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower().replace("²", "^2"))
+
+
+def wrong_citations(text: str, known: dict[str, list]) -> list[str]:
+    """Citations whose title, author or year is not that of the paper with this id.
+
+    A title may be shortened to some of its words in their order; a year may be that of a later publication.
+    """
+    wrong = []
+    for cited in citations(text):
+        if cited.arxiv_id not in known:
+            wrong.append(f"{cited.arxiv_id} is not in {PAPERS.name}")
+            continue
+        title, authors, year = known[cited.arxiv_id]
+        words = iter(plain_words(title))
+        if not all(word in words for word in plain_words(cited.title)):
+            wrong.append(f"{cited.arxiv_id}: *{cited.title}*, but it is *{title}*")
+        if cited.author not in authors and cited.author not in MONTHS:
+            wrong.append(f"{cited.arxiv_id}: {cited.author}, but it is by {authors}")
+        if cited.year and not year <= cited.year <= year + 3:
+            wrong.append(f"{cited.arxiv_id}: {cited.year}, but it is of {year}")
+    return wrong
+
+
+def papers(folders: list[Path]) -> str:
+    """Every paper with an id that a chapter cites: id, title, authors, year, and where it is cited."""
+    known, places, others = known_papers(), {}, {}
+    for folder in folders:
+        text = read_chapter(folder)
+        for number in dict.fromkeys(ARXIV.findall(text)):
+            places.setdefault(number, []).append(topic_link(folder, "#references"))
+        for address in dict.fromkeys(OTHER_IDS.findall(text)):
+            others.setdefault(address.rstrip("."), []).append(topic_link(folder, "#references"))
+    lines = ["| Paper | Title | Authors | Year | Topics |", "|:--|:--|:--|--:|:--|"]
+    for number, where in sorted(places.items()):
+        title, authors, year = known.get(number, ["*title not looked up*", "", ""])
+        lines.append(
+            f"| [{number}](https://arxiv.org/abs/{number}) | {title} | {authors} | {year} | {', '.join(where)} |"
+        )
+    if others:
+        listed = (f"[{address}](https://{address}) ({', '.join(where)})" for address, where in sorted(others.items()))
+        lines += ["", f"By another id: {'; '.join(listed)}."]
+    return "\n".join(lines)
+
+
 # The traps
 
 
@@ -484,6 +567,7 @@ def page_blocks(folders: list[Path]) -> dict[str, dict[str, str]]:
     return {
         "README.md": {"course-map": course_map(folders)},
         "GLOSSARY.md": {"glossary": glossary(folders), "notation": notation(folders)},
+        "PAPERS.md": {"papers": papers(folders)},
         "TRAPS.md": {"traps": traps(folders)},
     }
 

@@ -8,18 +8,22 @@ import course_pages
 from course_pages import (
     at_root,
     chapter_symbols,
+    citations,
     course_layers,
     course_map,
     glossary,
+    known_papers,
     ledger_summary,
     library_of,
     notation,
+    papers,
     read_ledger,
     render_ledger,
     trap_row,
     traps,
     twice_in_a_topic,
     unproven_layers,
+    wrong_citations,
 )
 
 
@@ -36,6 +40,13 @@ def folders(tmp_path: Path) -> list[Path]:
 > It is 7
 > of 9.
 
+**Read** about 60 min, or less · **run** `python a.py` (about 6 s on 2 CPU cores) · **notebook** [a](a.ipynb)
+
+## The question
+
+It is **0.9**. **What is
+it?**
+
 ## Notation and shapes
 
 | Symbol | Meaning | Shape | In the code |
@@ -50,13 +61,17 @@ def folders(tmp_path: Path) -> list[Path]:
 
 - **Eta**, **beta**: y.
 
+## Exercises
+
+### Exercise 1: by hand
+
+### Exercise 2: build
+
 ## R
 
 **no**: not a term
 """
     second = """# 2. Beta
-
-In this topic: the rest.
 
 ## Notation and shapes
 
@@ -76,12 +91,9 @@ In this topic: the rest.
 
 
 def test_the_course_map_comes_from_the_chapters(folders) -> None:
-    assert course_map(folders).splitlines()[2:] == [
-        "| 1 | [A](01-alpha/README.md) | It is 7 of 9. | complete |",
-        "| 2 | [Beta](02-beta/README.md) | the rest | planned |",
+    assert course_map(folders[:1]).splitlines()[2:] == [
+        "| 1 | [**A**](01-alpha/README.md)<br>What is it? | It is 7 of 9. | 60 min; about 6 s | 2 |",
     ]
-    (folders[1] / "beta.py").touch()
-    assert course_map(folders[1:]).endswith("| the rest | code and proofs begun, chapter planned |")
 
 
 def test_the_glossary_is_alphabetical_and_says_where_else(folders) -> None:
@@ -120,6 +132,68 @@ def test_relative_links_lead_to_the_same_place(tmp_path: Path) -> None:
     assert at_root(text, tmp_path / "01-z") == (
         "[a](01-z/x.py#L1) [b](01-z/README.md#c) [d](02-e/README.md#f) [g](https://h.i)"
     )
+
+
+# Papers
+
+
+CITED = """# 4. D
+
+1. A. Vaswani et al., *Attention Is All You Need*, 2017. [arXiv:1706.03762](https://arxiv.org/abs/1706.03762).
+2. Lee and Kim 2020, [arXiv:9999.00001](https://arxiv.org/abs/9999.00001), section 1; *Its Short Name*, December 2021,
+   [arXiv:9999.00002](https://arxiv.org/abs/9999.00002). Roofline, [doi](https://doi.org/10.1/2).
+
+As said ([arXiv:1706.03762](https://arxiv.org/abs/1706.03762)) there.
+"""
+KNOWN = {
+    "1706.03762": ["Attention Is All You Need", "Vaswani et al.", 2017],
+    "9999.00001": ["Anything", "Lee, Kim", 2019],
+    "9999.00002": ["Its Rather Short: A Name", "", 2021],
+}
+
+
+def test_citations_are_read_with_title_author_and_year() -> None:
+    first, second, third, fourth = citations(CITED)
+    assert first == ("1706.03762", "Attention Is All You Need", "Vaswani", 2017)
+    assert second == ("9999.00001", "", "Lee", 2020)
+    assert third[:2] == ("9999.00002", "") and fourth == ("1706.03762", "", "", 0)
+    assert wrong_citations(CITED, KNOWN) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "Is All You",
+            "Was All You",
+            "1706.03762: *Attention Was All You Need*, but it is *Attention Is All You Need*",
+        ),
+        ("Lee and", "Leo and", "9999.00001: Leo, but it is by Lee, Kim"),
+        ("Kim 2020", "Kim 2018", "9999.00001: 2018, but it is of 2019"),
+        ("arXiv:9999.00001", "arXiv:9999.00003", "9999.00003 is not in papers.json"),
+    ],
+)
+def test_a_wrong_citation_is_named(before: str, after: str, message: str) -> None:
+    assert wrong_citations(CITED.replace(before, after), KNOWN) == [message]
+
+
+def test_the_page_of_papers_says_where_each_is_cited(tmp_path: Path, monkeypatch) -> None:
+    folder = chapter(tmp_path / "04-delta", CITED)
+    monkeypatch.setattr(course_pages, "known_papers", lambda: KNOWN)
+    link = "[4](04-delta/README.md#references)"
+    page = papers([folder])
+    row = (
+        f"[1706.03762](https://arxiv.org/abs/1706.03762) | Attention Is All You Need | Vaswani et al. | 2017 | {link} |"
+    )
+    assert f"| {row}" in page and page.count("\n| [") == 3
+    assert page.endswith(f"By another id: [doi.org/10.1/2](https://doi.org/10.1/2) ({link}).")
+
+
+def test_no_paper_is_listed_twice() -> None:
+    known = known_papers()
+    titles = [title for title, _, _ in known.values()]
+    assert len(set(titles)) == len(titles)
+    assert all(abs(2000 + int(number[:2]) - year) <= 1 for number, (_, _, year) in known.items())
 
 
 # Traps
@@ -178,9 +252,9 @@ def test_the_summary_counts_comparisons_and_finds_the_worst() -> None:
     rows += [{**ROW, "oracle": "the formula", "error": 5e-11}, {**ROW, "topic": "02-b", "error": 0.0, "tolerance": 0.0}]
     lines = ledger_summary(render_ledger(rows)).splitlines()
     assert lines[2:] == [
-        "| 1 | 1 | 2 | 1 | 0 | 0 | 0 | 0.5 | PyTorch |",
-        "| 2 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | PyTorch |",
-        "| all | 2 | 3 | 1 | 0 | 0 | 0 | 0.5 |  |",
+        "| 1 | 1 | 2 · 1 · 0 · 0 · 0 | 0.5 | PyTorch |",
+        "| 2 | 1 | 1 · 0 · 0 · 0 · 0 | 0 | PyTorch |",
+        "| all | 2 | 3 · 1 · 0 · 0 · 0 | 0.5 |  |",
     ]
     assert library_of("F.softmax") == "PyTorch" and library_of("the row alone") is None
 
