@@ -18,12 +18,14 @@ import pytest
 
 from course_pages import (
     chapter_symbols,
+    known_papers,
     ledger_summary,
     page_blocks,
     table_rows,
     trap_names,
     trap_row,
     twice_in_a_topic,
+    wrong_citations,
 )
 from workbench import BLOCK, ROOT, relink, render_table, without_own_folders
 
@@ -186,6 +188,18 @@ def test_the_pages_say_what_the_chapters_say() -> None:
 def test_the_summary_of_the_ledger_is_that_of_its_page() -> None:
     summary = ledger_summary(blocks_of(ROOT / "PARITY.md")["parity"])
     assert blocks_of(ROOT / "README.md")["parity-summary"] == summary, "run: make parity"
+
+
+def test_every_citation_is_of_the_paper_with_that_id() -> None:
+    known, cited = known_papers(), set()
+    for topic in TOPICS:
+        text = (topic / "README.md").read_text(encoding="utf-8")
+        wrong = wrong_citations(text, known)
+        assert not wrong, f"{topic.name}/README.md: {wrong}"
+        cited |= set(re.findall(r"(?:arXiv:|arxiv\.org/\w+/)(\d{4}\.\d{4,5})", text))
+    assert cited == set(known), "papers.json lacks a paper, or has one that no chapter cites"
+    listed = re.findall(r"^\| \[(\d{4}\.\d{4,5})\]", blocks_of(ROOT / "PAPERS.md")["papers"], re.MULTILINE)
+    assert listed == sorted(cited)
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=name_of)
