@@ -186,7 +186,7 @@ def pass_at_k(config: CodeFiguresConfig, run: RunConfig) -> None:
     keys = [f"{length} {kind}" for length in (2, 3) for kind in ("greedy", "pass@1", "pass@10")]
     rows = [[name, *(scores[key] for key in keys)] for name, scores in found.items()]
     columns = [Column("Trained on")]
-    columns += [Column(f"{key[2:]}, {key[0]} operations", digits=".1%") for key in keys]
+    columns += [Column(f"{key[2:]}, {key[0]} operations", digits=".0%") for key in keys]
     config.save_code("pass-at-k", columns, rows, config.n_seeds)
 
 

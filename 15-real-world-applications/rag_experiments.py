@@ -319,11 +319,13 @@ def hallucination(config: RagFiguresConfig, run: RunConfig) -> None:
                 said = answer_people(model, tokenizer, way, asked, index)
                 scores.append(score_people(said, asked, name != "nowhere"))
             cells += [[score.right for score in scores], [score.wrong for score in scores]]
+        del cells[4]  # of people of whom nothing tells no answer is right
         rows.append([f"{way} ({'chat' if model is chat else 'base'} model)", *cells])
     chance = float(np.mean([1 / len(world.words[attribute.word_class]) for attribute in ATTRIBUTES.values()]))
-    rows.append(["guessing among the values", *[chance, 1 - chance] * 2, 0.0, 1.0])
+    rows.append(["guessing among the values", *[chance, 1 - chance] * 2, 1.0])
     columns = [Column("Way")]
     columns += [Column(f"{name}: {what}", digits=".0%") for name in groups for what in ("right", "wrong")]
+    del columns[5]
     config.save_table("hallucination", columns, rows, config.n_seeds)
     save_figure(plot_people(rows[:-1], [*groups]), config.folder / "hallucination.svg")
 
@@ -341,7 +343,12 @@ def plot_people(rows: list[list[Any]], groups: list[str]) -> Figure:
     titles = {"trained on": "people it was trained on", "in documents": "people in your documents"}
     shown = {SHOWN_WAYS[row[0]]: row for row in rows if row[0] in SHOWN_WAYS}
     for place, (axis, group) in enumerate(zip(axes, groups, strict=True)):
-        right, wrong = (np.array([np.mean(row[1 + 2 * place + side]) for row in shown.values()]) for side in (0, 1))
+        cells = [
+            row[1 + 2 * place : 3 + 2 * place] for row in shown.values()
+        ]  # right and wrong; of nobody, wrong alone
+        right, wrong = (
+            np.array([np.mean(row[side]) for row in [[0.0, *cell][-2:] for cell in cells]]) for side in (0, 1)
+        )
         left = np.zeros(len(shown))
         parts = (("right", right, "tab:green", ""), ("wrong", wrong, "tab:red", "//"), ("silent", None, "0.85", ""))
         for what, values, colour, hatch in parts:
