@@ -143,7 +143,8 @@ def ledger_summary(table: str) -> str:
         named = ", ".join(sorted(libraries, key=lambda name: (-libraries[name], name)))
         number = topic if topic == "all" else str(int(topic))
         components = len({(row.topic, row.component) for row in own})
-        cells = [number, components, " · ".join(map(str, counts)), f"{max(shares, default=0.0):.2g}", named if topic != "all" else ""]
+        worst, libraries_named = f"{max(shares, default=0.0):.2g}", "" if topic == "all" else named
+        cells = [number, components, " · ".join(map(str, counts)), worst, libraries_named]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

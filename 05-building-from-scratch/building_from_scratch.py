@@ -950,7 +950,8 @@ def bench(model_config: ModelConfig, run: RunConfig) -> None:
     announce("time training steps and decoding", 20)
     print(describe_machine())
     for name, ratio in measure_speed(model_config, run).items():
-        print(f"{name}: {ratio}")
+        what = name.replace("cached beside uncached decoding", "decoding with a cache beside without one")
+        print(f"{what}: {ratio}")
 
 
 def measure_speed(model_config: ModelConfig, run: RunConfig) -> dict[str, str]:
