@@ -7,7 +7,7 @@ import pytest
 import code_assistant
 from code_assistant import CodeConfig, Written, assist, by_examples, by_vote, code_in
 from code_experiments import CODE_EXPERIMENTS, CODE_VERBS, CodeFiguresConfig
-from code_failures import CODE_BREAKS, judge_inside, loose_equality, names_set_to_none
+from code_failures import CODE_BREAKS, judge_inside, loose_equality, names_set_to_none, public_score
 from sandbox import find_sandbox, probe
 from workbench import RunConfig, run_verbs
 
@@ -101,6 +101,8 @@ def test_failures_show_what_they_are_named_for() -> None:
     run = RunConfig()
     for _, sound, broken in [*judge_inside(run), *names_set_to_none(run), *loose_equality(run)]:
         assert sound == 0 and broken >= 3
+    [(_, sound, broken)] = public_score(run)
+    assert sound < 0.7 < broken
     assert {"judge-inside", "names-set-to-none", "public-score", "one-seed-for-all"} <= CODE_BREAKS.keys()
 
 

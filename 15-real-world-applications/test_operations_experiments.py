@@ -5,8 +5,10 @@ import json
 import pytest
 
 from agent_loop import AgentLimits
-from agent_tasks import Oracle, Village, village_tools
+from agent_tasks import AgentTrainConfig, Oracle, Village, trace_rows, village_tools
+from course_tokenizer import load_course_tokenizer
 from operations_experiments import (
+    FORMATS,
     OPERATIONS_BREAKS,
     OPERATIONS_EXPERIMENTS,
     OPERATIONS_VERBS,
@@ -50,6 +52,16 @@ def test_tables_are_written_with_their_command(tmp_path):
     assert max(rows["token bucket"][2] + rows["sliding window"][2]) <= 1 < min(rows["fixed window"][2])
     assert results["rate-limits"]["command"].endswith("figures rate-limits")
     assert len(results["operations-breaks"]["rows"]) == len(OPERATIONS_BREAKS)
+
+
+def test_formats_are_what_their_names_say():
+    tokenizer, turns = load_course_tokenizer(), {}
+    for name, how in FORMATS.items():
+        row = trace_rows(tokenizer, AgentTrainConfig(n_tasks=1, **how), 0)[0]
+        turns[name] = tokenizer.decode(row.ids)
+    blank, none, mute = (turns[name] for name in FORMATS)
+    assert '"answer": " ' in blank and '"answer": " ' in mute and '"answer": " ' not in none
+    assert '"thought"' in blank and '"thought"' in none and '"thought"' not in mute
 
 
 def test_the_oracle_and_the_obedient_one_under_orders():
