@@ -542,7 +542,7 @@ def traps(folders: list[Path]) -> str:
     for folder in folders:
         text = read_chapter(folder)
         rows, title = table_rows(text), re.search(r"^# (\d+\. .+)$", text, re.MULTILINE)[1]
-        lines += [f"### [{title}]({folder.name}/README.md#what-goes-wrong)", ""]
+        lines += [f"## [{title}]({folder.name}/README.md#what-goes-wrong)", ""]
         for command, names in trap_names(int(folder.name[:2])).items():
             lines += [
                 f"`python {folder.name}/{command} --break NAME`",
