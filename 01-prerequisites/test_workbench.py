@@ -211,6 +211,33 @@ def test_the_output_folder_is_named_after_the_topic_and_checked_before_work(tmp_
         check_folder(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("size", [10**18, 2**63])  # beyond memory; beyond 64 bits
+@pytest.mark.parametrize("make", [torch.zeros, lambda size: torch.nn.Linear(size, size), lambda size: [0] * size])
+def test_a_size_beyond_memory_is_one_line(size: int, make, capsys) -> None:
+    def demo() -> None:
+        """Ask for too much."""
+        make(size)
+
+    with pytest.raises(SystemExit) as caught:
+        run_verbs("Toy.", {"demo": (demo,)}, [])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "choose a smaller one" in error
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    def demo() -> None:
+        """Go wrong."""
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_verbs("Toy.", {"demo": (demo,)}, [])
+
+
+def test_every_refuses_a_verb_that_no_topic_has() -> None:
+    with pytest.raises(ValueError, match="no topic has the verb 'figurs'"):
+        workbench.every(workbench.EveryConfig(("figurs",)))
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -189,7 +189,7 @@ def field_notes(config_cls: type) -> dict[str, str]:
 def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None = None) -> None:
     """Parse `[verb] [--flag value ...]` and call verbs[verb] = (function, *config classes); no verb means demo.
 
-    A mistake in the input (ValueError, or an OSError such as a full disk) becomes one line on stderr and exit code 2;
+    A mistake in the input (ValueError, OSError, a size beyond memory) becomes one line on stderr and exit code 2;
     Ctrl-C becomes exit code 130. Neither prints a traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -218,6 +218,17 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
         parser.exit(130, "\ninterrupted; what was saved stays\n")
     except (ValueError, OSError) as error:
         commands.choices[args.verb].error(str(error))
+    except Exception as error:
+        if not is_too_large(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        commands.choices[args.verb].error(f"a size is too large for this machine; choose a smaller one ({reason})")
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether the error says that a number or a tensor does not fit; PyTorch has no type of its own for it."""
+    words = "allocate memory|out of memory|calculation overflowed|Overflow when unpacking"
+    return isinstance(error, (MemoryError, OverflowError)) or bool(re.search(words, str(error)))
 
 
 def config_from_args(config_cls: type, args: argparse.Namespace) -> Any:
@@ -733,10 +744,11 @@ def every(config: EveryConfig) -> None:
     """Run one verb of every topic that has it, one after the other."""
     if len(config.verbs) != 1:
         raise ValueError(f"every needs exactly one verb, such as figures or bench; got {list(config.verbs)}")
-    for folder in sorted(ROOT.glob("[0-9][0-9]-*")):
-        script = folder / f"{folder.name[3:].replace('-', '_')}.py"
-        if not script.exists() or f'"{config.verbs[0]}": (' not in script.read_text(encoding="utf-8"):
-            continue
+    scripts = [folder / f"{folder.name[3:].replace('-', '_')}.py" for folder in sorted(ROOT.glob("[0-9][0-9]-*"))]
+    having = [path for path in scripts if f'"{config.verbs[0]}": (' in path.read_text(encoding="utf-8")]
+    if not having:
+        raise ValueError(f"no topic has the verb {config.verbs[0]!r}; choose one such as figures or bench")
+    for script in having:
         print(f"\n{script.name} {config.verbs[0]}", flush=True)
         done = subprocess.run([sys.executable, str(script), config.verbs[0]], check=False)
         if done.returncode:
