@@ -1021,13 +1021,26 @@ def load_character_lm(folder: Path) -> tuple[LanguageModel, Vocabulary]:
     """Read what `save_character_lm` wrote. Raises ValueError if it is missing or if a byte changed."""
     if not (folder / "config.json").exists():
         raise ValueError(f"no model in {shown(folder)}; run the verb train first, with the same --out")
-    card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = (folder / "model.safetensors").read_bytes()
-    if hashlib.sha256(weights).hexdigest() != card["sha256"]:
+    try:
+        card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        intact = hashlib.sha256(weights).hexdigest() == card["sha256"]
+        vocabulary = Vocabulary(card["tokens"])
+        d_model, cell, n_layers = card["d_model"], card["cell"], card["n_layers"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{shown(folder / 'config.json')} is damaged ({reason}); run train again") from None
+    if not intact:
         raise ValueError(f"{shown(folder / 'model.safetensors')} is damaged (its sha256 differs); run train again")
-    vocabulary = Vocabulary(card["tokens"])
-    model = LanguageModel(len(vocabulary), card["d_model"], card["cell"], card["n_layers"])
-    model.load_state_dict(safetensors.torch.load(weights))
+    state = safetensors.torch.load(weights)
+    differs = f"{shown(folder / 'config.json')}: its sizes are not those of the weights; run train again"
+    if state["token_emb.weight"].shape != (len(vocabulary), d_model) or n_layers not in range(1, len(state)):
+        raise ValueError(differs)  # before a model of absurd sizes is built
+    model = LanguageModel(len(vocabulary), d_model, cell, n_layers)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(differs) from None
     return model, vocabulary
 
 

@@ -802,6 +802,13 @@ def test_character_model_is_trained_saved_and_used(tmp_path, capsys) -> None:
         topic.main(["generate", "--prompt", "Ω", *flags])
     assert "'Ω' (U+03A9)" in capsys.readouterr().err
     weights = tmp_path / "run" / "character_lm" / "model.safetensors"
+    card = weights.with_name("config.json").read_text()
+    absurd = ["[1]", "{", card.replace('"d_model": 32', '"d_model": 1e9'), card.replace("lstm", "gru")]
+    for text in [*absurd, re.sub(r'"n_layers": \d+', f'"n_layers": {10**9}', card)]:
+        weights.with_name("config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config.json( is damaged|: its sizes are not those of the weights)"):
+            topic.load_character_lm(weights.parent)
+    weights.with_name("config.json").write_text(card)
     damaged = bytearray(weights.read_bytes())
     damaged[-5] ^= 1
     weights.write_bytes(damaged)

@@ -223,10 +223,16 @@ def load_guard(folder: Path = FOLDER) -> Guard:
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).exists():
             raise ValueError(f"{folder} has no {name}; make a guard with the verb guard")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    if tuple(settings["categories"]) != CATEGORIES:
-        raise ValueError(f"{folder} was trained for {settings['categories']}, this program knows {list(CATEGORIES)}")
-    if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != settings["weights_sha256"]:
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        categories, wanted = tuple(settings["categories"]), settings["weights_sha256"]
+        config = GuardConfig(**settings["config"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / SETTINGS} is damaged ({reason}); make a guard with the verb guard") from None
+    if categories != CATEGORIES:
+        raise ValueError(f"{folder} was trained for {list(categories)}, this program knows {list(CATEGORIES)}")
+    if sha256((folder / WEIGHTS).read_bytes()).hexdigest() != wanted:
         raise ValueError(f"{folder / WEIGHTS} is not what {SETTINGS} was written with; restore the folder")
     parts = load_file(folder / WEIGHTS)
-    return Guard(parts["weights"], parts["bias"], GuardConfig(**settings["config"]))
+    return Guard(parts["weights"], parts["bias"], config)

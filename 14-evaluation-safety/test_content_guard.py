@@ -126,6 +126,11 @@ def test_a_guard_comes_back_from_its_folder_and_a_changed_one_is_refused(tmp_pat
         load_guard(tmp_path)
     with pytest.raises(ValueError, match="make a guard"):
         load_guard(tmp_path / "none")
+    broken = ["[1]", "{", "[" * 100_000, json.dumps(settings | {"config": {"n_bits": "15"}})]
+    for text in [*broken, json.dumps({name: settings[name] for name in ("categories", "config")})]:
+        (tmp_path / SETTINGS).write_text(text)
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            load_guard(tmp_path)
     with pytest.raises(ValueError, match="limit must be"):
         GuardConfig(limit=1.0)
 
