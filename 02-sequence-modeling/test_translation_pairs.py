@@ -14,6 +14,7 @@ from translation_pairs import (
     NOUNS,
     TASKS,
     Pair,
+    SampleConfig,
     begins_with_vowel,
     french_determiner,
     is_held_out,
@@ -205,6 +206,8 @@ def test_same_seed_same_pairs_and_another_seed_others(task) -> None:
 def test_unknown_split_is_named() -> None:
     with pytest.raises(ValueError, match="unknown split 'dev' of task 'french'; use one of"):
         sample_pairs(FRENCH, 1, 0, "dev")
+    with pytest.raises(ValueError, match="seed must be finite and >= 0"):
+        SampleConfig(seed=-1)
 
 
 def test_command_line_prints_a_file_that_reads_back(tmp_path: Path, capsys) -> None:

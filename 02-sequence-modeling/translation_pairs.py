@@ -477,6 +477,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "n_pairs", least=1)
+        check_range(self, "seed", least=0, below=2**31)
 
 
 def lines(pairs: list[Pair], unit: str) -> Iterator[str]:

@@ -431,6 +431,7 @@ def test_classes_are_read_and_mistakes_named(tmp_path) -> None:
         (["pretrain", "--d-model", "15", "--max-steps", "1"], "d_model=15 is not divisible by n_heads=4"),
         (["finetune", "--data", "lost.tsv"], "no model in"),
         (["demo", "--gflops", "0"], "gflops must be finite and > 0, got 0"),
+        (["pretrain", "--vocab-size", "0"], "vocab_size must be finite and >= 1, got 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys) -> None:

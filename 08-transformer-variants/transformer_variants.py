@@ -247,7 +247,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_name("model", self.model, CHOICES)
-        check_range(self, "max_steps", "batch_size", "save_every", "n_slots", least=1)
+        check_range(self, "max_steps", "batch_size", "save_every", "n_slots", "vocab_size", least=1)
         check_range(self, "learning_rate", least=0)
 
 

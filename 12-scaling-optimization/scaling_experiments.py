@@ -114,7 +114,7 @@ class FiguresConfig(CompressionFiguresConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "n_seeds", "n_target_seeds", "n_fact_seeds", "n_worlds", least=1)
+        check_range(self, "n_seeds", "n_target_seeds", "n_fact_seeds", "n_worlds", "n_documents", least=1)
         check_range(self, "n_boot", least=20)
         check_range(self, "target", above=0)
         for name in self.only:

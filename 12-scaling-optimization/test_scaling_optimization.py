@@ -211,6 +211,8 @@ def test_readings_of_a_run_stay_together_or_not() -> None:
 
 
 def test_tables_that_need_no_training(tmp_path, capsys) -> None:
+    with pytest.raises(ValueError, match="n_documents must be finite and >= 1, got 0"):
+        FiguresConfig(n_documents=0)
     config = FiguresConfig(only=("published-laws", "planner"), folder=tmp_path)
     run_experiments(EXPERIMENTS, config.only, tmp_path, config, RunConfig(out=tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())

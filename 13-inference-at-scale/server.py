@@ -654,8 +654,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(f"host={host} is no address of this machine: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that the network's names can spell
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"host={host} is no address of this machine: {reason}") from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

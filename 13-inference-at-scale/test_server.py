@@ -682,6 +682,7 @@ def test_metrics_count_what_happened(server) -> None:
         (["--block-size", "0"], "block_size"),
         (["--model", "no-such-folder"], "no folder"),
         (["--port", "70000"], "port"),
+        (["--host", "x" * 300], "is no address of this machine"),
         (["--max-body", "0"], "max_body"),
         (["--api-key-env", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
     ],

@@ -140,6 +140,7 @@ class WatermarkConfig:
         check_range(self, "n_documents", least=1)
         check_range(self, "key", least=1)
         check_range(self, "green_share", "level", above=0, below=1)
+        check_range(self, "bias", least=0)
         if self.text and not Path(self.text).is_file():
             raise ValueError(f"--text {self.text} is no file; give a text file")
 

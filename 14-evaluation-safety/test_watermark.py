@@ -158,6 +158,9 @@ def test_lists_can_be_read_off_enough_texts(model) -> None:
 def test_bad_settings_name_value_and_limit() -> None:
     with pytest.raises(ValueError, match="green_share"):
         Watermark(100, green_share=1.0)
+    for bias in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="bias must be finite and >= 0"):
+            Watermark(100, bias=bias)
     with pytest.raises(ValueError, match="is none; raise it"):
         Watermark(100, green_share=0.001)
     with pytest.raises(ValueError, match="at least 2 tokens"):

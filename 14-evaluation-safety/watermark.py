@@ -43,6 +43,7 @@ class Watermark:
         check_range(self, "vocab_size", least=2)
         check_range(self, "key", least=1)
         check_range(self, "green_share", above=0, below=1)
+        check_range(self, "bias", least=0)  # without a bias the mark is only looked for
         if self.n_green < 1:
             raise ValueError(f"green_share={self.green_share} of {self.vocab_size} tokens is none; raise it")
 

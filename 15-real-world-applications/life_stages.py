@@ -91,7 +91,7 @@ class LifeConfig:
     chat_steps: int = 3000  # from nothing: optimizer steps of the fine-tuning
 
     def __post_init__(self) -> None:
-        check_range(self, "n_documents", "n_served", "n_load", least=2)
+        check_range(self, "n_documents", "n_served", "n_load", "n_pretrain", least=2)
         check_range(self, "n_rounds", "n_attempts", "know_steps", "pretrain_steps", "chat_steps", least=1)
         check_range(self, "max_damage", above=0)
         ReportPlan(self.n_questions, self.n_forbidden)

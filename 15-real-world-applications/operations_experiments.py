@@ -641,6 +641,7 @@ class AgentConfig:
         check_name("kind", self.kind, KINDS)
         check_name("policy", self.policy, ("trained", "bound", "oracle", "obedient"))
         check_range(self, "max_steps", least=1)
+        check_range(self, "village", least=0)
 
 
 def play(config: AgentConfig, run: RunConfig) -> None:

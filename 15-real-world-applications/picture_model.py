@@ -426,6 +426,7 @@ class PictureExam:
     def __post_init__(self) -> None:
         check_range(self, "n_questions", least=1)
         check_range(self, "n_pairs", least=6)
+        check_range(self, "exam_seed", least=0)
 
 
 def exam_questions(kind: str, split: str, exam: PictureExam) -> tuple[list[PictureScene], list[Question]]:

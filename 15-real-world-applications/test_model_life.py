@@ -144,6 +144,7 @@ def test_the_figure_shows_every_model_and_every_attack():
         (["--n-questions", "3"], "n_questions must be finite and >= 10, got 3"),
         (["--max-damage", "0"], "max_damage must be finite and > 0, got 0.0"),
         (["--vocab-size", "10"], "vocab_size must be finite and >= 272, got 10"),
+        (["--n-pretrain", "0"], "n_pretrain must be finite and >= 2, got 0"),
         (["--pretrain-steps", "0"], "pretrain_steps must be finite and >= 1, got 0"),
     ],
 )

@@ -113,6 +113,7 @@ def test_the_verb_shows_a_trace(capsys):
         (["agent", "--policy", "me"], "unknown policy"),
         (["agent", "--policy", "trained", "--adapter", "nowhere"], "nowhere holds no adapter"),
         (["agent", "--max-steps", "0"], "max_steps"),
+        (["agent", "--village=-1"], "village must be finite and >= 0, got -1"),
         (["agent", "--base-url", "http://127.0.0.1:9"], "cannot be reached"),
         (["agent-train", "--replay", "1"], "replay"),
         (["release-gate", "--n-questions", "3"], "n_questions"),

@@ -283,6 +283,8 @@ def test_bad_sizes_are_refused():
         PictureConfig(merge=4)
     with pytest.raises(ValueError, match="not divisible"):
         PictureConfig(d_vision=30)
+    with pytest.raises(ValueError, match="exam_seed must be finite and >= 0"):
+        PictureExam(exam_seed=-1)
 
 
 # Exams
