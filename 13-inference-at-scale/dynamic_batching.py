@@ -196,12 +196,12 @@ def plot_batches(found: dict[str, ArrivalsServed], step: float = 1.0) -> Figure:
     for axis, (name, served) in zip(axes, found.items(), strict=True):
         records, first = served.records, 0
         for index, record in enumerate(records):
-            axis.plot([record.due, record.first - step], [index] * 2, lw=1, color="C1", label="waits")
-            axis.plot([record.first - step, record.last], [index] * 2, lw=3, color="C0", label="runs")
+            axis.hlines(index, record.due, record.first - step, lw=1, color="C1", label="waits")
+            axis.hlines(index, record.first - step, record.last, lw=3, color="C0", label="runs")
         for n in served.starts if served.wasted else ():
             end = max(record.last for record in records[first : first + n])
             for index in range(first, first + n):
-                axis.plot([records[index].last, end], [index] * 2, lw=3, color="0.82", label="row kept, empty")
+                axis.hlines(index, records[index].last, end, lw=3, color="0.75", label="row kept, empty")
             first += n
         axis.set(title=name, xlabel="step")
     axes[0].set(ylabel="request, by arrival")

@@ -57,13 +57,13 @@ def load(config: "FiguresConfig", run: RunConfig) -> None:
     capacity, found = asyncio.run(load_curve(range(config.n_seeds)))
     rows: list[list] = []
     for share, reports in found.items():
-        row: list = [f"{share:.0%}", [item.offered for item in reports], [item.throughput for item in reports]]
+        row: list = [f"{share:.0%}", [item.throughput for item in reports]]
         row += [[1000 * getattr(item, key)[q] for item in reports] for key, q in TIMES]
         rows.append([*row, [item.good for item in reports], *sides(reports)])
-    columns = [Column("Load", f"of {capacity:.0f} requests/s"), Column("offered", "requests/s", ".1f")]
-    columns += [Column("answered", "requests/s", ".1f"), Column("first token, p50", "ms", ",.0f")]
-    columns += [Column("p95", "ms", ",.0f"), Column("whole answer, p95", "ms", ",.0f"), Column("good", "", ".0%")]
-    columns += [Column("seen in the system", "", ".1f"), Column("rate × time", "", ".1f")]
+    columns = [Column("Load", f"of {capacity:.0f} requests/s"), Column("answered", "requests/s", ".1f")]
+    columns += [Column("first token, p50", "ms", ",.0f"), Column("p95", "ms", ",.0f")]
+    columns += [Column("whole answer, p95", "ms", ",.0f"), Column("good", "", ".0%")]
+    columns += [Column("in the system", "", ".1f"), Column("rate × time", "", ".1f")]
     config.save("load", columns, rows)
     save_figure(plot_load(found, capacity), config.folder / "load.svg")
 
@@ -84,12 +84,14 @@ def plot_load(found: dict[float, list[LoadReport]], capacity: float) -> Figure:
         values = [[1000 * item.ttft[quantile] for item in reports] for reports in found.values()]
         left.plot(offered, [np.mean(own) for own in values], "o-", color=f"C{index}", label=quantile)
     left.set(yscale="log", xlabel="offered load, of what the server can do", ylabel="time to the first token (ms)")
+    left.set(title="The first token: a cliff beyond full load")
     left.legend(frameon=False)
     seen, product = zip(*(sides(reports) for reports in found.values()), strict=True)
     right.plot(np.ravel(product), np.ravel(seen), "o")
     most = float(np.max(product))
     right.plot([0, most], [0, most], "--", color="0.5", label="Little's law")
     right.set(xlabel="rate × mean time", ylabel="requests seen in the system")
+    right.set(title="Little's law holds in every run")
     right.legend(frameon=False)
     return figure
 
