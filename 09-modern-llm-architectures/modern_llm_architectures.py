@@ -270,7 +270,11 @@ class CausalLM(nn.Module):
         Raises ValueError for another kind of model, for a setting that this family does not know, and for tensors that
         do not fit, naming them; nothing is half loaded.
         """
-        config = config_from_folder(with_generation_ends(read_config(folder), folder))
+        settings = read_config(folder)
+        n_layers = settings.get("num_hidden_layers")
+        if isinstance(n_layers, int) and n_layers > 10_000:  # before blocks are built that no weights can fill
+            raise ValueError(f"num_hidden_layers={n_layers} is above 10,000; config.json of {folder} is damaged")
+        config = config_from_folder(with_generation_ends(settings, folder))
         model = cls(config)
         load_weights(model, read_weights(folder), folder_layout(config))
         return model.eval()

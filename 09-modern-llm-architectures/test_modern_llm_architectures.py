@@ -215,6 +215,10 @@ def test_folders_go_both_ways(pair, parity, tmp_path) -> None:
     )
     again = CausalLM.from_pretrained(tmp_path)
     assert again.config == ours.config
+    absurd = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(absurd))
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000 is above 10,000"):
+        CausalLM.from_pretrained(tmp_path)
 
 
 def test_float32_logits_are_as_close(pair, parity) -> None:

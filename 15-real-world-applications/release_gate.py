@@ -180,7 +180,7 @@ def read_thresholds(path: Path) -> list[Threshold]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no such thresholds file: {shown(path)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is not JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{shown(path)} must be a list of limits, at least one: a gate without limits lets all pass")
@@ -419,7 +419,7 @@ def read_released(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no such report: {shown(path)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is not JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("measures"), dict) or "plan" not in found:
         raise ValueError(f"{shown(path)} is no report of the gate")

@@ -160,6 +160,7 @@ def test_the_last_release_was_held_against_the_committed_limits():
     ("text", "words"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "at least one"),
         ('[{"measure": "a"}]', "limit 1: needs measure, side, limit and reason"),
         ('[{"measure": "a", "side": "above", "limit": 1, "reason": "x y z"}]', "unknown side 'above'"),
@@ -237,7 +238,12 @@ def test_reports_of_other_questions_cannot_be_paired():
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "is not JSON"), ("[]", "no report of the gate"), ('{"measures": {}}', "no report of the gate")],
+    [
+        ("[" * 100_000, "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "no report of the gate"),
+        ('{"measures": {}}', "no report of the gate"),
+    ],
 )
 def test_reports_that_are_none(tmp_path, text, words):
     path = tmp_path / "old.json"
