@@ -175,6 +175,9 @@ class FlatIndex:
 
     def __init__(self, width: int) -> None:
         self.width, self.vectors = width, {}
+        self.stacked: tuple[np.ndarray, np.ndarray] | None = (
+            None  # ids, matrix; made by the first search after a change
+        )
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -183,12 +186,13 @@ class FlatIndex:
         """Add a vector under a new id. Raises ValueError for a taken id and for a vector without direction."""
         if id in self.vectors:
             raise ValueError(f"passage {id} is in the index already; remove it first")
-        self.vectors[id] = check_vector(vector, self.width)
+        self.vectors[id], self.stacked = check_vector(vector, self.width), None
 
     def remove(self, id: int) -> None:
         if id not in self.vectors:
             raise ValueError(f"passage {id} is not in the index")
         del self.vectors[id]
+        self.stacked = None
 
     def vector_of(self, id: int) -> np.ndarray:
         return self.vectors[id]
@@ -198,9 +202,13 @@ class FlatIndex:
         vector, k = check_vector(vector, self.width), check_k(k)
         if not self.vectors:
             return []
-        ids = np.fromiter(self.vectors, dtype=np.int64)
-        cosines = np.stack([*self.vectors.values()]) @ vector  # (passages)
-        order = np.lexsort((ids, -cosines))[:k]
+        if self.stacked is None:
+            self.stacked = np.fromiter(self.vectors, dtype=np.int64), np.stack([*self.vectors.values()])
+        ids, matrix = self.stacked
+        cosines = matrix @ vector  # (passages)
+        n_worse = max(len(ids) - k, 0)
+        rows = np.flatnonzero(cosines >= np.partition(cosines, n_worse)[n_worse])  # the k best, and whoever ties
+        order = rows[np.lexsort((ids[rows], -cosines[rows]))][:k]
         return [Hit(int(ids[row]), float(cosines[row])) for row in order]
 
 

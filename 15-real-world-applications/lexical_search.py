@@ -139,6 +139,7 @@ class BM25Index:
         self.config, self.analyser = config or BM25Config(), analyser
         self.postings: dict[str, dict[int, int]] = defaultdict(dict)  # term -> passage -> how often
         self.terms: dict[int, Counter[str]] = {}  # passage -> its terms
+        self.lengths: dict[int, int] = {}  # passage -> how many terms it has
         self.n_terms = 0  # of all passages together
 
     def __len__(self) -> int:
@@ -151,7 +152,8 @@ class BM25Index:
         self.terms[id] = counts = Counter(self.analyser(text))
         for term, count in counts.items():
             self.postings[term][id] = count
-        self.n_terms += counts.total()
+        self.lengths[id] = counts.total()
+        self.n_terms += self.lengths[id]
 
     def remove(self, id: int) -> None:
         """Forget a passage, down to the last count. Raises ValueError for an id that is not there."""
@@ -162,7 +164,7 @@ class BM25Index:
             del self.postings[term][id]
             if not self.postings[term]:
                 del self.postings[term]
-        self.n_terms -= counts.total()
+        self.n_terms -= self.lengths.pop(id)
 
     def scores(self, query: str) -> dict[int, float]:
         """The score of every passage that shares a term with the query, in nats; a term asked twice counts twice."""
@@ -172,7 +174,7 @@ class BM25Index:
             passages = self.postings.get(term, {})
             weight = times * term_weight(len(self), len(passages))
             for id, count in passages.items():
-                found[id] += weight * saturated(count, self.terms[id].total(), mean_length, self.config)
+                found[id] += weight * saturated(count, self.lengths[id], mean_length, self.config)
         return found
 
     def search(self, query: str, k: int) -> list[Hit]:
