@@ -150,6 +150,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys) -> None:
     assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_a_value_of_any_length_gets_a_line_that_can_be_read(capsys) -> None:
+    with pytest.raises(SystemExit):
+        call("--width", "9" * 9000 + "x")
+    error = capsys.readouterr().err
+    assert len(error) < 1200 and "--width" in error and " [...] " in error and "x'" in error
+
+
 def test_one_thread_unless_told_otherwise() -> None:
     call("--threads", "2")
     assert torch.get_num_threads() == 2

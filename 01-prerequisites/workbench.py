@@ -152,7 +152,9 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())} (--help lists the options)\n")
+        text = " ".join(str(message).split())
+        text = text if len(text) <= 1000 else f"{text[:400]} [...] {text[-400:]}"  # a value may be a whole text
+        self.exit(2, f"{self.prog}: error: {text} (--help lists the options)\n")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, config_cls: type) -> None:
@@ -250,6 +252,14 @@ def progress(iterable: Iterable, description: str, total: int | None = None) -> 
 
 
 # Files: whole or not at all
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a user's file. Raises ValueError with its name and the place where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -628,7 +628,7 @@ def acceptable_tokens(n: int, seed: int, split: str) -> list[tuple[list[str], st
 def read_classes(path: Path) -> list[tuple[str, str]]:
     """Lines of text<TAB>class. Raises ValueError that names the file and the line of a mistake."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a line separator or a form feed is part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{shown(path)} cannot be read as UTF-8 text: {error}") from None
     found = []

@@ -25,7 +25,7 @@ from evaluation_statistics import Interval, bootstrap_interval, mean_of, ratio_o
 from text_metrics import exact_match, token_f1
 from text_model import TextModel
 from tiny_world import ATTRIBUTES, INSTRUCT, World, join, pick
-from workbench import check_name, shown, write_atomically
+from workbench import check_name, read_utf8, shown, write_atomically
 
 KINDS = ("choice", "generate", "text")
 CHOICE_SCORES = ("acc", "acc_token", "acc_char", "acc_byte", "acc_pmi")
@@ -98,8 +98,8 @@ def read_task(path: Path | str) -> Task:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such task file: {shown(path)}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rows, text = [], read_utf8(path).rstrip()
+    for number, line in enumerate(text.split("\n") if text else (), start=1):  # splitlines() cuts inside a string too
         try:
             row = json.loads(line)
         except ValueError as error:

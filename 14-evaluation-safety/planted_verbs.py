@@ -31,7 +31,7 @@ from planted_experiments import HALVES, PLANTED_EXPERIMENTS, PlantedFiguresConfi
 from text_model import TextModel, load_text_model
 from tiny_world import World
 from watermark import MILLIONTH_PRIME, Watermark, bigrams, detect, threshold, write_marked
-from workbench import RunConfig, announce, check_range, shown
+from workbench import RunConfig, announce, check_range, read_utf8, shown
 
 __all__ = ["PLANTED_EXPERIMENTS", "PLANTED_VERBS", "PlantedFiguresConfig"]
 
@@ -150,7 +150,7 @@ def watermark(config: WatermarkConfig, run: RunConfig) -> None:
     examined = load_text_model(config.checkpoint)
     mark = Watermark(examined.model.config.vocab_size, config.key, config.green_share, config.bias)
     if config.text:
-        read = detect(examined.encode(Path(config.text).read_text(encoding="utf-8")), mark)
+        read = detect(examined.encode(read_utf8(Path(config.text))), mark)
         verdict = "marked" if read.p_value <= config.level else "not shown to be marked"
         print(
             f"{read.n_green} of {read.n} different pairs are green, {mark.green_share:.0%} by chance: z {read.z:.2f}, "

@@ -214,6 +214,16 @@ def test_the_course_model_knows_its_world() -> None:
     assert without.likelihoods([prompt])[0].nats != pytest.approx(examined.likelihoods([prompt])[0].nats, abs=1e-3)
 
 
+def test_a_task_survives_its_file_whatever_its_texts_hold(tmp_path) -> None:
+    odd = {"prompt": "one\u2028two\x85three\x0cfour\nfive", "answer": "\u2029"}
+    task = Task("odd", "generate", questions=(odd, odd | {"answer": "x"}))
+    write_task(task, tmp_path / "odd.jsonl")
+    assert read_task(tmp_path / "odd.jsonl") == task
+    (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jsonl is not UTF-8 at byte 0; save it as UTF-8 text"):
+        read_task(tmp_path / "latin.jsonl")
+
+
 @pytest.mark.parametrize("name", WORLD_TASKS)
 def test_world_tasks_are_what_they_say_and_survive_a_file(name: str, tmp_path) -> None:
     task, world = world_task(name, 12, 5), World()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sandbox import Limits, Outcome, Program, Sandbox, SetupFailed, Submission, find_sandbox, judge, probe, run_code
-from workbench import RunConfig, announce, shown
+from workbench import RunConfig, announce, read_utf8, shown
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=0.3, n_tasks=16)  # for attacks that only an end from outside can stop
 LONG = Limits(n_tasks=16)
@@ -582,7 +582,7 @@ def sandbox(config: SandboxConfig, run: RunConfig) -> None:
             raise ValueError(f"program={config.program} is no file; give a Python file")
         chosen = find_sandbox(config.i_accept_unsafe)
         try:
-            outcome = run_code(config.program.read_text(encoding="utf-8"), "", config, chosen)
+            outcome = run_code(read_utf8(config.program), "", config, chosen)
         except SetupFailed as error:
             raise ValueError(f"the sandbox could not be built, nothing was run: {error}") from None
         print(outcome.stdout, end="")
