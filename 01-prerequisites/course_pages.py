@@ -536,27 +536,40 @@ def bug_links(text: str) -> list[str]:
     return [f"[{repository}#{number}]({url})" for url, repository, number in found]
 
 
+def bugs_of_traps(text: str, names: list[str]) -> dict[str, list[str]]:
+    """Name of a failure -> the real bugs cited by the rows, bullets and paragraphs that name this failure alone."""
+    found = {name: [] for name in names}
+    for unit in re.split(r"\n(?=\s*\n|- |\d+\. |\|)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
+        named = [name for name in names if re.search(rf"`(?:[^`|]*--break )?{re.escape(name)}`", unit)]
+        if len(named) == 1:
+            found[named[0]] += [link for link in bug_links(unit) if link not in found[named[0]]]
+    return found
+
+
 def traps(folders: list[Path]) -> str:
     """For each topic the failures that --break plants, as its chapter describes them, and real bugs that it cites."""
     lines = []
     for folder in folders:
         text = read_chapter(folder)
+        commands = trap_names(int(folder.name[:2]))
+        bugs = bugs_of_traps(text, [name for names in commands.values() for name in names])
         rows, title = table_rows(text), re.search(r"^# (\d+\. .+)$", text, re.MULTILINE)[1]
         lines += [f"## [{title}]({folder.name}/README.md#what-goes-wrong)", ""]
-        for command, names in trap_names(int(folder.name[:2])).items():
+        for command, names in commands.items():
             lines += [
                 f"`python {folder.name}/{command} --break NAME`",
                 "",
-                "| NAME | The bug | What one sees | Measured, sound → broken |",
+                "| NAME | The bug | What one sees | Measured, sound → broken | Shipped by |",
+                "|:--|:--|:--|:--|:--|",
             ]
-            lines.append("|:--|:--|:--|:--|")
             for name in names:
-                cells = (at_root(cell, folder) for cell in trap_row(name, rows))
+                cells = [*(at_root(cell, folder) for cell in trap_row(name, rows)), ", ".join(bugs[name])]
                 lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
             lines.append("")
-        links = bug_links(text)
+        told = {link for links in bugs.values() for link in links}
+        links = [link for link in bug_links(text) if link not in told]
         if links:
-            lines += [f"Real bugs that the chapter cites: {', '.join(links)}.", ""]
+            lines += [f"Other real bugs that the chapter cites: {', '.join(links)}.", ""]
     return "\n".join(lines).strip()
 
 

@@ -7,6 +7,7 @@ import pytest
 import course_pages
 from course_pages import (
     at_root,
+    bugs_of_traps,
     chapter_symbols,
     citations,
     course_layers,
@@ -215,6 +216,9 @@ TABLES = """# 3. C
 | other: how far | 3 | 4 |
 
 [Somebody](https://github.com/a/b-c/pull/12) met it, [again](https://github.com/a/b-c/pull/12).
+
+- *E* (`other`). [Shipped](https://github.com/d/e/issues/3) for a year.
+- `third` and `other`: [both](https://github.com/f/g/issues/4).
 """
 
 
@@ -230,8 +234,15 @@ def test_traps_are_listed_by_topic_with_the_real_bugs(tmp_path: Path, monkeypatc
     folder = chapter(tmp_path / "03-gamma", TABLES)
     monkeypatch.setattr(course_pages, "trap_names", lambda topic: {"x.py demo": ["other"]} if topic == 3 else {})
     page = traps([folder])
-    assert "`python 03-gamma/x.py demo --break NAME`" in page and "| `other` | e | d | how far: 3 → 4 |" in page
+    bug = "[d/e#3](https://github.com/d/e/issues/3)"
+    assert "`python 03-gamma/x.py demo --break NAME`" in page
+    assert f"| `other` | e | d | how far: 3 → 4 | {bug}, [f/g#4](https://github.com/f/g/issues/4) |" in page
     assert page.endswith("the chapter cites: [a/b-c#12](https://github.com/a/b-c/pull/12).")
+
+
+def test_a_real_bug_belongs_to_the_trap_that_alone_is_named_beside_it() -> None:
+    bugs = bugs_of_traps(TABLES, ["odd-one", "other", "third"])
+    assert bugs == {"odd-one": [], "other": ["[d/e#3](https://github.com/d/e/issues/3)"], "third": []}
 
 
 # The ledger
