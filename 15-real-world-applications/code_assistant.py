@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from chat_endpoint import open_endpoint
 from code_model import FOLDER, LIMITS, load_code_model
 from code_tasks import NAMES, Case, draw_input, prompt_of, repair_prompt
-from sandbox import Outcome, Program, Sandbox, SetupFailed, Submission, find_sandbox, judge
+from sandbox import Outcome, Program, Sandbox, SetupFailed, Submission, find_sandbox, judge, printable
 from workbench import RunConfig, check_range
 
 ASK = "Complete this Python function. Answer with the whole function and nothing else.\n\n"
@@ -105,16 +105,16 @@ def by_vote(programs: Sequence[str], config: CodeConfig, seed: int, sandbox: San
     rng = random.Random(seed)
     calls = [[draw_input(config.takes, rng)] for _ in range(3)]
     outcomes = sandbox.run([Program(source, "f", calls) for source in programs], LIMITS)
-    sound = [out.status == "ok" and out.results.count('["ok"') == len(calls) for out in outcomes]
     groups: dict[str, list[int]] = {}
     for place, outcome in enumerate(outcomes):
-        if sound[place]:
+        lines = outcome.results.split("\n")[:-1]
+        if outcome.status == "ok" and len(lines) == len(calls) and all(line.startswith('["ok", ') for line in lines):
             groups.setdefault(outcome.results, []).append(place)
     if not groups:
         return Written(programs[0], "no program ran to its end", outcomes[0])
     group = max(groups.values(), key=len)
-    results = outcomes[group[0]].results.splitlines()
-    shown = [f"f({call[0]!r}) gives {line[7:-1]}" for call, line in zip(calls, results, strict=True)]
+    results = outcomes[group[0]].results.split("\n")[:-1]
+    shown = [f"f({call[0]!r}) gives {printable(line[7:-1])}" for call, line in zip(calls, results, strict=True)]
     note = f"{len(group)} of {len(programs)} programs agree; " + "; ".join(shown)
     return Written(programs[group[0]], note, outcomes[group[0]])
 
@@ -151,6 +151,6 @@ def code(config: CodeConfig, run: RunConfig) -> None:
         written = assist(config, run.seed)
     except SetupFailed as error:
         raise ValueError(f"the sandbox could not be built, nothing was run: {error}") from None
-    print(written.source.rstrip())
+    print(printable(written.source.rstrip(), "\n\t"))
     print(f"# {written.note}")
     print(f"# {written.outcome.status} in {written.outcome.seconds:.2f} s, {written.outcome.peak_mib:.0f} MiB")

@@ -55,6 +55,18 @@ class Limits:
         check_range(self, "memory_mib", least=64)
         check_range(self, "wall_seconds", above=0)
 
+    def job(self, n_bytes: int) -> dict[str, Any]:
+        """What the supervisor is told of a program: these limits, and its length, for it never reads the program."""
+        return {
+            "n_bytes": n_bytes,
+            "cpu": self.cpu_seconds,
+            "wall": self.wall_seconds,
+            "memory": self.memory_mib * 2**20,
+            "disk": self.disk_mib * 2**20,
+            "tasks": self.n_tasks,
+            "most": [self.output_kib * 1024, self.output_kib * 1024, self.result_kib * 1024],
+        }
+
 
 LIMITS = Limits()
 
@@ -67,21 +79,12 @@ class Program(NamedTuple):
     calls: Sequence[list] = ()
     stdin: str = ""
 
-    def job(self, limits: Limits) -> dict[str, Any]:
-        """What the jail is told. Raises ValueError for arguments that JSON cannot carry."""
+    def body(self) -> bytes:
+        """What the candidate's process alone reads. Raises ValueError for arguments that JSON cannot carry."""
         try:
-            json.dumps(self.calls, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            return json.dumps(self._asdict(), allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"arguments of a call must be numbers, strings, lists or dicts: {error}") from None
-        return {
-            **self._asdict(),
-            "cpu": limits.cpu_seconds,
-            "wall": limits.wall_seconds,
-            "memory": limits.memory_mib * 2**20,
-            "disk": limits.disk_mib * 2**20,
-            "tasks": limits.n_tasks,
-            "most": [limits.output_kib * 1024, limits.output_kib * 1024, limits.result_kib * 1024],
-        }
 
 
 class Outcome(NamedTuple):
@@ -105,12 +108,14 @@ def outcome_of(told: dict[str, Any], limits: Limits) -> Outcome:
     code, why = told["code"], told["why"]
     if why:
         status = {"wall": "timeout", "output": "output"}[why]
+    elif not told["shut"]:
+        status = "setup"
     elif code in (-9, -24) and told["cpu"] > limits.cpu_seconds - 0.1:
         status = "timeout"
     elif code < 0:
         status = "killed"
     else:
-        status = {0: "ok", 97: "setup"}.get(code, "error")
+        status = "error" if code else "ok"
     texts = (told["stdout"], told["stderr"], told["results"])
     return Outcome(status, *texts, told["seconds"], told["cpu"], told["peak_kib"] / 1024)
 
@@ -138,8 +143,10 @@ class Sandbox:
         """
         if not programs:
             return []
-        jobs = [program.job(limits) for program in programs]
-        request = {"mode": self.mode, "user": self.user, "parent": os.getpid(), "jobs": jobs}
+        bodies = [program.body() for program in programs]
+        jobs = [limits.job(len(body)) for body in bodies]
+        request = json.dumps({"mode": self.mode, "user": self.user, "parent": os.getpid(), "jobs": jobs}).encode()
+        letter = b"%d\n" % len(request) + request + b"".join(bodies)
         process = subprocess.Popen(
             [self.python, "-I", "-S", "-c", START, mark],
             stdin=subprocess.PIPE,
@@ -152,14 +159,14 @@ class Sandbox:
         with process:
             try:
                 most = GRACE + len(jobs) * limits.wall_seconds
-                told, noise = process.communicate(json.dumps(request).encode(), timeout=most)
+                told, noise = process.communicate(letter, timeout=most)
             except subprocess.TimeoutExpired:
                 process.kill()
                 told, noise = process.communicate()
             except BaseException:
                 process.kill()
                 raise
-        reports = [json.loads(line) for line in told.splitlines()]
+        reports = [json.loads(line) for line in told.split(b"\n")[:-1]]
         if (reports and "setup" in reports[-1]) or not reports:
             raise SetupFailed(reports[-1]["setup"] if reports else noise.decode(errors="replace").strip()[-300:])
         outcomes = [outcome_of(report, limits) for report in reports]
@@ -308,8 +315,13 @@ def wrong_line(line: str, expected: Any) -> str:
     except (ValueError, TypeError, RecursionError):
         return "no plain value"
     if kind != "ok":
-        return str(value)[:200]
-    return "" if same(value, plain_value(expected)) else repr(value)[:200]
+        return printable(str(value)[:200])
+    return "" if same(value, plain_value(expected)) else printable(repr(value)[:200])
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A candidate's text as a terminal or a model may be shown it: signs that command or hide are spelled out."""
+    return "".join(char if char.isprintable() or char in kept else ascii(char)[1:-1] for char in text)
 
 
 def refuse_constant(name: str) -> None:

@@ -7,6 +7,7 @@ a process. None does harm: they aim at bait that `Bait` lays out. The cheats aim
 """
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
@@ -20,12 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sandbox import Limits, Outcome, Program, Sandbox, SetupFailed, Submission, find_sandbox, judge, probe, run_code
+from sandbox import (
+    Limits,
+    Outcome,
+    Program,
+    Sandbox,
+    SetupFailed,
+    Submission,
+    find_sandbox,
+    judge,
+    printable,
+    probe,
+    run_code,
+)
 from workbench import RunConfig, announce, read_utf8, shown
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=0.3, n_tasks=16)  # for attacks that only an end from outside can stop
 LONG = Limits(n_tasks=16)
 MIB = 2**20
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Attack(NamedTuple):
@@ -40,7 +54,7 @@ class Attack(NamedTuple):
 
 
 class Bait:
-    """What attacks aim at: a file, three sockets, a process with a secret in its environment."""
+    """What attacks aim at: a file, three sockets, a message queue, a process with a secret in its environment."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
@@ -55,6 +69,7 @@ class Bait:
         for end in (self.tcp, self.unix):
             end.listen(8)
         self.udp.settimeout(0.2)
+        self.queue = LIBC.msgget(0, 0o666)
         wait = [probe().python, "-I", "-S", "-c", "import sys; print(1, flush=True); sys.stdin.read()"]
         environment = {"SANDBOX_BAIT": self.token}
         self.victim = subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -72,7 +87,7 @@ class Bait:
         """The source with the places of the bait written in."""
         found = {"FOLDER": repr(str(self.folder)), "SECRET": repr(str(self.secret)), "TOKEN": repr(self.token)}
         found |= {"TCP": str(self.tcp.getsockname()[1]), "UDP": str(self.udp.getsockname()[1])}
-        found |= {"PID": str(self.victim.pid), "MIB": str(MIB)}
+        found |= {"PID": str(self.victim.pid), "MIB": str(MIB), "QUEUE": str(self.queue)}
         for name, value in found.items():
             source = source.replace(f"@{name}", value)
         return source
@@ -97,6 +112,7 @@ class Bait:
     def close(self) -> None:
         for end in (self.tcp, self.udp, self.unix):
             end.close()
+        LIBC.msgctl(self.queue, 0, None)
         self.victim.kill()
         self.victim.communicate()
         shutil.rmtree(self.folder)
@@ -279,6 +295,27 @@ ATTACKS = (
         "Landlock, mounts",
         "import os\nif sum(map(str.isdigit, os.listdir('/proc'))) > 3: print('REACHED')",
     ),
+    Attack(
+        "lock a file that others read",
+        "files",
+        "seccomp",
+        "import fcntl, os\nfile = open(os.__file__)\n"
+        "for lock, kind in ((fcntl.flock, fcntl.LOCK_EX), (fcntl.lockf, fcntl.LOCK_SH)):\n"
+        "    try:\n        lock(file, kind | fcntl.LOCK_NB)\n        print('REACHED')\n"
+        "    except OSError: pass",
+    ),
+    Attack(
+        "read flags of a file, as `chattr` does",
+        "files",
+        "seccomp",
+        "import array, fcntl, os\nfcntl.ioctl(open(os.__file__), 0x80086601, array.array('L', [0]))\nprint('REACHED')",
+    ),
+    Attack(
+        "watch who opens files",
+        "files",
+        "seccomp",
+        CTYPES + "if libc.inotify_add_watch(libc.inotify_init1(0), b'/usr/lib', 0xFFF) >= 0: print('REACHED')",
+    ),
     Attack("one file of 64 MB", "disk", "limits", WRITE_ALL + "fill(1, 64 * @MIB, lambda n, total: total > 32 * @MIB)"),
     Attack(
         "160 MB in 40 files",
@@ -312,6 +349,12 @@ ATTACKS = (
         "network",
         "seccomp, network namespace, Landlock",
         "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0bait-' + @TOKEN)\nprint('REACHED')",
+    ),
+    Attack(
+        "ask about a message queue of ours",
+        "network",
+        "seccomp, IPC namespace",
+        CTYPES + "if libc.msgctl(@QUEUE, 2, ctypes.create_string_buffer(256)) == 0: print('REACHED')",
     ),
     Attack(
         "signal another process",
@@ -512,6 +555,11 @@ CHEATS = {
     "read the tests": "import os\ndef f(n):\n    for folder in ('.', '/tmp', os.path.dirname(os.getcwd())):\n"
     "        try: names = os.listdir(folder)\n        except OSError: continue\n        for name in names:\n"
     "            if 'test' in name: return eval(open(folder + '/' + name).read())[n]\n    return 0",
+    "take another candidate's program from memory": "import gc, sys\n"
+    "found, frame = gc.get_objects(), sys._getframe()\nwhile frame:\n    found += frame.f_locals.values()\n"
+    "    frame = frame.f_back\nfor item in [one for one in found if type(one) is dict]:\n"
+    "    for job in item.get('jobs', [item]):\n        source = job.get('source', '')\n"
+    "        if 'def f(' in source and 'gc' not in source and 'f' not in globals(): exec(source)",
     "write results oneself": "import os\nfor _ in range(5): os.write(3, b'[\"ok\", true]\\n')\nos._exit(0)",
     "more results than cases": "import os\nfor n in range(99): os.write(3, b'[\"ok\", %d]\\n' % n)\ndef f(n): return 0",
     "close the pipe": "import os\nos.close(3)\nprint('PASSED', flush=True)\ndef f(n): return n * n + 1",
@@ -585,8 +633,8 @@ def sandbox(config: SandboxConfig, run: RunConfig) -> None:
             outcome = run_code(read_utf8(config.program), "", config, chosen)
         except SetupFailed as error:
             raise ValueError(f"the sandbox could not be built, nothing was run: {error}") from None
-        print(outcome.stdout, end="")
-        print(outcome.stderr, end="", file=sys.stderr)
+        print(printable(outcome.stdout, "\n\t"), end="")
+        print(printable(outcome.stderr, "\n\t"), end="", file=sys.stderr)
         print(f"{shown(config.program)}: {outcome.status}, {outcome.seconds:.2f} s, {outcome.peak_mib:.0f} MiB")
 
 

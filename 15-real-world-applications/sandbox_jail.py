@@ -3,12 +3,15 @@
     python -I -S -c "import sys; sys.path.insert(0, FOLDER); import sandbox_jail; del sys.path[0]; sandbox_jail.enter()"
 
 sandbox.py starts it in a Python of its own. It reads a request from stdin and writes one line of JSON to stdout for
-each job. A supervisor makes a child for each job, takes the child's rights away, and keeps its output and its time; the
-child runs the candidate. The supervisor reads bytes only, and knows no right answer: the judge, outside, compares.
+each job. For each job a supervisor makes a keeper, which reads the program, makes a child, takes the child's rights
+away, and keeps its output and its time; the child runs the candidate. None of them knows a right answer: the judge,
+outside, compares. Whatever a process has read its children find in their memory; so the supervisor reads no program
+and no output, and a candidate finds none but its own.
 
     supervisor (in mode A process 1 of its own PID namespace)
-      candidate 1: stdin empty, stdout and stderr to the supervisor, results as JSON lines on descriptor 3
-      candidate 2 ...
+      keeper 1
+        candidate 1: stdin empty, stdout and stderr to the keeper, results as JSON lines on descriptor 3
+      keeper 2 ...
 """
 
 import contextlib
@@ -25,8 +28,8 @@ import sandbox_kernel as kernel
 
 SCRATCH = "/scratch"  # in mode A the only place where a candidate may write
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-NOT_SHUT_IN = 97  # exit code of a child that could not give up its rights, and therefore ran nothing
 RESULTS = 3  # file descriptor of the results
+SHUT = b"\n"  # what a child writes there once it is shut in, before any byte of the candidate's
 PARTS = ("stdout", "stderr", "results")
 
 
@@ -39,20 +42,34 @@ def library_folders() -> list[str]:
 
 def enter() -> None:
     """Read the request, shut in, run all jobs. A failure before the first job is reported, and nothing is run."""
-    request = json.loads(sys.stdin.buffer.read())
+    size = b""
+    while not size.endswith(b"\n"):
+        size += read_exactly(0, 1)
+    request = json.loads(read_exactly(0, int(size)))
+    programs, report = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
-    report = os.dup(1)
     os.dup2(null, 1)
     try:
         kernel.die_with_parent(request["parent"])
         if request["mode"] == "A":
-            as_first_process(request, report)
+            as_first_process(request, programs, report)
         else:
-            supervise(request, report)
+            supervise(request, programs, report)
     except BaseException as error:
         say(report, {"setup": f"{type(error).__name__}: {error}"})
     os._exit(0)
+
+
+def read_exactly(end: int, n_bytes: int) -> bytes:
+    """The next bytes and not one more, which would be the next program's."""
+    data = b""
+    while len(data) < n_bytes:
+        part = os.read(end, n_bytes - len(data))
+        if not part:
+            raise EOFError(f"{n_bytes - len(data)} bytes are missing")
+        data += part
+    return data
 
 
 def say(report: int, message: dict) -> None:
@@ -61,7 +78,7 @@ def say(report: int, message: dict) -> None:
         data = data[os.write(report, data) :]
 
 
-def as_first_process(request: dict, report: int) -> None:
+def as_first_process(request: dict, programs: int, report: int) -> None:
     """Change user, make namespaces, and supervise as their process 1, whose end is the end of everything in them."""
     if request["user"]:
         kernel.become(request["user"])
@@ -71,6 +88,7 @@ def as_first_process(request: dict, report: int) -> None:
     child = os.fork()
     if child:
         os.close(report)
+        os.close(programs)
         os.waitpid(child, 0)
         return
     # The parent is outside of the new PID namespace, so here its number reads 0 as long as it lives.
@@ -79,23 +97,38 @@ def as_first_process(request: dict, report: int) -> None:
         if os.getpid() != 1 or here == 1:
             raise OSError("no PID namespace was made")
         kernel.new_root([*library_folders(), *DEVICES], SCRATCH)
-        supervise(request, report)
+        supervise(request, programs, report)
     except BaseException as error:
         say(report, {"setup": f"{type(error).__name__}: {error}"})
     os._exit(0)
 
 
-def supervise(request: dict, report: int) -> None:
-    """Run the jobs one after the other; nothing of one is left when the next begins."""
+def supervise(request: dict, programs: int, report: int) -> None:
+    """Run the jobs one after the other, each by a keeper; nothing of one is left when the next begins."""
+    own = os.getpid()
     for job in request["jobs"]:
         if request["mode"] == "A":
             kernel.fresh_scratch(SCRATCH, job["disk"])
-        say(report, run_job(job, request))
+        keeper = os.fork()
+        if keeper == 0:
+            try:
+                kernel.die_with_parent(own)
+                say(report, run_job(job | json.loads(read_exactly(programs, job["n_bytes"])), request))
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(keeper, 0)
+        with contextlib.suppress(ChildProcessError):
+            while request["mode"] == "A":  # what a candidate has left behind has become ours, and has been killed
+                os.waitpid(-1, 0)
+        if status:
+            return  # its program may be unread, so the next one cannot be found; what has no report is lost
 
 
 def run_job(job: dict, request: dict) -> dict:
     """Start a candidate, keep what it writes within its limits, end it, and tell how it ended."""
     pipes = [os.pipe() for _ in PARTS]
+    most = [*job["most"][:-1], job["most"][-1] + len(SHUT)]
     began, parent = time.monotonic(), os.getpid()
     child = os.fork()
     if child == 0:
@@ -103,33 +136,36 @@ def run_job(job: dict, request: dict) -> dict:
             shut_in(job, request, parent, [end for _, end in pipes])
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}".encode())
-            os._exit(NOT_SHUT_IN)
+            os._exit(1)
+        os.write(RESULTS, SHUT)
         run_candidate(job)
     for _, end in pipes:
         os.close(end)
-    kept, why = collect([end for end, _ in pipes], child, job, began)
+    kept, why = collect([end for end, _ in pipes], child, job["wall"], most, began)
     with contextlib.suppress(ProcessLookupError):
         if why:
             os.kill(child, signal.SIGKILL)
     _, status, used = os.wait4(child, 0)
     sweep(child, request["mode"])
-    drain([end for end, _ in pipes], kept, job)
+    drain([end for end, _ in pipes], kept, most)
     for end, _ in pipes:
         os.close(end)
-    code = os.waitstatus_to_exitcode(status)
+    code, shut = os.waitstatus_to_exitcode(status), kept[-1].startswith(SHUT)
+    del kept[-1][: len(SHUT)]
     told = {name: data.decode("utf-8", "replace") for name, data in zip(PARTS, kept, strict=True)}
     if not why and any(len(data) > limit for data, limit in zip(kept, job["most"], strict=True)):
         why = "output"
     return told | {
         "code": code,
         "why": why,
+        "shut": shut,
         "seconds": time.monotonic() - began,
         "cpu": used.ru_utime + used.ru_stime,
         "peak_kib": used.ru_maxrss,
     }
 
 
-def collect(ends: list[int], child: int, job: dict, began: float) -> tuple[list[bytearray], str]:
+def collect(ends: list[int], child: int, wall: float, most: list[int], began: float) -> tuple[list[bytearray], str]:
     """Read the pipes until the child ends, and say why it has to be ended: "wall", "output", or "" if it did itself.
 
     The child is asked, not its pipes: what it left behind may hold them open, and it may close them and go on.
@@ -143,14 +179,14 @@ def collect(ends: list[int], child: int, job: dict, began: float) -> tuple[list[
             selector.register(end, selectors.EVENT_READ, place)
         why, ended = "", False
         while not why and not ended:
-            left = job["wall"] - (time.monotonic() - began)
+            left = wall - (time.monotonic() - began)
             ready = selector.select(max(0.0, left))
             for key, _ in ready:
                 if key.data is None:
                     ended = True
                 elif not read_some(key.fd, kept[key.data]):
                     selector.unregister(key.fd)
-                elif len(kept[key.data]) > job["most"][key.data]:
+                elif len(kept[key.data]) > most[key.data]:
                     why = "output"
             if not ready and left <= 0:
                 why = "wall"
@@ -168,30 +204,27 @@ def read_some(end: int, kept: bytearray) -> bool:
     return bool(data)
 
 
-def drain(ends: list[int], kept: list[bytearray], job: dict) -> None:
+def drain(ends: list[int], kept: list[bytearray], most: list[int]) -> None:
     """What the child wrote last and nobody has read yet; whoever else holds the pipe is not waited for."""
-    for end, data, most in zip(ends, kept, job["most"], strict=True):
+    for end, data, limit in zip(ends, kept, most, strict=True):
         before = -1
-        while len(data) <= most and before != len(data):
+        while len(data) <= limit and before != len(data):
             before = len(data)
             read_some(end, data)
-        del data[most + 1 :]
+        del data[limit + 1 :]
 
 
 def sweep(child: int, mode: str) -> None:
     """End whatever a candidate has left running.
 
-    Process 1 reaches every process of its namespace. Without a namespace only the group can be asked, which a process
-    leaves at will; there the filter allows no process beside the candidate.
+    In a PID namespace a keeper reaches every process but process 1 and itself. Without one only the group can be asked,
+    which a process leaves at will; there the filter allows no process beside the candidate.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if mode == "A" and os.getpid() == 1:
+        if mode == "A" and os.getppid() == 1:
             os.kill(-1, signal.SIGKILL)
         else:
             os.killpg(child, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        while mode == "A":
-            os.waitpid(-1, 0)
 
 
 # The child
@@ -209,7 +242,8 @@ def shut_in(job: dict, request: dict, parent: int, ends: list[int]) -> None:
     if mode != "A" and request["user"] and mode != "guard":
         kernel.become(request["user"])
     kernel.die_with_parent(parent)
-    elsewhere = 1 if mode == "A" else 0 if request["user"] else tasks_elsewhere()
+    # in a namespace of its own there are three: who made it, the supervisor, the keeper
+    elsewhere = 3 if mode == "A" else 0 if request["user"] else tasks_elsewhere()
     kernel.limit(job["memory"], job["cpu"], job["disk"], job["tasks"] + elsewhere)
     if mode in ("A", "B"):
         os.chdir(SCRATCH if mode == "A" else "/")

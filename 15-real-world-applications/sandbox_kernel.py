@@ -210,6 +210,12 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     # memory that no limit of a process counts
     **{"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196)},
     **{"semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180)},
+    # queues, semaphores and memory that others have made, which only a namespace keeps away otherwise
+    **{"semop": (65, 193), "semtimedop": (220, 192), "semctl": (66, 191), "shmctl": (31, 195), "mq_unlink": (241, 181)},
+    **{"msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187)},
+    # files that may be read: their locks, which others wait for, and who else opens them; the disks of this machine
+    **{"flock": (73, 32), "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27)},
+    **{"sync": (162, 81), "syncfs": (306, 267)},
     # what Landlock does not cover: rights, owners, times and attributes of files; lengths before its third version
     **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "fchown": (93, 55)},
     **{"lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None)},
@@ -225,11 +231,15 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     **{"kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116)},
     **{"swapon": (167, 224), "swapoff": (168, 225), "sethostname": (170, 161), "setdomainname": (171, 162)},
     **{"settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171)},
-    **{"iopl": (172, None), "ioperm": (173, None)},
+    **{"iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "uselib": (134, None)},
+    **{"lookup_dcookie": (212, 18), "sysfs": (139, None), "_sysctl": (156, None), "ustat": (136, None)},
+    **{"create_module": (174, None), "query_module": (178, None), "get_kernel_syms": (177, None)},
+    **{"nfsservctl": (180, 42), "mbind": (237, 235), "get_mempolicy": (239, 236), "set_mempolicy": (238, 237)},
+    **{"vhangup": (153, 58), "remap_file_pages": (216, 234)},
 }
 ASKED = {  # needed by this file, or decided by their arguments
     **{"clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None), "prlimit64": (302, 261)},
-    **{"fcntl": (72, 25), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444)},
+    **{"fcntl": (72, 25), "ioctl": (16, 29), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444)},
     **{"landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446)},
 }
 NEWEST = 449  # calls with larger numbers are younger than this list: they do not exist for the sandbox
@@ -240,6 +250,11 @@ ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE | errno
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of classic BPF
 NUMBER_AT, MACHINE_AT = 0, 4  # in struct seccomp_data
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; flags of a file (`chattr`) are among the others
+IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# F_GETLK, F_SETLK, F_SETLKW, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_OFD_GETLK and its two kin, F_SETLEASE, F_NOTIFY: locks
+# for which others wait, and signals to whom one likes
+FCNTLS = (5, 6, 7, 8, 10, 15, 36, 37, 38, 1024, 1026)
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 
@@ -251,6 +266,11 @@ def argument_at(index: int) -> int:
 def when(name: str, *inner: Instruction) -> list[Instruction]:
     """Instructions for one call, by which every path must return."""
     return [(EQUAL, 0, len(inner), CALLS[name]), *inner]
+
+
+def among(values: Sequence[int], inner: Instruction) -> list[Instruction]:
+    """Instructions that do `inner` if what was loaded is one of these."""
+    return [line for value in values for line in ((EQUAL, 0, 1, value), inner)]
 
 
 def answer(error: int) -> Instruction:
@@ -285,10 +305,9 @@ def call_filter(n_tasks: int, alone: bool) -> list[Instruction]:
         program += when("clone", *flags, (ANY_BIT, 0, 1, CLONE_THREAD), permit, refuse)
     own = [(LOAD, 0, 0, argument_at(0)), (EQUAL, 0, 1, 0), permit, refuse]  # limits of this process, not of another
     program += when("prlimit64", *own)
-    owners = [(LOAD, 0, 0, argument_at(1))]  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to whom one likes
-    for command in (8, 10, 15):
-        owners += [(EQUAL, 0, 1, command), refuse]
-    return [*program, *when("fcntl", *owners, permit), permit]
+    command = (LOAD, 0, 0, argument_at(1))
+    program += when("fcntl", command, *among(FCNTLS, refuse), permit)
+    return [*program, *when("ioctl", command, *among(IOCTLS, permit), refuse), permit]
 
 
 def filter_calls(n_tasks: int, alone: bool) -> None:

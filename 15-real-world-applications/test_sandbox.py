@@ -20,6 +20,7 @@ from sandbox import (
     find_sandbox,
     judge,
     plain_value,
+    printable,
     probe,
     run_code,
     same,
@@ -76,6 +77,34 @@ def test_one_program_cannot_reach_the_next(box: Sandbox) -> None:
     outcomes = box.run([Program(first), Program(second)], PATIENT)
     assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
     assert outcomes[1].stdout == "True 2 False\n"
+
+
+def test_a_program_finds_no_other_in_its_memory(box: Sandbox) -> None:
+    """Neither the source of one before or behind it nor what that one wrote; its own it does find."""
+    look = (
+        "import gc, sys\nfound, frame = gc.get_objects(), sys._getframe()\nwhile frame:\n"
+        "    found += [frame.f_locals, frame.f_globals]\n    frame = frame.f_back\n"
+        "text = repr(found)\nprint([word for word in ('erofeB', 'dniheB', 'nwO') if word[::-1] in text])  # Own"
+    )
+    outcomes = box.run([Program("print('Before')"), Program(look), Program("print('Behind')")], PATIENT)
+    assert [outcome.stdout for outcome in outcomes] == ["Before\n", "['nwO']\n", "Behind\n"]
+
+
+@pytest.mark.parametrize("code", [1, 97, 255])
+def test_no_exit_code_says_that_a_program_was_not_shut_in(box: Sandbox, code: int) -> None:
+    """What tells that must be out of a candidate's reach, or one candidate ends the judging of all."""
+    outcomes = box.run([Program(f"import os\nos._exit({code})"), Program("print(1)")], PATIENT)
+    assert [(outcome.status, outcome.stdout) for outcome in outcomes] == [("error", ""), ("ok", "1\n")]
+
+
+def test_processes_are_counted_without_those_of_the_jail(box: Sandbox) -> None:
+    """With a limit of n tasks a candidate starts n - 1 threads beside its own, and no more."""
+    source = (
+        "import threading\nn, go = 1, threading.Event()\nthreading.stack_size(65536)\ntry:\n    while n < 20:\n"
+        "        threading.Thread(target=go.wait, daemon=True).start()\n        n += 1\n"
+        "except RuntimeError: pass\nprint(n)"
+    )
+    assert [run_code(source, "", Limits(n_tasks=n), box).stdout for n in (1, 2, 5)] == ["1\n", "2\n", "5\n"]
 
 
 def test_limits_end_what_is_beyond_them(box: Sandbox) -> None:
@@ -261,6 +290,14 @@ def test_only_a_complete_and_right_list_of_results_passes(results: str, status: 
     assert verdict.passed is passed and bool(verdict.failure) is not passed
 
 
+def test_what_a_candidate_wrote_is_shown_without_commands(box: Sandbox) -> None:
+    """No terminal obeys it, and no tokenizer stumbles over half a character."""
+    source = "def f(n):\n    raise Exception('\\x1b[2J' + chr(0xD800) + chr(0x202E) + 'Zoë')"
+    [verdict] = judge([Submission(source, "f", [([1], 1)])], PATIENT, box)
+    assert verdict.failure == r"Exception: \x1b[2J\ud800\u202eZoë"
+    assert printable("a\tb\nc\r", "\n\t") == "a\tb\nc\\r"
+
+
 # Bad input
 
 
@@ -268,11 +305,11 @@ def test_bad_input_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="memory_mib must be finite and >= 64, got 1"):
         Limits(memory_mib=1)
     with pytest.raises(ValueError, match="must be numbers, strings, lists or dicts"):
-        Program("", "f", [[{1}]]).job(PATIENT)
+        Program("", "f", [[{1}]]).body()
     with pytest.raises(ValueError, match="at least 1 case"):
         verdict_on(Submission("", "f", []), Outcome("ok"))
     from sandbox_attacks import sandbox
 
     with pytest.raises(ValueError, match="is no file; give a Python file"):
         sandbox(SandboxConfig(program=tmp_path / "none.py"), RunConfig(out=tmp_path))
-    assert json.loads(json.dumps(Program("x").job(PATIENT)))["tasks"] == 1
+    assert json.loads(json.dumps(PATIENT.job(7)))["tasks"] == 1
