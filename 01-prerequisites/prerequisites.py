@@ -309,7 +309,7 @@ ERF = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has none; the C libra
 def gelu(x):
     """x P(Z <= x) for a standard normal Z: the exact form, with erf (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
     array = array_of(x)
-    below = ((1 + ERF(array / math.sqrt(2))) / 2).astype(np.result_type(array, np.float32))  # P(Z <= x)
+    below = ((1 + ERF(array / math.sqrt(2))) / 2).astype(array.dtype if array.dtype.kind == "f" else np.float64)
 
     def vjp(grad):
         density = np.exp(-(array**2) / 2) / math.sqrt(2 * math.pi)
@@ -740,7 +740,10 @@ def numerical_gradient(function: Callable, x, step: float = 1e-5) -> np.ndarray:
     """Central differences (f(x + h) - f(x - h)) / 2h of a function from an array to one number, element by element.
 
     In float64 the error is about h^2 from the formula plus 1e-16 |f| / h from rounding, least near h = 1e-5.
+    Raises ValueError unless the step is > 0.
     """
+    if not step > 0:
+        raise ValueError(f"step must be > 0, got {step}; 1e-5 is a good one")
     point = np.array(array_of(x), dtype=np.float64)
     grad = np.zeros_like(point)
     for index in np.ndindex(point.shape):
@@ -755,9 +758,9 @@ def numerical_gradient(function: Callable, x, step: float = 1e-5) -> np.ndarray:
 
 def cosine_similarity(a, b, axis: int = -1, eps: float = 1e-8) -> np.ndarray:
     """Cosine of the angle between vectors along `axis`; a vector of zeros gives 0."""
-    a, b = array_of(a), array_of(b)
-    lengths = [np.maximum(np.sqrt((x * x).sum(axis=axis)), eps) for x in (a, b)]
-    return (a * b).sum(axis=axis) / (lengths[0] * lengths[1])
+    a, b = (x if x.dtype.kind == "f" else x.astype(np.float64) for x in map(array_of, (a, b)))  # bytes would overflow
+    a, b = (x / np.maximum(np.sqrt((x * x).sum(axis=axis, keepdims=True)), eps) for x in (a, b))  # of length 1
+    return (a * b).sum(axis=axis)
 
 
 def check_gradients(function: Callable, *arrays: np.ndarray) -> tuple[float, float]:
@@ -780,13 +783,17 @@ def pca(x, n_components: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Each component's sign makes its largest weight positive, so that the result does not depend on the library.
     Shapes: x (samples, features) -> projected (samples, rank), components (rank, features), variances (rank).
-    Raises ValueError unless 1 <= n_components <= min(samples, features) and there are at least 2 samples.
+    Raises ValueError unless x is a matrix of at least 2 finite rows and 1 <= n_components <= min(samples, features).
     """
     x = array_of(x)
+    if x.ndim != 2:
+        raise ValueError(f"PCA needs a matrix (samples, features), got shape {x.shape}")
     if len(x) < 2:
         raise ValueError(f"PCA needs at least 2 samples, got {len(x)}")
     if not 1 <= n_components <= np.min(x.shape):
         raise ValueError(f"n_components must be >= 1 and <= {np.min(x.shape)} for shape {x.shape}, got {n_components}")
+    if not np.isfinite(x).all():
+        raise ValueError("PCA needs finite numbers, got infinity or NaN; leave out the samples that hold them")
     centred = x - x.mean(axis=0)  # (samples, features)
     _, scales, directions = np.linalg.svd(centred, full_matrices=False)
     components = directions[:n_components]  # (rank, features)

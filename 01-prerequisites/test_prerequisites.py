@@ -209,6 +209,13 @@ def test_entropy_divergence_and_cosine_match_torch(parity) -> None:
     cosine = F.cosine_similarity(torch.tensor(a), torch.tensor(b), dim=-1)
     parity("cosine_similarity", "F.cosine_similarity", "output", topic.cosine_similarity(a, b), cosine, TIGHT)
     assert topic.cosine_similarity(a, b, axis=0).shape == (4,)
+    sizes = np.array([1e20, 1e-25, 1.0], np.float32)[:, None]  # squares overflow, vanish, or neither
+    far = [torch.tensor(sizes * np.array(row, np.float32)) for row in ([1, 2], [2, 1])]
+    with np.errstate(over="ignore"):
+        found = topic.cosine_similarity(*(part.numpy() for part in far))
+    parity("cosine_similarity, float32", "F.cosine_similarity", "output", found, F.cosine_similarity(*far, -1), 1e-6)
+    pixels = [np.array(row, np.uint8) for row in ([200, 50], [50, 100])]  # 200 * 200 is beyond 8 bits
+    assert topic.cosine_similarity(*pixels) == topic.cosine_similarity(*(row.astype(float) for row in pixels))
 
 
 @settings(max_examples=60, deadline=None)
@@ -631,6 +638,7 @@ def test_erf_is_exact_to_1e_15() -> None:
     x = np.linspace(-6, 6, 4001)
     assert largest_difference(topic.ERF(x), torch.special.erf(torch.tensor(x))) < 1e-15
     assert gelu(np.empty((0, 3))).shape == (0, 3)
+    assert [gelu(np.ones(2, kind)).dtype for kind in ("f2", "f4", "f8", "i8")] == ["f2", "f4", "f8", "f8"]
 
 
 def test_nothing_to_learn_from_is_loss_zero_not_nan() -> None:
@@ -772,6 +780,9 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: MLP([2], np.random.default_rng(0)), r"widths of its input and its output, got \[2\]"),
         (lambda: pca(np.ones((1, 3)), 1), "at least 2 samples, got 1"),
         (lambda: pca(np.ones((5, 3)), 4), "n_components must be >= 1 and <= 3"),
+        (lambda: pca(np.ones(5), 1), r"needs a matrix \(samples, features\), got shape \(5,\)"),
+        (lambda: pca(np.array([[1.0, 2.0], [math.nan, 0.0]]), 1), "finite numbers, got infinity or NaN"),
+        (lambda: numerical_gradient(topic.sum, np.ones(2), 0.0), "step must be > 0, got 0.0"),
         (lambda: train_on(np.empty((0, 2)), np.empty(0, dtype=int)), "dataset is empty"),
         (lambda: train_on(np.ones((3, 2)), np.zeros(2, dtype=int)), "3 points but 2 classes"),
         (lambda: topic.accuracy(None, np.empty((0, 2)), np.empty(0)), "dataset is empty"),

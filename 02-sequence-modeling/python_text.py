@@ -258,6 +258,10 @@ def load_texts(
     Raises ValueError with the file, the line and the reason for what cannot be read.
     """
     check_split(split)
+    if not name_or_path:
+        raise ValueError("no data named; use tiny-world, python-text, a local path or a data set id")
+    if max_texts is not None and max_texts < 1:
+        raise ValueError(f"max_texts must be >= 1, got {max_texts}; None loads all")
     path = Path(name_or_path)
     if name_or_path == "tiny-world":
         n, seed = (20_000, 1) if split == "train" else (2_000, 2)
@@ -417,7 +421,10 @@ def bits_per_byte(compress: Callable[[bytes], bytes], text: str, before: str = "
     """Compressed size of `text`, given that the reader already has `before`, in bits per byte.
 
     With `before` (the training text) it is the growth of the compressed file: what a compressor learned from training.
+    Raises ValueError for an empty text.
     """
+    if not text:
+        raise ValueError("the text to compress is empty; give at least one character")
     size = len(compress((before + text).encode())) - (len(compress(before.encode())) if before else 0)
     return 8 * size / len(text.encode())
 

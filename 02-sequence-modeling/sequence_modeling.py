@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def check_sizes(**sizes: int) -> None:
 
 
 class Vocabulary:
-    """Tokens and their ids; the four special tokens come first, whether or not `tokens` lists them.
+    """Tokens and their ids; the four special tokens come first: `tokens` begins with them, or does not list them.
 
     Raises ValueError for a token listed twice, for a token that is not in the vocabulary (with the code point of a
     single character), and for an id outside it.
@@ -76,7 +77,8 @@ class Vocabulary:
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
-            raise ValueError(f"the vocabulary lists {twice!r} twice; list each token once")
+            remedy = "list each token once, and the special tokens in front or not at all"
+            raise ValueError(f"the vocabulary lists {twice!r} twice; {remedy}")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,15 +97,20 @@ class Vocabulary:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        ids = [int(index) for index in ids]
+        ids = [operator.index(index) for index in ids]
         check_token_ids(torch.tensor(ids, dtype=torch.long), len(self))
         return [self.tokens[index] for index in ids]
 
 
-def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError that names the first id outside 0..vocab_size-1 and its position; TypeError for non-integers."""
+def check_token_ids(token_ids: Tensor, vocab_size: int, n_axes: int | None = None) -> None:
+    """Raise ValueError that names the first id outside 0..vocab_size-1 and its position; TypeError for non-integers.
+
+    `n_axes` is the number of axes that the ids must have; None takes any.
+    """
     if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
         raise TypeError(f"token ids must be integers, got {token_ids.dtype}")
+    if n_axes not in (None, token_ids.ndim):
+        raise ValueError(f"token ids must have {n_axes} axes, got shape {tuple(token_ids.shape)}; add one with [None]?")
     if token_ids.numel() == 0 or (token_ids.min() >= 0 and token_ids.max() < vocab_size):
         return
     where = ((token_ids < 0) | (token_ids >= vocab_size)).nonzero()[0].tolist()
@@ -138,11 +145,12 @@ class NGramModel:
 
     def fit(self, sequences: Iterable[list[int]]) -> "NGramModel":
         """Count the n-grams of sequences of ids; the first token of each, <bos>, is context only."""
-        sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        sequences = [np.asarray(sequence) for sequence in sequences if len(sequence)]
         if sum(len(sequence) > 1 for sequence in sequences) == 0:
             raise ValueError("nothing to count: give at least one sequence of two tokens, <bos> and another")
         token_ids = np.concatenate(sequences)
         check_token_ids(torch.from_numpy(token_ids), self.vocab_size)
+        token_ids = token_ids.astype(np.int64)
         depth = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
         where = np.flatnonzero(depth)  # positions of the words to predict
         words, longest = token_ids[where], np.minimum(depth[where], self.order - 1)
@@ -169,7 +177,7 @@ class NGramModel:
         """Return log p(next token), in float64, for every position of (batch, seq) ids: (batch, seq, vocab)."""
         if not self.tables:
             raise ValueError("the n-gram model has counted nothing yet; call fit first")
-        check_token_ids(token_ids, self.vocab_size)
+        check_token_ids(token_ids, self.vocab_size, n_axes=2)
         ids = token_ids.numpy(force=True)
         available = np.tile(np.arange(1, ids.shape[1] + 1), len(ids))  # tokens of the row up to each position
         alive, node = np.ones(ids.size, bool), np.zeros(ids.size, np.int64)
@@ -403,6 +411,8 @@ def real_positions(lengths: Tensor | list[int], x: Tensor) -> Tensor:
     """True where a row of x (batch, seq, ...) has a real token. Raises ValueError for lengths outside 1..seq."""
     lengths = torch.as_tensor(lengths, device=x.device)
     batch, seq = x.shape[:2]
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape ({batch},), one for each row, got {tuple(lengths.shape)}")
     if batch and not 1 <= lengths.min() <= lengths.max() <= seq:
@@ -483,7 +493,7 @@ class BagOfWords(nn.Module):
         self.hidden_proj, self.lm_head = nn.Linear(d_model, d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        check_token_ids(token_ids, self.vocab_size)
+        check_token_ids(token_ids, self.vocab_size, n_axes=2)
         visible = document_so_far(token_ids).to(self.token_emb.weight.dtype)  # (batch, seq, seq)
         mean = visible / visible.sum(dim=-1, keepdim=True)  # (batch, seq, seq)
         x = mean @ self.token_emb(token_ids)  # (batch, seq, d_model)
@@ -516,7 +526,7 @@ class LanguageModel(nn.Module):
 
     def advance(self, token_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read on from `state`: the logits, and the state after these tokens."""
-        check_token_ids(token_ids, self.vocab_size)
+        check_token_ids(token_ids, self.vocab_size, n_axes=2)
         x = self.token_emb(token_ids)  # (batch, seq, d_model)
         outputs, state = self.layers(x, state)
         logits = self.lm_head(outputs)  # (batch, seq, vocab)
@@ -772,12 +782,17 @@ def sample_ids(logits: Tensor, temperature: float, generator: torch.Generator | 
     """Draw one id per row from softmax(logits / temperature); temperature 0 takes the most likely one.
 
     Drawn on the generator's device, so that one seed chooses alike wherever the logits were computed.
-    Shapes: logits (batch, vocab) -> ids (batch, 1). Raises ValueError for a negative or non-finite temperature.
+    Shapes: logits (batch, vocab) -> ids (batch, 1). Raises ValueError for a negative or non-finite temperature, and for
+    a row whose largest logit is not finite.
     """
     check_range(SimpleNamespace(temperature=temperature), "temperature", least=0)
+    top = logits.max(dim=-1, keepdim=True).values  # (batch, 1)
+    if not top.isfinite().all():
+        raise ValueError(f"the largest logit of a row must be finite, got {top[~top.isfinite()][0]}; train again?")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (batch, 1)
-    scaled = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # (batch, vocab); no overflow near 0
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # less is 0 in float32, and 0 / 0 no number
+    scaled = (logits - top) / temperature  # (batch, vocab); no overflow near 0
     probs = scaled.softmax(dim=-1).to(generator.device if generator else logits.device)  # (batch, vocab)
     return torch.multinomial(probs, 1, generator=generator).to(logits.device)  # (batch, 1)
 
@@ -830,7 +845,7 @@ def stream_nats(model, token_ids: Tensor, n_rows: int = 1, chunk: int = 256) -> 
     The first token is predicted from <bos>. A further row starts with an empty state after its true previous token:
     more rows are faster, and can only cost a model what it would have remembered.
     """
-    check_sizes(n_tokens=len(token_ids), n_rows=n_rows)
+    check_sizes(n_tokens=len(token_ids), n_rows=n_rows, chunk=chunk)
     width = math.ceil(len(token_ids) / n_rows)
     padded = F.pad(token_ids, (0, n_rows * width - len(token_ids)), value=IGNORE)
     targets = padded.view(n_rows, width)  # (rows, width)

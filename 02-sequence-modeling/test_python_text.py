@@ -279,6 +279,10 @@ def test_what_is_neither_file_nor_id_is_refused(tmp_path) -> None:
             load_texts(name)
     with pytest.raises(ValueError, match="unknown split 'test'; use train or validation"):
         load_texts("tiny-world", "test")
+    with pytest.raises(ValueError, match="no data named; use tiny-world"):
+        load_texts("")
+    with pytest.raises(ValueError, match="max_texts must be >= 1, got -1; None loads all"):
+        load_texts("tiny-world", max_texts=-1)
     with pytest.raises(ValueError, match="unknown part 'blog'; use reference, docstrings, functions"):
         python_text("train", ["blog"])
 

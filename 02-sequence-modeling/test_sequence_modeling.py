@@ -186,6 +186,30 @@ def test_scan_equals_loop(seq, started, parity) -> None:
     parity("linear_scan", "linear_recurrence", "gradient", *gradients, 1e-10)
 
 
+def test_bag_of_words_matches_embedding_bag(parity) -> None:
+    """Torch's own mean of embeddings, given each bag by hand: a position's document from its <bos> on."""
+    torch.manual_seed(4)
+    model, token_ids = (
+        BagOfWords(9, 5).double(),
+        torch.tensor([[BOS_ID, 7, 4, EOS_ID, BOS_ID, 8], [6, 6, BOS_ID, 5, 5, 4]]),
+    )
+    bags = []
+    for row in token_ids.tolist():
+        for end in range(len(row)):
+            start = max((index for index in range(end + 1) if row[index] == BOS_ID), default=0)
+            bags.append(row[start : end + 1])
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, bags))][:-1])
+    weights = torch.linspace(-1, 2, 2 * 6 * 9, dtype=torch.float64).view(2, 6, 9)
+    results, gradients = [], []
+    for ours in (True, False):
+        mean = F.embedding_bag(torch.tensor(sum(bags, [])), model.token_emb.weight, offsets, mode="mean")
+        logits = model(token_ids) if ours else model.lm_head(model.hidden_proj(mean).tanh()).view(2, 6, 9)
+        results.append(logits)
+        gradients.append(torch.autograd.grad((logits * weights).sum(), list(model.parameters())))
+    parity("BagOfWords", "F.embedding_bag", "output", *results, 1e-10)
+    parity("BagOfWords", "F.embedding_bag", "gradient", *gradients, 1e-10)
+
+
 def test_scan_costs_three_multiplications_a_step_and_the_loop_one() -> None:
     """What the chapter says of the price of the parallel form; a join costs two, a state filled in costs one."""
 
@@ -632,10 +656,14 @@ BAD = {
     r"a and b must both be .* got \(2, 0, 3\)": lambda: linear_recurrence(X[:, :0], X[:, :0]),
     r"not in the vocabulary of 6 tokens: 'é' \(U\+00E9\), '\\u200b' \(U\+200B\)": unknown_character,
     "lists 'b' twice": lambda: Vocabulary("abcb"),
+    "lists '<pad>' twice; .* special tokens in front or not at all": lambda: Vocabulary(["a", "<pad>"]),
     r"token id 6 >= vocab_size 6 at \[1\]": lambda: Vocabulary("ab").decode([4, 6]),
     r"token id 300 >= vocab_size 300 at \[0, 2\]": lambda: check_token_ids(torch.tensor([[1, 2, 300]]), 300),
     r"token id -1 < 0 at \[1, 0\]": lambda: check_token_ids(torch.tensor([[1], [-1]]), 300),
     r"token id 9 >= vocab_size 9 at \[0, 0\]": lambda: LanguageModel(9, 4)(torch.tensor([[9]])),
+    r"token ids must have 2 axes, got shape \(3,\); add one": lambda: LanguageModel(9, 4)(torch.tensor([1, 2, 3])),
+    r"token ids must have 2 axes, got shape \(2,\); add one": lambda: BagOfWords(9, 4)(torch.tensor([1, 2])),
+    r"token ids must have 2 axes, got shape \(1,\); add one": lambda: NGramModel(1, 9).fit([[1, 2]])(torch.tensor([1])),
     r"token id 8 >= vocab_size 8 at \[0, 0\] ?": lambda: Seq2Seq(9, 8, 4)(
         torch.tensor([[4]]), [1], torch.tensor([[8]])
     ),
@@ -654,6 +682,10 @@ BAD = {
     "n_symbols must be finite and >= 1, got 0": lambda: copy_batch(2, 0, torch.Generator()),
     "temperature must be finite and >= 0, got -1": lambda: sample_ids(torch.zeros(1, 3), -1.0),
     "temperature must be finite and >= 0, got nan": lambda: sample_ids(torch.zeros(1, 3), math.nan),
+    "largest logit of a row must be finite, got nan": lambda: sample_ids(torch.tensor([[1.0, math.nan]]), 0.0),
+    "largest logit of a row must be finite, got -inf": lambda: sample_ids(torch.full((2, 3), -math.inf), 1.0),
+    "chunk must be finite and >= 1, got 0": lambda: stream_nats(LanguageModel(9, 4), torch.tensor([4]), chunk=0),
+    "text to compress is empty": lambda: topic.compressed_bits("a", ""),
     "3 losses for 2 documents": lambda: gap_to_floor([1.0] * 3, [SimpleNamespace(tokens=[1], surprisal=[1])] * 2),
     "n_bytes must be finite and >= 1, got 0": lambda: bits_per_byte(1.0, 0),
     "the text is empty": lambda: topic.text_bits(LanguageModel(5, 4), Vocabulary("a"), ""),
@@ -668,9 +700,15 @@ def test_bad_input_is_named(message) -> None:
         BAD[message]()
 
 
-def test_ids_must_be_integers() -> None:
+def test_ids_and_lengths_must_be_integers() -> None:
     with pytest.raises(TypeError, match="token ids must be integers, got torch.float32"):
         LanguageModel(9, 4)(torch.zeros(1, 2))
+    with pytest.raises(TypeError, match="token ids must be integers, got torch.float64"):
+        NGramModel(2, 9).fit([[BOS_ID, 4.5]])
+    with pytest.raises(TypeError, match="integer"):
+        Vocabulary("ab").decode([4.5])
+    with pytest.raises(TypeError, match="lengths must be integers, got torch.float32"):
+        RNN(3, 4)(X, lengths=[1.5, 2.5])
 
 
 @pytest.mark.parametrize(
@@ -841,6 +879,15 @@ def test_sampling_follows_the_tempered_softmax(temperature) -> None:
     assert ((observed - expected) ** 2 / expected).sum() < 18.5  # 4 degrees of freedom, p = 0.001
     other = (logits / (1.1 * temperature)).softmax(-1).double() * 20_000
     assert ((observed - other) ** 2 / other).sum() > 18.5
+
+
+def test_any_temperature_above_zero_can_be_drawn_from() -> None:
+    logits = torch.tensor([[2.0, 5.0, -math.inf, 4.5]])
+    for temperature in (5e-324, 1e-320, 1e-30):  # the first two are 0 in float32
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            assert sample_ids(logits.to(dtype), temperature, torch.Generator().manual_seed(0)).item() == 1
+    drawn = {sample_ids(logits, 1e30, torch.Generator().manual_seed(seed)).item() for seed in range(40)}
+    assert drawn == {0, 1, 3}  # evenly, but never what is impossible
 
 
 def test_temperature_zero_is_greedy_and_rows_are_independent() -> None:

@@ -587,6 +587,7 @@ def test_questions_outside_the_language_are_the_promised_ones(world: World) -> N
         ({"mixture": {"storys": 1}}, "unknown kind 'storys' in mixture; kinds are story, news"),
         ({"mixture": {"story": -1}}, r"mixture\['story'\] must be finite and >= 0, got -1"),
         ({"mixture": {"story": 0}}, "at least one kind a weight > 0"),
+        ({"mixture": {"story": 1e308, "news": 1e308}}, "all together a finite one"),
         ({"canaries": ("a b .",)}, "canaries and canary_rate > 0 go together"),
         ({"canary_rate": 0.1}, "canaries and canary_rate > 0 go together"),
         ({"canaries": ("a <eos> b",), "canary_rate": 0.1}, "without special tokens"),
@@ -616,6 +617,8 @@ def test_other_mistakes_are_refused(world: World) -> None:
         world.documents(1, seed=0, kind="poem")
     with pytest.raises(ValueError, match="unknown split 'test'; use train, validation or None"):
         world.documents(1, seed=0, split="test")
+    with pytest.raises(ValueError, match="n must be >= 0, got -1 documents"):
+        world.documents(-1, seed=0)
     with pytest.raises(ValueError, match="more than 100 documents; enumerate a smaller world"):
         world.enumerate("story", most=100)
     with pytest.raises(ValueError, match="unknown split 'test'; use train, content"):

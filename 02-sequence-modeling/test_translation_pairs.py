@@ -220,6 +220,13 @@ def test_command_line_prints_a_file_that_reads_back(tmp_path: Path, capsys) -> N
     assert "new-format" in capsys.readouterr().out
 
 
+def test_a_file_of_pairs_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes("\ufeffHello .\tBonjour .\r\n\r\nOne\tUn\r\n".encode())
+    found = [(pair.source, pair.target) for pair in read_pairs(path)]
+    assert found == [(("hello", "."), ("bonjour", ".")), (("one",), ("un",))]
+
+
 def test_own_pairs_are_split_by_content() -> None:
     pairs = [Pair((str(number),), ("x",)) for number in range(1000)]
     splits = split_pairs(pairs)

@@ -140,8 +140,8 @@ class WorldConfig:
                 raise ValueError(f"unknown kind {kind!r} in mixture; kinds are {', '.join(MIXTURE)}")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"mixture[{kind!r}] must be finite and >= 0, got {weight}")
-        if not any(weight for _, weight in self.mixture):
-            raise ValueError("mixture must give at least one kind a weight > 0")
+        if not 0 < sum(weight for _, weight in self.mixture) < math.inf:
+            raise ValueError("mixture must give at least one kind a weight > 0, and all together a finite one")
         if bool(self.canaries) != (self.canary_rate > 0):
             raise ValueError("canaries and canary_rate > 0 go together: give both or neither")
         for canary in self.canaries:
@@ -212,7 +212,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        return join(self.tokens[:-1] if self.tokens[-1] == EOS else self.tokens)
+        return join(self.tokens[:-1] if self.tokens[-1:] == [EOS] else self.tokens)
 
     @property
     def scene(self) -> Scene | None:
@@ -1059,7 +1059,9 @@ class Language(Almanac):
         )
 
     def documents(self, n: int, seed: int, split: str | None = None, kind: str | None = None) -> list[Document]:
-        """Draw n documents; see `stream`."""
+        """Draw n documents; see `stream`. Raises ValueError for n < 0."""
+        if n < 0:
+            raise ValueError(f"n must be >= 0, got {n} documents")
         return list(itertools.islice(self.stream(seed, split, kind), n))
 
     def follow(self, tokens: Sequence[str], kind: str | None = None) -> tuple[list[float], dict[str, float]]:

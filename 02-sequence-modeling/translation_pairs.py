@@ -439,7 +439,9 @@ def read_pairs(path: Path, unit: str = "words") -> list[Pair]:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     pairs = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(
+        path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1
+    ):  # no byte-order mark
         try:
             columns = line.decode("utf-8").split("\t")
         except UnicodeDecodeError as error:
