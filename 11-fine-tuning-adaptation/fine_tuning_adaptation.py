@@ -110,6 +110,11 @@ class DialogueBatches:
                 raise ValueError(f"dialogue {number} has {len(row.ids)} ids, a row holds {seq_len + 1}; raise seq_len")
         self.dialogues, self.replay, self.seq_len = dialogues, replay, seq_len
         n_replayed = round(batch_size * replay_share) if replay else 0
+        if n_replayed >= batch_size or (replay and replay_share and not n_replayed):
+            raise ValueError(
+                f"replay_share={replay_share:g} makes {n_replayed} of the {batch_size} rows of a batch; a batch needs "
+                "dialogues and replayed rows: change batch_size or the share"
+            )
         self.order = EpochOrder(len(dialogues), batch_size - n_replayed, seed)
         self.replay_order = EpochOrder(len(replay), n_replayed, seed) if n_replayed else None
 
@@ -165,17 +170,6 @@ def counted_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def everything_trained(dialogues: Sequence[Chat]) -> list[Chat]:
     """The same dialogues with a loss on the question too, for comparison."""
     return [Chat(row.ids, [True] * len(row.ids)) for row in dialogues]
-
-
-def mixture(n_examples: dict[str, int], temperature: float = 1.0) -> dict[str, float]:
-    """Shares of the tasks of a multi-task mixture: n^(1/T) / sum n^(1/T) (Raffel et al. 2020, section 3.5.2).
-
-    T = 1 draws in proportion to the examples, T to infinity draws all tasks alike.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}; 1 draws in proportion to the examples")
-    weights = {name: n ** (1 / temperature) for name, n in n_examples.items()}
-    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 # Examination
@@ -460,6 +454,8 @@ class SftConfig:
         check_range(self, "seq_len", "learning_rate", "ewc_strength", least=0)
         check_range(self, "replay_share", least=0, below=1)
         check_name("loss_on", self.loss_on, ("answer", "everything"))
+        if not self.names:
+            raise ValueError(f"categories={self.categories!r} names none; give some of {','.join(INSTRUCT)}")
         for name in self.names:
             check_name("category", name, INSTRUCT)
 

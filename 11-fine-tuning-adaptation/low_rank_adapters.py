@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -297,8 +298,13 @@ def some_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def fold(model: CausalLM) -> CausalLM:
-    """Put plain linear layers with the effective weights in the place of the adapted ones; all weights are trained."""
-    for name, layer in some_adapters(model).items():
+    """Put plain linear layers with the effective weights in the place of all others; all weights are trained.
+
+    Of a quantised base, layers without an update become plain too: the model can be saved as any other.
+    """
+    some_adapters(model)
+    others = {name: layer for name, layer in model.named_modules() if is_linear(layer) and type(layer) is not nn.Linear}
+    for name, layer in (others | adapted_layers(model)).items():
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
         plain.weight.copy_(layer.weight)
         if layer.bias is not None:
@@ -357,12 +363,12 @@ def remember_base(model: CausalLM) -> None:
 
 
 def file_names(model: CausalLM) -> dict[str, str]:
-    """Our name of each linear layer of the blocks, and its name in the folders of the model's family."""
+    """Our name of each linear layer, an untied head too, and its name in the folders of the model's family."""
     pairs = {entry.parts[0]: entry.key for entry in folder_layout(model.config).tensors if len(entry.parts) == 1}
     return {
         ours.removesuffix(".weight"): theirs.removesuffix(".weight")
         for ours, theirs in pairs.items()
-        if ours.endswith("_proj.weight")
+        if ours.endswith("_proj.weight") or ours == "lm_head.weight"
     }
 
 
@@ -418,6 +424,7 @@ def save_adapter(model: CausalLM, folder: Path, base: str = "") -> None:
 
 
 UNSUPPORTED = {  # settings of PEFT's LoRA that change what is computed, and the values that mean "not used"
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others, as PiSSA, change the base too
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
@@ -427,7 +434,39 @@ UNSUPPORTED = {  # settings of PEFT's LoRA that change what is computed, and the
     "lora_bias": (False, None),
     "alora_invocation_tokens": (None, []),
     "layer_replication": (None, []),
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config"), (False, None)),
 }
+SETTINGS = {  # the settings that are read: what each must be, and what its absence means
+    "r": (int, None),
+    "lora_alpha": (int | float, None),
+    "lora_dropout": (int | float, 0.0),
+    "use_rslora": (bool, False),
+    "use_dora": (bool, False),
+    "auto_mapping": (dict, {}),
+}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, with every value that is read of the type it must have.
+
+    Raises ValueError for another kind of adapter and for settings that would compute something else.
+    """
+    words = read_json(folder / ADAPTER_CONFIG)
+    if words.get("peft_type") != "LORA":
+        raise ValueError(f"{shown(folder)} holds an adapter of type {words.get('peft_type')!r}, expected 'LORA'")
+    for name, allowed in UNSUPPORTED.items():
+        if words.get(name) not in allowed:
+            raise ValueError(
+                f"{shown(folder)} has {name}={words[name]!r}, which this course's LoRA does not know; "
+                "merge it with PEFT and load the whole model"
+            )
+    for name, (kind, absent) in SETTINGS.items():
+        value = absent if words.get(name) is None else words[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = getattr(kind, "__name__", "number")
+            raise ValueError(f"{shown(folder / ADAPTER_CONFIG)}: {name} must be of type {wanted}, got {value!r}")
+        words[name] = value
+    return words
 
 
 def load_adapter(model: CausalLM, folder: Path) -> list[str]:
@@ -438,23 +477,18 @@ def load_adapter(model: CausalLM, folder: Path) -> list[str]:
     says for which. Nothing is half loaded.
     """
     folder = Path(folder)
-    words = read_json(folder / ADAPTER_CONFIG)
-    if words.get("peft_type") != "LORA":
-        raise ValueError(f"{shown(folder)} holds an adapter of type {words.get('peft_type')!r}, expected 'LORA'")
-    for name, allowed in UNSUPPORTED.items():
-        if words.get(name) not in allowed:
-            raise ValueError(f"{shown(folder)} has {name}={words[name]!r}, which this course's LoRA does not know")
+    words = read_settings(folder)
     remember_base(model)
-    wanted = (words.get("auto_mapping") or {}).get("base_sha256")
+    wanted = words["auto_mapping"].get("base_sha256")
     if wanted and wanted != model.base_identity:
         raise ValueError(
-            f"{shown(folder)} was trained on a base with sha256 {wanted[:12]}..., this model has "
+            f"{shown(folder)} was trained on a base with sha256 {str(wanted)[:12]}..., this model has "
             f"{model.base_identity[:12]}...; load the base {words.get('base_model_name_or_path') or 'it was made for'}"
         )
     tensors, names = read_safetensors(folder / ADAPTER_WEIGHTS), file_names(model)
     token_ids, rows = words.get("trainable_token_indices"), tensors.pop(ROWS_KEY, None)
-    if isinstance(token_ids, dict):
-        token_ids = token_ids.get("embed_tokens")
+    if isinstance(token_ids, dict) and list(token_ids) == ["embed_tokens"]:
+        token_ids = token_ids["embed_tokens"]
     if (rows is None) != (not token_ids) or (token_ids and tuple(rows.shape) != (len(token_ids), model.config.d_model)):
         raise ValueError(f"{shown(folder)} has trainable_token_indices={token_ids}, but other rows of an embedding")
     keys = {f"{PREFIX}{theirs}.lora_A.weight": ours for ours, theirs in names.items()}
@@ -462,10 +496,10 @@ def load_adapter(model: CausalLM, folder: Path) -> list[str]:
     config = LoraConfig(
         lora_rank=words["r"],
         lora_alpha=words["lora_alpha"],
-        lora_dropout=words.get("lora_dropout", 0.0),
+        lora_dropout=words["lora_dropout"],
         target_modules=",".join(sorted({name.rpartition(".")[2] for name in chosen})) or "none",
-        rank_stabilised=words.get("use_rslora", False),
-        dora=words.get("use_dora", False),
+        rank_stabilised=words["use_rslora"],
+        dora=words["use_dora"],
     )
     check_fit(model, config, chosen, tensors, names)
     if adapted_layers(model):

@@ -86,17 +86,20 @@ class BiasedSwiGLU(SwiGLU):
 def add_biases(model: CausalLM, names: Sequence[str] = BIASED) -> None:
     """Freeze the model and train biases alone (Ben Zaken et al. 2022).
 
-    BitFit trains the biases that a model has. A Llama has none, so they are added here, at 0, to the named layers of
-    every block; the model begins as it was. Raises ValueError for a name that no layer has.
+    BitFit trains the biases that a model has. Most Llamas have none: where the named layers of a block lack one, it is
+    added at 0, so that the model begins as it was. Raises ValueError for a name that no layer has, and for experts.
     """
     for name in names:
         check_name("biased layer", name, BIASED)
+    if model.config.experts or model.config.latent:
+        raise ValueError("biases are added to grouped-query attention and SwiGLU; this model has experts or latents")
     freeze(model)
     for block in model.blocks:
         block.ffn = BiasedSwiGLU(block.ffn)
         for name in names:
             layer = getattr(block.self_attn if hasattr(block.self_attn, name) else block.ffn, name)
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+            start = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+            layer.bias = nn.Parameter(start)
 
 
 # Prefix tuning
@@ -144,9 +147,14 @@ def add_prefix(model: CausalLM, token_ids: Sequence[int]) -> None:
 
     They start as those of `token_ids`: the model then begins as if it had read these ids first, which trains better
     than a random start (section 7.4 there). No network makes them, as none does in the paper's model after training.
+    Raises ValueError for attention that does more than grouped queries do, such as norms of queries, caps or windows.
     """
     if not token_ids:
         raise ValueError("a prefix needs at least one token id to start from")
+    for block in model.blocks:
+        if type(block.self_attn) is not GroupedQueryAttention or model.config.window_size:
+            kind = f"{type(block.self_attn).__name__} with window_size={model.config.window_size}"
+            raise ValueError(f"a prefix stands before plain grouped-query attention, got {kind}; use PromptTuned")
     caches = model.new_caches()
     model(torch.tensor([list(token_ids)], device=model.token_emb.weight.device), caches)
     freeze(model)
@@ -209,7 +217,10 @@ class PromptTuned(nn.Module):
 
     def before(self, token_ids: Tensor) -> Tensor:
         """The ids with the placeholders of the prompt before them: (batch, virtual_and_seq)."""
-        placeholders = token_ids.new_full((len(token_ids), self.n_virtual), self.model.token_emb.placeholder_id)
+        placeholder_id = self.model.token_emb.placeholder_id
+        if (token_ids == placeholder_id).any():
+            raise ValueError(f"a text holds id {placeholder_id}, which stands for the prompt; take another placeholder")
+        placeholders = token_ids.new_full((len(token_ids), self.n_virtual), placeholder_id)
         return torch.cat([placeholders, token_ids], dim=1)
 
     def hidden(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:

@@ -27,7 +27,6 @@ from fine_tuning_adaptation import (
     fisher_diagonal,
     freeze_below,
     layer_rates,
-    mixture,
     prompt_ids,
     respond,
 )
@@ -161,14 +160,9 @@ def test_batches_refuse_what_cannot_be_trained() -> None:
         DialogueBatches([row, row._replace(trained=[False] * len(row.ids))], 2, 0)
     with pytest.raises(ValueError, match=rf"dialogue 0 has {len(row.ids)} ids, a row holds 9; raise seq_len"):
         DialogueBatches([row], 1, 0, seq_len=8)
-
-
-def test_mixture_of_tasks() -> None:
-    assert mixture({"a": 900, "b": 100}) == {"a": 0.9, "b": 0.1}
-    even = mixture({"a": 900, "b": 100}, 2.0)
-    assert even["a"] == pytest.approx(0.75) and sum(even.values()) == pytest.approx(1)
-    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
-        mixture({"a": 1}, 0)
+    for replay_share, n_replayed in ((0.1, 0), (0.9, 4)):  # neither replay nor dialogues may be rounded away
+        with pytest.raises(ValueError, match=f"replay_share={replay_share} makes {n_replayed} of the 4 rows"):
+            DialogueBatches([row] * 5, 4, 0, replay=[row] * 5, replay_share=replay_share)
 
 
 # What is trained, and how fast

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import low_rank_adapters
+from llm_config import ExpertConfig
 from low_rank_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -212,6 +213,51 @@ def test_pefts_folder_is_loaded_by_us_and_comes_back(name: str, tmp_path, parity
     again = CausalLM.from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "again")
     assert torch.equal(again(ids()), ours(ids()))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "pissa", "olora"])
+def test_a_start_that_changes_the_base_is_refused_and_others_are_not(start: str, tmp_path, parity) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path), dtype=torch.float32)
+    settings = TheirConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=start)
+    theirs = shaken(get_peft_model(base, settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = CausalLM.from_pretrained(tmp_path / "base")
+    if start != "gaussian":
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*merge it with PEFT"):
+            load_adapter(loaded, tmp_path / "theirs")
+        return
+    load_adapter(loaded, tmp_path / "theirs")
+    parity(f"PEFT's folder, {start}", "PEFT", "exchange", loaded(ids()), theirs(input_ids=ids()).logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "adapter"),
+    [
+        ({"tie_embeddings": False}, LoraConfig(lora_rank=2, target_modules="q_proj,lm_head")),
+        ({"qk_norm": True, "n_layers": 1}, replace(KINDS["DoRA"], lora_rank=1)),
+        ({"use_bias": True, "tie_embeddings": False}, replace(KINDS["rsLoRA"], dora=True)),
+        ({"tie_embeddings": False, "experts": ExpertConfig(4, 2, 40)}, KINDS["LoRA"]),
+    ],
+    ids=["head", "qwen3", "biases", "experts"],
+)
+def test_other_families_are_exchanged_with_peft(sizes: dict, adapter: LoraConfig, tmp_path, parity) -> None:
+    torch.manual_seed(2)
+    ours = CausalLM(replace(TINY, **sizes)).eval()
+    ours.save_pretrained(tmp_path / "base")
+    add_adapters(ours, adapter)
+    save_adapter(shaken(ours), tmp_path / "adapter")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    parity(f"our folder, {', '.join(sizes)}", "PEFT", "exchange", theirs(input_ids=ids(1)).logits, ours(ids(1)), 1e-5)
+
+
+def test_folding_a_quantised_base_leaves_a_model_that_can_be_saved(tmp_path) -> None:
+    model = tiny().eval()
+    quantize_model(model)
+    add_adapters(model, KINDS["LoRA, two layers"])  # five kinds of layers get no update
+    logits = shaken(model)(ids())
+    fold(model).save_pretrained(tmp_path)
+    assert torch.allclose(CausalLM.from_pretrained(tmp_path)(ids()), logits, atol=1e-5)
 
 
 def test_a_hand_worked_layer() -> None:
@@ -458,6 +504,12 @@ def test_folders_that_do_not_fit_are_refused(tmp_path) -> None:
         ({"peft_type": "PREFIX_TUNING"}, "type 'PREFIX_TUNING', expected 'LORA'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'., which this course's LoRA does not know"),
         ({"r": 2}, r"has shape \(3, 24\), expected \(2, 24\)"),
+        ({"r": "3"}, f"{ADAPTER_CONFIG}: r must be of type int, got '3'"),
+        ({"r": None}, f"{ADAPTER_CONFIG}: r must be of type int, got None"),
+        ({"lora_alpha": True}, f"{ADAPTER_CONFIG}: lora_alpha must be of type number, got True"),
+        ({"auto_mapping": "x"}, f"{ADAPTER_CONFIG}: auto_mapping must be of type dict, got 'x'"),
+        ({"auto_mapping": {"base_sha256": 5}}, "trained on a base with sha256 5"),
+        ({"trainable_token_indices": {"lm_head": [3]}}, r"trainable_token_indices=\{'lm_head': \[3\]\}"),
         ({"use_dora": True}, "missing .*lora_magnitude_vector"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """Topic 11: soft prompts and prefixes equal to PEFT's, biases to transformers' Llama, and each begins as promised."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -8,8 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import prompt_tuning
 from gpt2 import SamplingConfig, left_padded
+from llm_config import ExpertConfig
 from modern_llm_architectures import CausalLM, ModelConfig
 from prompt_tuning import (
+    Bottleneck,
     PrefixAttention,
     PromptTuned,
     add_biases,
@@ -203,6 +207,59 @@ def test_biases_are_those_of_transformers_llama(tmp_path, parity) -> None:
     parity("BitFit's biases", "transformers' Llama with biases", "output", ours(ids()), theirs(ids()).logits, 1e-10)
 
 
+def test_a_bottleneck_is_its_formula_with_its_gradients(parity) -> None:
+    torch.manual_seed(3)
+    layer, y = Bottleneck(7, 3).double(), torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    shaken(layer)
+    z = y @ layer.down.weight.T + layer.down.bias
+    hidden = z * (1 + torch.erf(z / 2**0.5)) / 2  # gelu by its definition
+    wanted = y + hidden @ layer.up.weight.T + layer.up.bias
+    parity("Bottleneck", "the formula with erf", "output", layer(y), wanted, 1e-10)
+    inputs = [y, *layer.parameters()]
+    ours, theirs = (torch.autograd.grad(made.square().sum(), inputs) for made in (layer(y), wanted))
+    for name, got, want in zip(("y", "W_down", "b_down", "W_up", "b_up"), ours, theirs, strict=True):
+        parity(f"Bottleneck, {name}", "the formula with erf", "gradient", got, want, 1e-10)
+
+
+def test_bottlenecks_equal_hooks_on_transformers_llama(tmp_path, parity) -> None:
+    """Adapters as others add them: a forward hook on every sublayer, from which nothing of ours is used."""
+    tiny(torch.float32).save_pretrained(tmp_path)
+    ours = CausalLM.from_pretrained(tmp_path).double().eval()
+    add_bottlenecks(ours, 5)
+    shaken(ours)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    pairs = list(zip(ours.blocks, theirs.model.layers, strict=True))
+    for block, layer in pairs:
+        for mine, yours in ((block.self_attn.adapter, layer.self_attn), (block.ffn.adapter, layer.mlp)):
+            yours.adapter = nn.Sequential(nn.Linear(24, 5), nn.GELU(), nn.Linear(5, 24)).double()
+            yours.adapter[0].load_state_dict(mine.down.state_dict())
+            yours.adapter[2].load_state_dict(mine.up.state_dict())
+            yours.register_forward_hook(plus_adapter)
+    parity("WithBottleneck", "hooks on transformers' Llama", "output", ours(ids()), theirs(ids()).logits, 1e-10)
+    loss_of(ours(ids()), ids()).backward()
+    loss_of(theirs(ids()).logits, ids()).backward()
+    for number, (block, layer) in enumerate(pairs):
+        got, want = block.self_attn.adapter.down.weight.grad, layer.self_attn.adapter[0].weight.grad
+        parity(f"WithBottleneck {number}", "hooks on transformers' Llama", "gradient", got, want, 1e-10)
+
+
+def plus_adapter(layer: nn.Module, _: tuple, output: object) -> object:
+    """The output of a sublayer, which for attention is a tuple, with its adapter's added."""
+    if isinstance(output, tuple):
+        return (output[0] + layer.adapter(output[0]), *output[1:])
+    return output + layer.adapter(output)
+
+
+def test_biases_that_a_model_has_are_trained_and_kept() -> None:
+    torch.manual_seed(0)
+    model = CausalLM(replace(TINY, use_bias=True)).double().eval()
+    nn.init.normal_(model.blocks[1].self_attn.k_proj.bias)
+    nn.init.normal_(model.blocks[1].self_attn.v_proj.bias)
+    before = model(ids())
+    add_biases(model)
+    assert torch.allclose(model(ids()), before, atol=1e-12) and trained_parameters(model) == SIZES["biases"]
+
+
 # Invariants and mistakes
 
 
@@ -233,7 +290,12 @@ def test_packed_rows_are_refused_by_a_prompt() -> None:
         (lambda: add_bottlenecks(tiny(), 25), r"d_bottleneck=25 must be in 1\.\.24"),
         (lambda: add_bottlenecks(tiny(), 0), r"d_bottleneck=0 must be in 1\.\.24"),
         (lambda: add_biases(tiny(), ["up_prj"]), "unknown biased layer 'up_prj'; did you mean 'up_proj'"),
+        (lambda: add_biases(CausalLM(replace(TINY, experts=ExpertConfig(4, 2, 40)))), "this model has experts"),
         (lambda: add_prefix(tiny(), []), "a prefix needs at least one token id"),
+        (lambda: add_prefix(CausalLM(replace(TINY, qk_norm=True)), [3]), "got NormedAttention with window_size=0"),
+        (lambda: add_prefix(CausalLM(replace(TINY, attention_cap=5.0)), [3]), "got SoftCappedAttention"),
+        (lambda: add_prefix(CausalLM(replace(TINY, window_size=4)), [3]), "window_size=4; use PromptTuned"),
+        (lambda: PromptTuned(tiny(), FIRST, 13)(torch.tensor([[12, 13]])), "a text holds id 13"),
         (lambda: PromptTuned(tiny(), [], PLACEHOLDER), "a prompt needs at least one token id"),
     ],
 )
