@@ -20,7 +20,9 @@ from tokenizer_basics import (
     check_ids,
     check_text,
     check_vocab,
+    checked_texts,
     expect,
+    plain_ids,
     read_json,
     read_tokenizer_json,
     split_special,
@@ -217,7 +219,7 @@ class ByteVocabulary:
         return bytes(CHAR_BYTES[char] for char in spelling)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.token_bytes(token_id) for token_id in ids)
+        return b"".join(map(self.token_bytes, plain_ids(ids)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD, special tokens their spelling or nothing."""
@@ -226,7 +228,7 @@ class ByteVocabulary:
     def stream(self, ids: Iterable[int], skip_special: bool = False) -> Iterator[str]:
         """The text of ids as they come: each piece holds whole characters, and the pieces joined equal `decode`."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in ids:
+        for token_id in plain_ids(ids):
             data = self.token_bytes(token_id)
             if skip_special and self.spellings[token_id] in self.special_tokens:
                 data = b""
@@ -349,7 +351,11 @@ class ByteLevelBPE(BytePairMerges):
     ):
         super().__init__(vocab, merges, special_tokens)
         self.rule, self.pattern = rule, Rule(rule)
-        self.word_ids = lru_cache(maxsize=2**16)(self.merge_word)
+        self.short_word_ids = lru_cache(maxsize=2**16)(self.merge_word)
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles, such as those for the workers of a data loader, begin with an empty cache."""
+        return type(self), (self.vocab, self.merges, self.special_tokens, self.rule)
 
     @classmethod
     def train(
@@ -363,10 +369,16 @@ class ByteLevelBPE(BytePairMerges):
         """Learn from texts. Raises ValueError if `vocab_size` leaves no room for 256 bytes and the special tokens."""
         least = 256 + len(special_tokens)
         if vocab_size < least:
-            raise ValueError(f"vocab_size must be >= {least} (256 bytes and {len(special_tokens)} special tokens)")
+            raise ValueError(
+                f"vocab_size must be >= {least} (256 bytes and {len(special_tokens)} special tokens), got {vocab_size}"
+            )
         words = count_words(texts, rule)
         first = [*special_tokens, *sorted(BYTE_CHARS)]
         return cls(*train_merges(words, vocab_size, first, min_frequency), special_tokens, rule)
+
+    def word_ids(self, word: bytes) -> tuple[int, ...]:
+        """As `merge_word`, out of a cache for words of ordinary length: long ones could fill the memory."""
+        return self.short_word_ids(word) if len(word) <= 256 else self.merge_word(word)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Token ids of a text. Only the special tokens in `allowed_special` are recognised, the longest first."""
@@ -433,8 +445,7 @@ def count_words(texts: Iterable[str], rule: str = GPT2_RULE) -> dict[tuple[str, 
     """How often each word of the texts occurs; words as tuples of byte characters. Raises ValueError if none does."""
     words: Counter[str] = Counter()
     pattern = Rule(rule)
-    for text in texts:
-        check_text(text)
+    for text in checked_texts(texts):
         words.update(cut_words(pattern, text))
     if not words:
         raise ValueError("the corpus is empty; give at least one word")

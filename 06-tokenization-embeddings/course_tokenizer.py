@@ -113,12 +113,16 @@ class CourseTokenizer(ByteLevelBPE):
         ids: list[int] = []
         trained: list[bool] = []
         for number, message in enumerate(messages):
+            if not isinstance(message, dict):
+                raise ValueError(f"message {number} should be a dict of role and content, got {message!r}")
             role = check_name(f"role in message {number}", message.get("role"), ROLES)
             content, calls = message.get("content"), message.get("tool_calls") or []
             if not isinstance(content, str) and not (content is None and role == "assistant"):
                 raise ValueError(f"the content of message {number} should be a str, got {type(content).__name__}")
             if calls and role != "assistant":
                 raise ValueError(f"message {number} has tool_calls, but only an assistant calls tools, not the {role}")
+            if not all(isinstance(call, dict) and "function" in call for call in calls):
+                raise ValueError(f'a tool call of message {number} should be {{"function": ...}}, got {calls!r}')
             header = [self.im_start_id, *self.role_ids[role], self.im_sep_id]
             body = [self.tool_result_id] * (role == "tool") + self.encode(content or "")
             for call in calls:
@@ -138,6 +142,8 @@ class CourseTokenizer(ByteLevelBPE):
         cut_side: str = "right",
     ) -> Batch:
         """Texts or rows of ids as one tensor, filled up with <|pad|>; see `pad_batch`."""
+        if isinstance(rows, str):
+            raise ValueError("a batch is a list of texts or of rows of ids, got one str; put it into a list")
         ids = [self.encode(row) if isinstance(row, str) else list(row) for row in rows]
         return pad_batch(ids, self.pad_id, max_seq_len, pad_side, cut_side)
 

@@ -230,9 +230,11 @@ def test_the_loss_counts_what_the_assistant_says_and_its_end(ours: CourseTokeniz
         ({"role": "user", "content": None}, "the content of message 0 should be a str, got NoneType"),
         ({"role": "user", "content": ["Hi"]}, "the content of message 0 should be a str, got list"),
         ({"role": "user", "content": "", "tool_calls": [{"function": {}}]}, "only an assistant calls tools"),
+        ("Hi", "message 0 should be a dict of role and content, got 'Hi'"),
+        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, 'a tool call of message 0 should be {"function": ...}'),
     ],
 )
-def test_bad_messages_are_refused_in_words(message: dict, advice: str, ours: CourseTokenizer) -> None:
+def test_bad_messages_are_refused_in_words(message: dict | str, advice: str, ours: CourseTokenizer) -> None:
     with pytest.raises(ValueError, match=re.escape(advice)):
         ours.chat([message])
 

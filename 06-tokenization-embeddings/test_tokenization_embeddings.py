@@ -1,13 +1,14 @@
 """Proofs of topic 06: the trainers, encoders and files beside the library `tokenizers`, round trips, and bad input."""
 
+import copy
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
 import sys
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tokenization_embeddings import (
     train_merges,
     train_merges_naively,
 )
+from wordpiece import MOVED, NEWER_SIGNS, bert_words
 
 CORPORA = {name: list(itertools.islice(load_texts(name, "train"), 400)) for name in ("python-text", "tiny-world")}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -241,6 +243,18 @@ def test_the_work_of_a_long_word_grows_as_its_length(unit: str) -> None:
     assert work[0] > 10_000 and work[1] < 2.01 * work[0]
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_copies_and_pickles_work_and_long_words_stay_out_of_the_cache(kind: str) -> None:
+    tokenizer = topic.KINDS[kind].train(CORPORA["tiny-world"][:20], 320)
+    cache = tokenizer.short_word_ids if kind == "bpe" else tokenizer.short_cut
+    ids = tokenizer.encode("the garden" + "x" * 300)
+    assert 0 < cache.cache_info().currsize < 3
+    for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert copied.encode("the garden" + "x" * 300) == ids and type(copied) is type(tokenizer)
+        copied.encode("another text")
+    assert cache.cache_info().currsize < 3
+
+
 def test_a_megabyte_of_one_character_and_100k_marks_are_cut_and_come_back() -> None:
     bpe = ByteLevelBPE.train(["a" * 64], 262)
     ids = bpe.encode("a" * 10**6)
@@ -399,17 +413,28 @@ def test_wordpiece_cuts_as_the_library_does(corpus: str, vocab_size: int, parity
     theirs = library_wordpiece(CORPORA[corpus], vocab_size)
     ours = WordPiece(model_of(theirs)["vocab"])
     generator = random.Random(0)
-    known = [text for text in (random_text(generator, 20) for _ in range(300)) if is_old(text)]
-    texts = [*ODD, *CORPORA["python-text"][:60], *CORPORA["tiny-world"][:60], *known]
+    strange = [random_text(generator, 20) for _ in range(300)]
+    texts = [*ODD, "form\x0cfeed\x0bthe\x85end", *CORPORA["python-text"][:60], *CORPORA["tiny-world"][:60], *strange]
     found, wanted = ids_and_spans(ours, texts), ids_and_spans(theirs, texts)
     for text, mine, library in zip(texts, found, wanted, strict=True):
         assert mine == library, ascii(text)
     parity("WordPiece", "tokenizers, ids and spans", "output", found, wanted, 0)
 
 
-def is_old(text: str) -> bool:
-    """Whether every character is assigned: Unicode tables of different years disagree about the others."""
-    return all(unicodedata.category(char) != "Cn" for char in text)
+def test_every_sign_and_mark_is_normalised_as_by_the_library(parity) -> None:
+    """But for the capitals and the vowel that Unicode gained in the last years: there a Python may know less."""
+    normalizer, cutter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    points = [*range(0x3000), *range(0xA600, 0xAC00), *range(0xF900, 0x12000, 3), *range(0x12000, 0x110000, 797)]
+    texts = [f"a{chr(point)}B" for point in [*points, *map(ord, MOVED), *map(ord, sorted(NEWER_SIGNS)[::5])]]
+    library = [[word for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))] for text in texts]
+    ours = [[word for word, _ in bert_words(text)] for text in texts]
+    pairs = zip(texts, ours, library, strict=True)
+    differing = [at for at, (text, mine, other) in enumerate(pairs) if mine != other]
+    assert all(len(ours[at]) == len(library[at]) == 1 for at in differing) and len(differing) < 30, differing
+    same = [at for at in range(len(texts)) if at not in set(differing)]
+    parity(
+        "bert_words", "tokenizers, BERT's normaliser", "output", [ours[i] for i in same], [library[i] for i in same], 0
+    )
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
@@ -619,6 +644,10 @@ def test_bad_texts_and_ids_are_refused_in_words(kind: str) -> None:
         type(ours).train([], 300)
     with pytest.raises(ValueError, match="vocab_size must be >="):
         type(ours).train(["abc"], 1)
+    with pytest.raises(ValueError, match="trained on several texts, got one str; put it into a list"):
+        type(ours).train("abc abd", 300)
+    with pytest.raises(ValueError, match="a tokenizer reads str, got NoneType"):
+        type(ours).train(["abc", None], 300)
     with pytest.raises(ValueError, match="'<x>' is no special token"):
         ours.encode("a", allowed_special=["<x>"])
 

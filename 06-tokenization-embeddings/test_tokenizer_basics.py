@@ -95,6 +95,13 @@ def test_bytes_that_are_no_text_become_one_mark_each() -> None:
     assert join_pieces(["a", BYTE_PIECES[0xE6], BYTE_PIECES[0x97], "b"]) == "a\ufffd\ufffdb"
 
 
+@pytest.mark.parametrize("kind", topic.KINDS.values())
+def test_a_row_of_a_model_s_answer_is_decoded_too(kind: type) -> None:
+    ours = kind.train(TEXTS[:5], 300)
+    ids = ours.encode(TEXTS[0])
+    assert ours.decode(torch.tensor(ids)) == ours.decode(torch.tensor(ids).int()) == ours.decode(ids) != ""
+
+
 @pytest.mark.parametrize("vocab_size", [60, 10_000])
 def test_words_are_learnt_and_cut_as_by_the_library(vocab_size: int, tmp_path: Path, parity) -> None:
     ours = WordTokenizer.train(TEXTS, vocab_size)

@@ -313,7 +313,7 @@ def measure_encoding_speed(n_bytes: int = 1_000_000, vocab_size: int = 4096, n_r
 
     def encode_all(some: list[str], forget: bool) -> None:
         if forget:
-            trained.word_ids.cache_clear()
+            trained.short_word_ids.cache_clear()
         for text in some:
             trained.encode(text)
 

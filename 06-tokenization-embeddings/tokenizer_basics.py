@@ -81,6 +81,15 @@ def check_text(text: str) -> None:
         raise ValueError(f"character {error.start} is a lone surrogate ({lone}), which no text may contain") from None
 
 
+def checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The texts of a corpus, each checked. Raises ValueError for one str, which would count as a text a character."""
+    if isinstance(texts, str):
+        raise ValueError("a tokenizer is trained on several texts, got one str; put it into a list")
+    for text in texts:
+        check_text(text)
+        yield text
+
+
 def check_vocab(vocab: dict[str, int], special_tokens: Collection[str]) -> None:
     """Raise ValueError unless the ids are 0, 1, 2, ..., each once, and every special token has one."""
     taken: dict[int, str] = {}
@@ -94,6 +103,11 @@ def check_vocab(vocab: dict[str, int], special_tokens: Collection[str]) -> None:
     unknown = [token for token in special_tokens if token not in vocab]
     if unknown:
         raise ValueError(f"special token {unknown[0]!r} is not in the vocabulary")
+
+
+def plain_ids(ids: Iterable[int] | Tensor) -> Iterable[int]:
+    """Ids as Python's numbers: those of a row (seq) of a tensor too, such as a model's answer."""
+    return ids.flatten().tolist() if isinstance(ids, Tensor) and ids.dim() < 2 else ids
 
 
 def check_ids(ids: Iterable[int], spellings: Collection[int]) -> None:
@@ -200,7 +214,7 @@ PIECE_BYTES = {piece: bytes([byte]) for byte, piece in enumerate(BYTE_PIECES)}
 
 def join_pieces(pieces: Iterable[str]) -> str:
     """Pieces as text; a run of byte pieces becomes the text that it is in UTF-8, or one U+FFFD a byte if it is none."""
-    text, run = [], b""
+    text, run = [], bytearray()  # bytes would be copied for every piece
     for piece in [*pieces, ""]:
         if piece in PIECE_BYTES:
             run += PIECE_BYTES[piece]
@@ -210,7 +224,7 @@ def join_pieces(pieces: Iterable[str]) -> str:
                 text.append(run.decode())
             except UnicodeDecodeError:
                 text.append("\ufffd" * len(run))
-            run = b""
+            run = bytearray()
         text.append(piece)
     return "".join(text)
 
@@ -371,7 +385,7 @@ class WordCutter:
 
     def plain_spellings(self, ids: Iterable[int]) -> list[str]:
         """The spellings of ids, without the special tokens. Raises ValueError for an id that no token has."""
-        ids = list(ids)
+        ids = list(plain_ids(ids))
         check_ids(ids, self.spellings)
         spelled = (self.spellings[token_id] for token_id in ids)
         return [spelling for spelling in spelled if spelling not in self.special_tokens]
@@ -426,7 +440,7 @@ class CharacterTokenizer(WordCutter):
         normalizer: Normalizer = NO_NORMALIZER,
     ) -> "CharacterTokenizer":
         """Give ids to the most frequent characters, of equals to the smaller code point, as many as there is room."""
-        counts = Counter(char for text in texts for char in normalizer(checked(text)))
+        counts = Counter(char for text in checked_texts(texts) for char in normalizer(text))
         first = [*special_tokens, *(BYTE_PIECES if byte_fallback else ())]
         return cls(frequent_first(counts, vocab_size, first), special_tokens, "<unk>", byte_fallback, normalizer)
 
@@ -508,7 +522,7 @@ class WordTokenizer(WordCutter):
         normalizer: Normalizer = NO_NORMALIZER,
     ) -> "WordTokenizer":
         """Give ids to the most frequent words, of equals to the first in order of code points."""
-        counts = Counter(word for text in texts for word in cls.pattern.findall(normalizer(checked(text))))
+        counts = Counter(word for text in checked_texts(texts) for word in cls.pattern.findall(normalizer(text)))
         vocab = frequent_first(counts, vocab_size, special_tokens, min_frequency)
         return cls(vocab, special_tokens, "<unk>", normalizer)
 
@@ -535,11 +549,6 @@ class WordTokenizer(WordCutter):
         expect(path, "pre_tokenizer", content["pre_tokenizer"], cls.pre_tokenizer)
         model, normalizer = content["model"], Normalizer.from_json(content["normalizer"])
         return cls(model["vocab"], special_tokens, model.get("unk_token"), normalizer)
-
-
-def checked(text: str) -> str:
-    check_text(text)
-    return text
 
 
 def frequent_first(

@@ -19,8 +19,9 @@ from tokenizer_basics import (
     NO_NORMALIZER,
     Normalizer,
     WordCutter,
+    check_text,
     check_vocab,
-    checked,
+    checked_texts,
     expect,
     join_pieces,
     read_tokenizer_json,
@@ -54,7 +55,15 @@ class UnigramModel(WordCutter):
         self.scores = {spelling: score for spelling, score in pieces if spelling not in special_tokens}
         self.max_piece_chars = max(map(len, self.scores), default=1)
         self.unk_score = min(score for _, score in pieces) - self.unk_penalty
-        self.cut = lru_cache(maxsize=2**16)(self.best_pieces)
+        self.short_cut = lru_cache(maxsize=2**16)(self.best_pieces)
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles begin with an empty cache."""
+        return type(self), (self.pieces, self.special_tokens, self.unk_token, self.byte_fallback, self.normalizer)
+
+    def cut(self, word: str) -> tuple[tuple[str, int, int], ...]:
+        """As `best_pieces`, out of a cache for words of ordinary length."""
+        return self.short_cut(word) if len(word) <= 256 else self.best_pieces(word)
 
     def best_pieces(self, word: str) -> tuple[tuple[str, int, int], ...]:
         """The likeliest segmentation of a word (Viterbi): spelling, first and last character of each piece."""
@@ -94,8 +103,9 @@ class UnigramModel(WordCutter):
         """
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        check_text(text)
         found: list[tuple[float, list[int]]] = [(0.0, [])]
-        for word, _ in self.words(self.normalizer(checked(text))):
+        for word, _ in self.words(self.normalizer(text)):
             ways = n_best_cuts(edges_of(word, self.scores, self.max_piece_chars, self.unk_score), n_samples)
             spelled = []
             for score, cuts in ways:
@@ -112,8 +122,9 @@ class UnigramModel(WordCutter):
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}; encode gives the best segmentation")
+        check_text(text)
         ids: list[int] = []
-        for word, _ in self.words(self.normalizer(checked(text))):
+        for word, _ in self.words(self.normalizer(text)):
             edges = edges_of(word, self.scores, self.max_piece_chars, self.unk_score)
             heated = [[(start, score / temperature) for start, score in into] for into in edges]
             alpha = forward_scores(heated)
@@ -159,8 +170,8 @@ class Unigram(UnigramModel):
     ) -> "Unigram":
         """Learn pieces by expectation maximisation and pruning (Kudo 2018, section 3.2); see `train_unigram`."""
         words: Counter[str] = Counter()
-        for text in texts:
-            words.update(word for word, _ in metaspace_words(normalizer(checked(text))))
+        for text in checked_texts(texts):
+            words.update(word for word, _ in metaspace_words(normalizer(text)))
         if not words:
             raise ValueError("the corpus is empty; give at least one word")
         first = [(token, 0.0) for token in special_tokens]
@@ -169,7 +180,9 @@ class Unigram(UnigramModel):
             words.update(dict.fromkeys("<>x0123456789ABCDEF", 1))
         least = len({char for word in words for char in word}) + len(first)
         if vocab_size < least:
-            raise ValueError(f"vocab_size must be >= {least} (characters, special tokens and byte pieces)")
+            raise ValueError(
+                f"vocab_size must be >= {least} (characters, special tokens and byte pieces), got {vocab_size}"
+            )
         pieces = train_unigram(words, vocab_size, vocab_size - len(first))
         return cls([*first, *pieces], special_tokens, unk_token, byte_fallback, normalizer)
 

@@ -1,6 +1,7 @@
 """Topic 06 - WordPiece: the tokenizer of BERT, which cuts a word by the longest piece that matches.
 
-Papers: Wu et al. 2016, Devlin et al. 2019. It cuts as the Rust library `tokenizers` does.
+Papers: Wu et al. 2016, Devlin et al. 2019. It cuts as the Rust library `tokenizers` does, by the signs and
+marks of Unicode 8: those that came later count as letters, whatever Unicode the Python knows.
 """
 
 import unicodedata
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from byte_level_bpe import train_merges
-from tokenizer_basics import WordCutter, check_vocab, expect, read_tokenizer_json
+from tokenizer_basics import WordCutter, check_vocab, checked_texts, expect, read_tokenizer_json
 
 
 class WordPiece(WordCutter):
@@ -59,7 +60,7 @@ class WordPiece(WordCutter):
         it the order of equally frequent pairs; here they come in the order of their code points.
         """
         words: Counter[str] = Counter()
-        for text in texts:
+        for text in checked_texts(texts):
             words.update(word for word, _ in bert_words(text))
         if not words:
             raise ValueError("the corpus is empty; give at least one word")
@@ -111,6 +112,36 @@ class WordPiece(WordCutter):
         return cls(model["vocab"], special_tokens, model.get("unk_token"))
 
 
+def code_points(ranges: str) -> list[range]:
+    """Ranges of code points, written in hexadecimal with both ends, such as "61d 7fd 890-8e2"."""
+    ends = (block.split("-") for block in ranges.split())
+    return [range(int(both[0], 16), int(both[-1], 16) + 1) for both in ends]
+
+
+CHINESE = code_points("3400-4dbf 4e00-9fff f900-faff 20000-2a6df 2a700-2b73f 2b740-2b81f 2b920-2ceaf 2f800-2fa1f")
+# Ranges that hold every mark and punctuation sign that Unicode gained after the table of `tokenizers` 0.23.3, and
+# otherwise only letters, numbers and symbols; and three characters that Unicode has put into other classes since.
+NEWER_SIGNS = frozenset(
+    chr(point)
+    for block in code_points(
+        "5c8-5c9 61d 7fd 890-8e2 9fd-9fe a76 afa-aff b53-b55 c04-c3c c77 c84 d00 d3b-d3c d81 eba ece 180f-1886 "
+        "1abf-1af0 1b4e-1b4f 1b7d-1b7f 1df6-1dfb 2e43-2e63 a82c a8c5 a8ff a9bd 10d24-10d6e 10eab-10f89 11070-11074 "
+        "110c2-110cd 111cf 1123e-11241 1133b 113bb-1145e 11660-1166c 116b9 1182f-1183b 1193b-11946 119d4-11df0 "
+        "11ef3-11f5a 11fff 12ff1-12ff2 13430-13455 1611e-1612f 16d6d-16d6f 16e97-16e9a 16f4f 16fe2-16fe4 1cf00-1cf46 "
+        "1d127-1d128 1d25b-1d25c 1e000-1e08f 1e130-1e136 1e2ae-1e2ef 1e4ec-1e4ef 1e5ee-1e5ff 1e6e3-1e6f5 1e944-1e95f"
+    )
+    for point in block
+)
+MOVED = {"\u166d": "Po", "\u1734": "Mn", "\U000111c9": "Po"}
+
+
+def category(char: str) -> str:
+    """The class of a character by the table that BERT's normaliser has; newer signs are letters (Lo)."""
+    if char in NEWER_SIGNS:
+        return "Lo"
+    return MOVED.get(char) or unicodedata.category(char)
+
+
 def bert_words(text: str) -> list[tuple[str, list[int]]]:
     """The words and signs of a text as BERT normalises them, with the position in the text of each character.
 
@@ -120,15 +151,17 @@ def bert_words(text: str) -> list[tuple[str, list[int]]]:
     words: list[tuple[list[str], list[int]]] = []
     open_word = False
     for at, char in enumerate(text):
-        if char.isspace():
+        kind = category(char)
+        if kind.startswith("Z") or char in "\t\n\r":
             open_word = False
-        elif unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs") or char == "\ufffd":
+        elif kind in ("Cc", "Cf", "Co") or char == "\ufffd":  # a form feed too: it leaves no gap
             continue
         else:
+            chinese = is_chinese(char)
             for part in unicodedata.normalize("NFD", char):
-                if unicodedata.category(part) == "Mn":
+                if category(part) == "Mn":
                     continue
-                alone = is_punctuation(part) or is_chinese(char)
+                alone = chinese or is_punctuation(part)
                 for lower in part.lower():
                     if alone or not open_word:
                         words.append(([], []))
@@ -139,12 +172,9 @@ def bert_words(text: str) -> list[tuple[str, list[int]]]:
 
 
 def is_punctuation(char: str) -> bool:
-    return unicodedata.category(char).startswith("P") or char in "$+<=>^`|~"
+    return category(char).startswith("P") or char in "$+<=>^`|~"
 
 
 def is_chinese(char: str) -> bool:
     """Whether a character is in one of the blocks that BERT's normaliser calls CJK ideographs."""
-    blocks = "4e00-9fff 3400-4dbf 20000-2a6df 2a700-2b73f 2b740-2b81f 2b920-2ceaf f900-faff 2f800-2fa1f"
-    return any(
-        int(first, 16) <= ord(char) <= int(last, 16) for first, last in (block.split("-") for block in blocks.split())
-    )
+    return char >= "\u3400" and any(ord(char) in block for block in CHINESE)
