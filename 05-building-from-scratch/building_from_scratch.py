@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import MultiHeadAttention, causal_mask, padding_mask
-from sequence_modeling import BOS_ID, EOS_ID, FIRST_TOKENS, IGNORE, PAD_ID, Vocabulary, check_token_ids
+from sequence_modeling import BOS_ID, EOS_ID, FIRST_TOKENS, IGNORE, PAD_ID, Vocabulary, check_token_ids, sample_ids
 from transformer_architecture import (
     Decoder,
     Encoder,
@@ -43,6 +43,7 @@ from workbench import (
     ROOT,
     RunConfig,
     announce,
+    check_name,
     check_range,
     describe_machine,
     locked,
@@ -77,6 +78,8 @@ class ModelConfig:
         check_range(self, "d_model", "n_heads", "d_ff", "n_encoder_layers", "n_decoder_layers", least=1)
         check_range(self, "max_seq_len", least=2)
         check_range(self, "dropout", least=0, below=1)
+        check_name("norm order", self.norm_order, ("pre", "post"))
+        check_name("kind of positions", self.positions, POSITIONS)
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
 
@@ -120,7 +123,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "n_beams", "max_new_tokens", least=1)
-        check_range(self, "length_penalty", least=0)
+        check_range(self, "length_penalty", least=0, most=100)  # beyond, length ** penalty is no number
 
 
 # The model
@@ -195,15 +198,24 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: flo
     """Mean cross-entropy, in nats, against (1 - e) * the right token + e * the uniform distribution.
 
     Szegedy et al. 2016, section 7. Shapes: logits (..., vocab), targets (...); a target of -100 does not count.
-    The uniform part includes the right token, so the smoothed target sums to 1. Raises ValueError if none counts.
+    The uniform part includes the right token, so the smoothed target sums to 1. Raises ValueError if none counts, for a
+    target that is no token, and for shapes that do not fit.
     """
-    log_probs = logits.log_softmax(dim=-1)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie between 0 and 1, got {label_smoothing}")
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
+        )
     counted = targets != IGNORE
     if not counted.any():
         raise ValueError("no target counts: every position is padding; drop empty pairs")
-    right = -log_probs.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    uniform = -log_probs.mean(dim=-1)
-    losses = (1 - label_smoothing) * right + label_smoothing * uniform
+    wanted = targets.masked_fill(~counted, PAD_ID).long()
+    check_token_ids(wanted, logits.shape[-1])
+    log_probs = logits.log_softmax(dim=-1)
+    losses = -log_probs.gather(-1, wanted[..., None]).squeeze(-1)
+    if label_smoothing:  # without it a forbidden token, of logit -inf, would cost 0 * inf
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(dim=-1)
     return losses[counted].mean()
 
 
@@ -213,6 +225,8 @@ def noam_factor(step: int, warmup_steps: int) -> float:
     Vaswani et al. 2017, equation 3, is d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5), with its peak
     (d_model * warmup_steps)**-0.5 at step = warmup_steps.
     """
+    if min(step, warmup_steps) < 1:
+        raise ValueError(f"steps count from 1: step and warmup_steps must be at least 1, got {step} and {warmup_steps}")
     return min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
 
@@ -283,6 +297,8 @@ def epoch_batches(pairs: list[Pair], batch_size: int, seed: int, epoch: int) -> 
 
 def endless_batches(pairs: list[Pair], batch_size: int, seed: int, first_step: int = 0) -> Iterator[list[Pair]]:
     """Epoch after epoch, starting with the batch of `first_step` (counted from 0)."""
+    if not pairs:
+        raise ValueError("no pairs to train on; give at least one")
     n_batches = math.ceil(len(pairs) / batch_size)
     epoch, skip = divmod(first_step, n_batches)
     while True:
@@ -307,8 +323,6 @@ def generate(
     Returns ids (batch, new), padded after <eos>, and the log-probability of each token under the model at temperature
     1, in nats (batch, new), 0 after <eos>. Raises ValueError for a negative or non-finite temperature.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     check_new_tokens(model, max_new_tokens)
     memory, memory_mask = model.encode(src_ids)
     caches, ids = model.new_caches(), torch.full_like(src_ids[:, :1], BOS_ID)
@@ -317,10 +331,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = model.decode(ids, memory, memory_mask, caches)[:, -1]  # (batch, vocab)
         log_probs = logits.log_softmax(dim=-1)  # (batch, vocab)
-        if temperature == 0:
-            ids = logits.argmax(dim=-1, keepdim=True)  # (batch, 1)
-        else:
-            ids = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)  # (batch, 1)
+        ids = sample_ids(logits, temperature, generator)  # (batch, 1)
         scores.append(log_probs.gather(1, ids).masked_fill(finished[:, None], 0.0))
         ids = ids.masked_fill(finished[:, None], PAD_ID)  # (batch, 1)
         tokens.append(ids)
@@ -418,6 +429,8 @@ def beam_translate(
     """Beam search with cached keys and values for sources (batch, src), until the n_best of each are certain or, with
     config.early_stop, n_beams of them are finished."""
     check_new_tokens(model, config.max_new_tokens)
+    if len(src_ids) == 0:
+        return []
     memory, memory_mask = model.encode(src_ids)
     memory = memory.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, src, d_model)
     memory_mask = memory_mask.repeat_interleave(config.n_beams, dim=0)  # (batch * beams, 1, 1, src)
@@ -614,7 +627,9 @@ def beam_answers(
 
 
 def exact_match(answers: list[tuple[str, ...]], pairs: list[Pair]) -> float:
-    """Share of answers that equal the target in every token, 0..1."""
+    """Share of answers that equal the target in every token, 0..1. Raises ValueError if there is none."""
+    if not pairs:
+        raise ValueError("no pairs to score; give at least one")
     return sum(answer == pair.target for answer, pair in zip(answers, pairs, strict=True)) / len(pairs)
 
 

@@ -35,6 +35,7 @@ from building_from_scratch import (
     cooldown_factor,
     endless_batches,
     epoch_batches,
+    exact_match,
     generate,
     load_checkpoint,
     load_translator,
@@ -180,6 +181,16 @@ def test_label_smoothing_equals_torch(parity, label_smoothing: float) -> None:
     parity("smoothed_cross_entropy", "F.cross_entropy", "gradient", *gradients, 1e-12)
 
 
+def test_a_forbidden_token_costs_nothing_without_smoothing(parity) -> None:
+    logits, answers = torch.randn(4, 7, dtype=torch.float64), torch.tensor([1, 0, 6, 2], dtype=torch.int32)
+    logits[:, 3] = -math.inf
+    logits.requires_grad_()
+    losses = [smoothed_cross_entropy(logits, answers), F.cross_entropy(logits, answers.long())]
+    parity("smoothed_cross_entropy", "F.cross_entropy, a logit of -inf", "output", *losses, 1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    parity("smoothed_cross_entropy", "F.cross_entropy, a logit of -inf", "gradient", *gradients, 1e-12)
+
+
 def test_smoothing_floor_is_reached_by_the_smoothed_distribution(parity) -> None:
     target = torch.full((1, TGT_VOCAB), 0.1 / TGT_VOCAB, dtype=torch.float64)
     target[0, 5] += 0.9
@@ -196,6 +207,8 @@ def test_noam_schedule_equals_the_published_formula(parity, d_model: int, warmup
     published = [d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5) for step in steps]
     parity("noam_factor", "Vaswani et al. 2017, equation 3", "output", ours, published, 1e-15)
     assert max(ours) == ours[warmup_steps - 1] == pytest.approx(peak, rel=1e-12)
+    with pytest.raises(ValueError, match="step and warmup_steps must be at least 1, got 0 and"):
+        noam_factor(0, warmup_steps)
 
 
 def test_cooldown_falls_straight_to_its_last_step() -> None:
@@ -521,8 +534,28 @@ def test_token_ids_out_of_range_and_long_sequences_are_refused() -> None:
     for temperature in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="temperature must be finite and >= 0"):
             generate(model, padded_batch()[0], 3, temperature)
-    with pytest.raises(ValueError, match="no target counts"):
-        smoothed_cross_entropy(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE]))
+    with pytest.raises(ValueError, match="unknown kind of positions 'rotary'; .*choose from sinusoidal"):
+        ModelConfig(positions="rotary")
+    with pytest.raises(ValueError, match="no pairs to score"):
+        exact_match([], [])
+    with pytest.raises(ValueError, match="no pairs to train on"):
+        next(endless_batches([], 4, 0))
+    assert beam_translate(model, padded_batch()[0][:0], DecodeConfig(max_new_tokens=5)) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "label_smoothing", "message"),
+    [
+        ([IGNORE, IGNORE], 0.0, "no target counts"),
+        ([2, -1], 0.0, r"token id -1 < 0 at \[1\]"),  # not the first token in disguise
+        ([3, IGNORE], 0.0, r"token id 3 >= vocab_size 3 at \[0\]"),
+        ([1], 0.0, r"logits \(2, 3\) need targets \(2,\), got \(1,\)"),
+        ([1, 2], 1.5, "label_smoothing must lie between 0 and 1, got 1.5"),
+    ],
+)
+def test_targets_that_are_no_tokens_are_refused(targets: list[int], label_smoothing: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        smoothed_cross_entropy(torch.randn(2, 3), torch.tensor(targets), label_smoothing)
 
 
 def test_missing_and_damaged_checkpoints_are_named(tmp_path, capsys) -> None:
@@ -749,6 +782,9 @@ def test_sampling_follows_the_softmax_at_each_temperature() -> None:
         common = expected >= 5
         statistic = ((observed - expected)[common] ** 2 / expected[common]).sum().item()
         assert statistic < 53, f"temperature {temperature}: chi-square {statistic:.0f}"
+    generator = torch.Generator().manual_seed(0)
+    greedy, cold = generate(model, src_ids, 9)[0], generate(model, src_ids, 9, 1e-45, generator)[0]
+    assert torch.equal(greedy, cold)  # logits / temperature would overflow
 
 
 def test_dropout_acts_in_training_only() -> None:

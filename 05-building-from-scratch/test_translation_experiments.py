@@ -12,6 +12,7 @@ import translation_experiments as topic
 from building_from_scratch import (
     Codec,
     ModelConfig,
+    TorchTranslator,
     Transformer,
     alignment_scores,
     answer_log_probs,
@@ -21,6 +22,7 @@ from building_from_scratch import (
     main,
     noam_factor,
 )
+from transformer_architecture import copy_to_torch
 from translation_experiments import (
     EXPERIMENTS,
     UnscaledTransformer,
@@ -152,6 +154,27 @@ def test_variants_differ_in_the_one_part_they_name(translator) -> None:
     torch.testing.assert_close(gap, (math.sqrt(16) - 1) * words)
     assert [without_warmup(step, 4) for step in (1, 4, 16)] == [1.0, 1.0, 0.5]
     assert all(without_warmup(step, 4) == noam_factor(step, 4) for step in range(4, 50))
+
+
+def test_the_unscaled_model_and_the_peer_of_the_bench_compute_the_same(parity) -> None:
+    config = ModelConfig(24, 3, 40, 2, 3, 13, norm_order="post", positions="none", tie_embeddings=False)
+    torch.manual_seed(0)
+    ours, peer = UnscaledTransformer(config, 19, 19).double().eval(), TorchTranslator(config, 19).double().eval()
+    copy_to_torch(ours.encoder, peer.core.encoder)
+    copy_to_torch(ours.decoder, peer.core.decoder)
+    ours.src_token_emb, ours.tgt_token_emb = peer.emb, peer.emb
+    peer.lm_head.weight = ours.lm_head.weight
+    src_ids, tgt_ids = torch.randint(4, 19, (3, 7)), torch.randint(4, 19, (3, 5))
+    logits = ours(src_ids, tgt_ids)
+    parity(
+        "TorchTranslator", "UnscaledTransformer", "output", peer(src_ids, tgt_ids) - peer.lm_head.bias, logits, 1e-10
+    )
+    scaled = Transformer(config, 19, 19).double().eval()
+    scaled.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        for emb in (scaled.src_token_emb, scaled.tgt_token_emb):
+            emb.weight /= 24**0.5
+    parity("UnscaledTransformer", "Transformer, smaller embeddings", "output", logits, scaled(src_ids, tgt_ids), 1e-10)
 
 
 def test_the_toy_prefers_the_empty_text_and_the_penalty_lets_it_speak() -> None:
