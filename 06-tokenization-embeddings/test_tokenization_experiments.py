@@ -93,7 +93,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     tables = (
         "sizes sizes-world kinds scripts training-speed encoding-speed numbers spaces glitch glitch-counts sampling "
     )
-    tables += "embeddings pmi vectors analogies"
+    tables += "embeddings pmi vectors analogies breaks"
     assert set(results) == set(tables.split())
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert drawn == {"cuts", "sizes", "scripts", "numbers", "glitch", "pmi", "pca"}

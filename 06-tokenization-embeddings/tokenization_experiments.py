@@ -42,11 +42,14 @@ from tiny_world import SPECIAL_TOKENS, World, held_out
 from tokenization_embeddings import (
     ENCODING_COLUMNS,
     TRAINING_COLUMNS,
+    TRAPS,
     ByteLevelBPE,
     CharacterTokenizer,
     Unigram,
     WordPiece,
     WordTokenizer,
+    cut_words,
+    in_text_order,
     measure_encoding_speed,
     measure_training_speed,
     merge_all,
@@ -1009,6 +1012,44 @@ def vectors(config: FiguresConfig, run: RunConfig) -> None:
     config.save("analogies", columns, [[name, *cells] for name, cells in relations.items()], "vectors")
 
 
+# Experiments: the failures
+
+
+def breaks(config: FiguresConfig, run: RunConfig) -> None:
+    """Each failure that --break switches on, on a sample of the texts for each seed; and what a model pays for one.
+
+    Predicted before the first run: a text whose tokens come in another order than training's costs a model more than a
+    tenth of a bit per byte.
+    """
+    train, unseen = python_corpus(config.n_bytes, config.n_held_out)
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for seed in progress(range(config.n_seeds), "failures"):
+        texts = random.Random(seed).sample(train, (len(train) + 1) // 2)
+        rows = [(name, *row) for name, trap in TRAPS.items() for row in trap(texts, unseen, 1024)]
+        tokenizer = ByteLevelBPE.train(texts, 1024, SPECIAL_TOKENS)
+        model, _ = train_on_texts(
+            len(tokenizer.vocab), texts, tokenizer.encode, config.text_gflops / 4, seeded_run(run, seed)
+        )
+        bits = [text_bits(model, encode, unseen) for encode in (tokenizer.encode, disordered(tokenizer))]
+        for name, measured, *both in [*rows, ("text-order", "held-out text (bits per byte)", *bits)]:
+            for cell, value in zip(found.setdefault((name, measured), [[], []]), both, strict=True):
+                cell.append(float(value))
+    rows = []
+    for name in TRAPS:
+        for (trap, measured), cells in found.items():
+            if trap == name:  # a value that never varies has no spread to report
+                rows.append([f"`{name}`", measured, *(cell[0] if len({*cell}) == 1 else cell for cell in cells)])
+    columns = [Column("`--break`"), Column("measured"), Column("as it should be", "", ".3g")]
+    config.save("breaks", [*columns, Column("with the failure", "", ".3g")], rows, "breaks")
+
+
+def disordered(tokenizer: ByteLevelBPE) -> Encode:
+    """The tokenizer with its merges applied in the order of the text."""
+    return lambda text: [
+        token_id for word in cut_words(tokenizer.pattern, text) for token_id in in_text_order(tokenizer, word.encode())
+    ]
+
+
 EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] = {  # name -> function, seconds
     "sizes": (sizes, 240),
     "kinds": (kinds, 40),
@@ -1019,6 +1060,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], int]] =
     "embeddings": (embeddings, 50),
     "pmi": (pmi, 50),
     "vectors": (vectors, 90),
+    "breaks": (breaks, 40),
 }
 
 
