@@ -29,6 +29,7 @@ from sequence_modeling import (
     PAD_ID,
     GRUCell,
     Seq2Seq,
+    check_sizes,
     check_token_ids,
     copy_batch,
     device_of,
@@ -195,7 +196,7 @@ def random_mask(n_query: int, n_random: int, generator: torch.Generator, n_key: 
 
     Lies on the generator's device. Raises ValueError unless 1 <= n_random <= number of keys.
     """
-    n_key = n_query if n_key is None else n_key
+    n_query, n_key = key_distance(n_query, n_key).shape
     if not 1 <= n_random <= n_key:
         raise ValueError(f"n_random={n_random} must be in 1..{n_key}, the number of keys")
     lots = torch.rand(n_query, n_key, generator=generator, device=generator.device)  # (query, key)
@@ -241,14 +242,26 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         return scores.softmax(dim=-1)
     check_mask(mask, scores.shape)
     nowhere = ~mask.any(dim=-1, keepdim=True)
-    return scores.masked_fill(~(mask | nowhere), -math.inf).softmax(dim=-1).masked_fill(nowhere, 0.0)
+    weights = torch.where(mask | nowhere, scores, -math.inf).softmax(dim=-1)
+    return torch.where(nowhere, 0.0, weights)
 
 
 def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"queries have width {q.shape[-1]} but keys {k.shape[-1]}; a dot product needs them equal")
+    """Raise ValueError unless queries, keys and values, each (..., position, width), can meet in one attention."""
+    shapes = [tuple(tensor.shape) for tensor in (q, k, v) if tensor is not None]
+    if min(map(len, shapes)) < 2:
+        raise ValueError(f"queries, keys and values need axes (..., position, width), got {shapes}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(
+            f"queries have width {q.shape[-1]} but keys {k.shape[-1]}; a dot product needs them equal, and at least 1"
+        )
     if v is not None and k.shape[-2] != v.shape[-2]:
         raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values; each key needs its value")
+    if len({shape[:-2] for shape in shapes}) > 1:
+        try:
+            torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
+        except RuntimeError:
+            raise ValueError(f"batch and heads of queries, keys and values do not fit each other: {shapes}") from None
 
 
 def attention_weights(
@@ -265,6 +278,7 @@ def attention_weights(
         check_mask(mask, scores.shape)
     if bias is not None:
         check_bias(bias, scores.shape)
+        bias = bias.to(scores.dtype)
         allowed = bias != -math.inf
         scores = scores + bias.masked_fill(~allowed, 0.0)  # (batch, heads, query, key)
         mask = allowed if mask is None else mask & allowed
@@ -350,7 +364,11 @@ class MultiHeadAttention(nn.Module):
         return self.attend(x, k, v, mask)
 
     def load_torch(self, theirs: nn.MultiheadAttention) -> "MultiHeadAttention":
-        """Copy the weights of PyTorch's layer of the same size; its three input projections are one matrix."""
+        """Copy the weights of PyTorch's layer of the same size; its three input projections are one matrix.
+
+        Raises ValueError for a layer that is not of the same kind, see `check_same_attention`.
+        """
+        check_same_attention(self, theirs)
         weights = theirs.in_proj_weight.chunk(3)
         biases = (None,) * 3 if theirs.in_proj_bias is None else theirs.in_proj_bias.chunk(3)
         for ours, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), weights, biases, strict=True):
@@ -381,6 +399,21 @@ class MultiHeadAttention(nn.Module):
         return theirs.train(self.training)
 
 
+def check_same_attention(ours: MultiHeadAttention, theirs: nn.MultiheadAttention) -> None:
+    """Raise ValueError unless the weights of one layer mean the same in the other: equal matrices cut into another
+    number of heads load without complaint and compute something else."""
+    pairs = {
+        "d_model": (ours.d_model, theirs.embed_dim),
+        "widths of keys and values": ((ours.d_model, ours.d_model), (theirs.kdim, theirs.vdim)),
+        "n_heads": (ours.n_heads, theirs.num_heads),
+        "use_bias": (ours.q_proj.bias is not None, theirs.in_proj_bias is not None),
+        "added keys and values": (False, theirs.bias_k is not None or theirs.add_zero_attn),
+    }
+    for name, (mine, other) in pairs.items():
+        if mine != other:
+            raise ValueError(f"{name} is {mine} in ours and {other} in PyTorch's layer; build both alike")
+
+
 # How alike are a query and a memory? The scores that came before
 
 
@@ -390,9 +423,15 @@ class ScoredAttention(nn.Module):
     Shapes:
         query (batch, query, d_query), memory (batch, key, d_memory), mask broadcastable to (batch, query, key)
         -> context (batch, query, d_memory), weights (batch, query, key)
+    Raises ValueError for a query and a memory that are not sequences of one batch.
     """
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if query.dim() != 3 or memory.dim() != 3 or len(query) != len(memory):
+            raise ValueError(
+                "expected query (batch, query, d_query) and memory (batch, key, d_memory) of one batch, got "
+                f"{tuple(query.shape)} and {tuple(memory.shape)}"
+            )
         weights = masked_softmax(self.scores(query, memory), mask)  # (batch, query, key)
         context = weights @ memory  # (batch, query, d_memory)
         return context, weights
@@ -570,12 +609,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> T
     Shapes: q (batch, heads, query, d_k), k (batch, heads, key, d_k), v (batch, heads, key, d_v), or other leading axes
     -> (batch, heads, query, d_v). Since the kernel is a product, keys and values are summed before a query asks: once
     for all queries, or as running sums if causal, which needs as many queries as keys. The running sums of all
-    positions are kept: key * d_k * d_v numbers. Raises ValueError for shapes that do not fit.
+    positions are kept: key * d_k * d_v numbers, in float32 at least. Raises ValueError for shapes that do not fit.
     """
     check_widths(q, k, v)
     if causal and q.shape[-2] != k.shape[-2]:
         raise ValueError(f"causal linear attention needs as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
-    q, k = positive_features(q), positive_features(k)
+    wide = torch.promote_types(q.dtype, torch.float32)  # products of small features would vanish in half precision
+    dtype, (q, k), v = q.dtype, (positive_features(tensor.to(wide)) for tensor in (q, k)), v.to(wide)
     if causal:
         memory = (k[..., :, None] * v[..., None, :]).cumsum(dim=-3)  # (batch, heads, key, d_k, d_v)
         mixed = (q[..., None, :] @ memory).squeeze(-2)  # (batch, heads, query, d_v)
@@ -583,7 +623,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> T
     else:
         mixed = q @ (k.transpose(-2, -1) @ v)  # (batch, heads, query, d_v)
         total = q @ k.sum(dim=-2)[..., None]  # (batch, heads, query, 1)
-    return mixed / total.clamp(min=torch.finfo(total.dtype).tiny)  # (batch, heads, query, d_v)
+    output = mixed / total.clamp(min=torch.finfo(wide).tiny)  # (batch, heads, query, d_v)
+    return output.to(dtype)  # (batch, heads, query, d_v)
 
 
 # Models
@@ -633,6 +674,8 @@ class BahdanauSeq2Seq(AttentionSeq2Seq):
     def decode(self, tgt_ids: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         check_token_ids(tgt_ids, self.tgt_vocab_size)
         hidden, outputs, looks = state.hidden, [], []
+        if tgt_ids.dim() != 2 or len(tgt_ids) != len(hidden) or tgt_ids.shape[1] == 0:
+            raise ValueError(f"tgt_ids must have shape (batch={len(hidden)}, tgt >= 1), got {tuple(tgt_ids.shape)}")
         for token in self.tgt_emb(tgt_ids).unbind(1):
             context, weights = self.attention(hidden[:, None], state.memory, state.mask)
             seen = torch.cat([token, context[:, 0]], dim=-1)  # (batch, seen)
@@ -668,6 +711,7 @@ class AttentionOnlyModel(nn.Module):
 
     def __init__(self, vocab_size: int, max_seq_len: int, d_model: int, n_heads: int, n_layers: int) -> None:
         super().__init__()
+        check_sizes(vocab_size=vocab_size, max_seq_len=max_seq_len, n_layers=n_layers)
         self.token_emb, self.pos_emb = nn.Embedding(vocab_size, d_model), nn.Embedding(max_seq_len, d_model)
         self.layers = nn.ModuleList(MultiHeadAttention(d_model, n_heads) for _ in range(n_layers))
         self.lm_head = nn.Linear(d_model, vocab_size)
@@ -678,6 +722,8 @@ class AttentionOnlyModel(nn.Module):
     def look(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits and the weights of all layers, (layers, batch, heads, seq, seq)."""
         check_token_ids(token_ids, self.token_emb.num_embeddings)
+        if token_ids.dim() != 2:
+            raise ValueError(f"token_ids must have shape (batch, seq), got {tuple(token_ids.shape)}")
         seq, limit = token_ids.shape[1], self.pos_emb.num_embeddings
         if seq > limit:
             raise ValueError(f"sequence length {seq} exceeds max_seq_len {limit}")
@@ -738,7 +784,13 @@ def score_alignment(weights: Tensor, links: Tensor, threshold: float = 0.5) -> t
     """Precision and recall of the links with a weight above `threshold`, over the rows that have a true link.
 
     Shapes: weights and links (bool), both (batch, tgt, src). Precision is 0 where no weight exceeds the threshold.
+    Raises ValueError for links of another shape or type.
     """
+    if weights.shape != links.shape or links.dtype != torch.bool:
+        raise ValueError(
+            f"links must be bool and of the weights' shape {tuple(weights.shape)}, got {links.dtype} of shape "
+            f"{tuple(links.shape)}"
+        )
     found = (weights > threshold) & links.any(dim=-1, keepdim=True)  # (batch, tgt, src)
     right = (found & links).sum().item()
     return right / max(1, found.sum().item()), right / max(1, links.sum().item())
@@ -860,7 +912,12 @@ def accuracy_without_future(model: AttentionOnlyModel, inputs: Tensor, targets: 
 
 @contextmanager
 def without_head(layer: MultiHeadAttention, head: int) -> Iterator[None]:
-    """Within the block, the layer's output lacks what `head` contributes (Michel et al. 2019, arXiv 1905.10650)."""
+    """Within the block, the layer's output lacks what `head` contributes (Michel et al. 2019, arXiv 1905.10650).
+
+    Raises ValueError for a head that the layer has not.
+    """
+    if not 0 <= head < layer.n_heads:
+        raise ValueError(f"head={head} must be in 0..{layer.n_heads - 1}")
 
     def silence(_, inputs: tuple[Tensor]) -> Tensor:
         by_head = inputs[0].unflatten(-1, (layer.n_heads, layer.d_head)).clone()  # (batch, seq, heads, d_head)
@@ -903,7 +960,11 @@ class Work(NamedTuple):
 
 
 def attention_work(n_query: int, n_key: int, n_heads: int, d_head: int, number_bytes: int = 2) -> Work:
-    """FLOPs and least bytes of one sequence, without a mask; numbers of 2 bytes unless told (Dao et al. 2022)."""
+    """FLOPs and least bytes of one sequence, without a mask; numbers of 2 bytes unless told (Dao et al. 2022).
+
+    Raises ValueError for sizes below 1.
+    """
+    check_sizes(n_query=n_query, n_key=n_key, n_heads=n_heads, d_head=d_head, number_bytes=number_bytes)
     ends = number_bytes * n_heads * d_head * 2 * (n_query + n_key)
     return Work(
         flops=4 * n_heads * n_query * n_key * d_head,

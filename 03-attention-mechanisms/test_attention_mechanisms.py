@@ -20,6 +20,7 @@ from attention_mechanisms import (
     AdditiveAttention,
     AlignmentConfig,
     AttentionOnlyModel,
+    AttentionSeq2Seq,
     BahdanauSeq2Seq,
     ConcatAttention,
     CostConfig,
@@ -28,6 +29,7 @@ from attention_mechanisms import (
     LuongSeq2Seq,
     MultiHeadAttention,
     RecallConfig,
+    ScoredAttention,
     ablate_heads,
     accuracy,
     alignment_batch,
@@ -267,6 +269,23 @@ def test_multi_head_trains_like_pytorch(parity) -> None:
     parity("MultiHeadAttention", "nn.MultiheadAttention", "trajectory", *pair, 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ((12, 3), {"num_heads": 4}, "n_heads is 3 in ours and 4 in PyTorch's layer; build both alike"),
+        ((8, 2), {"num_heads": 2}, "d_model is 8 in ours and 12"),
+        ((12, 2), {"num_heads": 2, "kdim": 5}, r"widths of keys and values is \(12, 12\) in ours and \(5, 12\)"),
+        ((12, 2), {"num_heads": 2, "bias": False}, "use_bias is True in ours and False"),
+        ((12, 2), {"num_heads": 2, "add_zero_attn": True}, "added keys and values is False in ours and True"),
+        ((12, 2), {"num_heads": 2, "add_bias_kv": True}, "added keys and values is False in ours and True"),
+    ],
+)
+def test_weights_of_another_kind_of_layer_are_refused(ours: tuple, theirs: dict, message: str) -> None:
+    """Twelve columns cut into four heads load into three without a word, and mean something else."""
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(*ours).load_torch(nn.MultiheadAttention(12, **theirs))
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_weights_travel_both_ways(use_bias: bool, parity) -> None:
     ours, theirs = both_layers(3, use_bias)
@@ -380,6 +399,18 @@ def test_scores_equal_their_formula(name: str, masked: bool, parity) -> None:
     parity(name, oracle, "output", [context, weights], expected, 1e-12)
     inputs = [query, memory, *layer.parameters()]
     parity(name, oracle, "gradient", gradients(context, inputs), gradients(expected[0], inputs), 1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_score_is_averaged_as_pytorch_does(masked: bool, parity) -> None:
+    """The base class with scaled dot products for a score is PyTorch's attention, with the memory as its values."""
+    layer, mask = ScoredAttention(), some_mask(QUERY, KEY) if masked else None
+    layer.scores = lambda query, memory: query @ memory.mT / math.sqrt(D_K)
+    query, memory = normal(BATCH, QUERY, D_K, grad=True), normal(BATCH, KEY, D_K, seed=1, grad=True)
+    ours, theirs = layer(query, memory, mask)[0], F.scaled_dot_product_attention(query, memory, memory, attn_mask=mask)
+    parity("ScoredAttention", SDPA, "output", ours, theirs, 1e-10)
+    inputs = query, memory
+    parity("ScoredAttention", SDPA, "gradient", gradients(ours, inputs), gradients(theirs, inputs), 1e-10)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -524,6 +555,16 @@ def test_causal_linear_attention_is_a_recurrence(parity) -> None:
         torch.stack(outputs),
         1e-12,
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_sums_half_precision_in_single(causal: bool) -> None:
+    """Features of e^-9 have products below float16's smallest number: equal weights must come out all the same."""
+    small, v = torch.full((4, 3), -9.0).half(), torch.arange(8.0).view(4, 2).half()
+    expected = v.cumsum(0) / torch.arange(1, 5)[:, None] if causal else v.mean(0).expand(4, 2)
+    output = linear_attention(small, small, v, causal)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output.float(), expected.float(), rtol=2e-3, atol=0)
 
 
 def test_positive_features_are_elu_plus_one_and_stay_positive(parity) -> None:
@@ -765,6 +806,26 @@ def test_luong_equals_the_paper(parity) -> None:
     parity("LuongSeq2Seq", "the paper's equations, looped", "output", logits, expected, 1e-12)
 
 
+def test_a_decoder_that_ignores_the_memory_is_topic_02s(parity) -> None:
+    """What every attention model shares: the encoder, its memory and mask, and the head, around any decoder."""
+    plain, shared = model_of(Seq2Seq), model_of(AttentionSeq2Seq)
+    src_ids, src_lengths, tgt_ids = source()
+
+    def decode(tgt_ids, state):
+        outputs, hidden = Seq2Seq.decode(shared, tgt_ids, state.hidden)
+        return outputs, state._replace(hidden=hidden)
+
+    shared.decode = decode
+    ours, theirs = shared(src_ids, src_lengths, tgt_ids), plain(src_ids, src_lengths, tgt_ids)
+    parity("AttentionSeq2Seq", "topic 02's Seq2Seq", "output", ours, theirs, 1e-12)
+    grads = [gradients(logits, model.parameters()) for model, logits in ((shared, ours), (plain, theirs))]
+    parity("AttentionSeq2Seq", "topic 02's Seq2Seq", "gradient", *grads, 1e-12)
+    assert torch.equal(shared.generate(src_ids, src_lengths, 5), plain.generate(src_ids, src_lengths, 5))
+    memory, state = shared.encode(src_ids, src_lengths)
+    assert torch.equal(memory, plain.encode(src_ids, src_lengths)[0]) and torch.equal(state.memory, memory)
+    assert state.mask.tolist() == [[[True] * 7], [[True] * 3 + [False] * 4]]
+
+
 @pytest.mark.parametrize("model_cls", [BahdanauSeq2Seq, LuongSeq2Seq])
 def test_seq2seq_padding_and_batch_change_nothing(model_cls: type, parity) -> None:
     model = model_of(model_cls)
@@ -866,6 +927,7 @@ def test_score_alignment_counts_by_hand() -> None:
         (lambda: prefix_mask(5, 6), r"n_prefix=6 must be in 0..5, the number of keys"),
         (lambda: random_mask(5, 0, generator()), r"n_random=0 must be in 1..5"),
         (lambda: random_mask(5, 9, generator(), n_key=8), r"n_random=9 must be in 1..8"),
+        (lambda: random_mask(-1, 2, generator(), n_key=8), r"lengths >= 0, got n_query=-1, n_key=8"),
         (lambda: padding_mask(torch.ones(3)), r"token_ids must have shape \(batch, key\), got \(3,\)"),
         (lambda: document_mask(torch.ones(3)), r"document_ids must have shape \(batch, seq\), got \(3,\)"),
         (lambda: tiled_attention(*qkv(), tile_size=0), r"tile_size must be >= 1, got 0"),
@@ -884,6 +946,34 @@ def test_score_alignment_counts_by_hand() -> None:
             r"token id 20 >= vocab_size 20 at \[0, 0\]",
         ),
         (lambda: model_of(BahdanauSeq2Seq)(*source()[:2], torch.full((2, 2), 13)), r"token id 13 >= vocab_size 13"),
+        (
+            lambda: model_of(BahdanauSeq2Seq)(*source()[:2], torch.ones(2, 0, dtype=torch.long)),
+            r"tgt_ids must have shape \(batch=2, tgt >= 1\), got \(2, 0\)",
+        ),
+        (
+            lambda: model_of(BahdanauSeq2Seq)(*source()[:2], torch.ones(3, 4, dtype=torch.long)),
+            r"\(batch=2, tgt >= 1\), got \(3, 4\)",
+        ),
+        (
+            lambda: AttentionOnlyModel(20, 8, 12, 3, 1)(torch.ones(5, dtype=torch.long)),
+            r"token_ids must have shape \(batch, seq\), got \(5,\)",
+        ),
+        (lambda: AttentionOnlyModel(20, 8, 12, 3, 0), r"n_layers must be finite and >= 1, got 0"),
+        (
+            lambda: AdditiveAttention(3, 4, 5)(normal(2, 5, 3), normal(1, 7, 4)),
+            r"one batch, got \(2, 5, 3\) and \(1, 7",
+        ),
+        (
+            lambda: MultiHeadAttention(8, 2)(torch.ones(2, 5, 8), torch.ones(3, 7, 8)),
+            r"batch and heads of queries, keys and values do not fit each other: \[\(2, 2, 5, 4\), \(3, 2, 7, 4\)\]",
+        ),
+        (lambda: without_head(MultiHeadAttention(8, 2), 2).__enter__(), r"head=2 must be in 0..1"),
+        (lambda: without_head(MultiHeadAttention(8, 2), -1).__enter__(), r"head=-1 must be in 0..1"),
+        (
+            lambda: score_alignment(torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
+            r"links must be bool and of the weights' shape \(2, 3, 4\), got torch.float32",
+        ),
+        (lambda: topic.attention_work(0, 5, 3, 8), r"n_query must be finite and >= 1, got 0"),
     ],
 )
 def test_mistakes_are_named(call, message: str) -> None:
@@ -906,6 +996,12 @@ def test_bad_masks_and_shapes_are_named(attend) -> None:
         attend(q, v, v)
     with pytest.raises(ValueError, match="there are 7 keys but 6 values"):
         attend(q, k, v[:, :, 1:])
+    with pytest.raises(ValueError, match="queries have width 0 but keys 0; .* and at least 1"):
+        attend(q[..., :0], k[..., :0], v)
+    with pytest.raises(ValueError, match=re.escape("need axes (..., position, width), got [(4,), (7, 4), (7, 6)]")):
+        attend(q[0, 0, 0], k[0, 0], v[0, 0])
+    with pytest.raises(ValueError, match=re.escape("[(2, 3, 5, 4), (2, 2, 7, 4), (2, 3, 7, 6)]")):
+        attend(q, k[:, :2], v)
 
 
 def test_a_bool_bias_is_refused() -> None:
@@ -1141,18 +1237,25 @@ def test_attention_work_counts_what_pytorch_counts(parity) -> None:
     assert work.naive_intensity == work.flops / work.naive_bytes < work.fused_intensity == work.flops / ends
 
 
-def test_attention_only_model_adds_to_a_residual_stream() -> None:
-    """Layers that write nothing leave embedding plus position; one that does adds its output to what it read."""
+def test_attention_only_model_adds_pytorchs_layers_to_a_residual_stream(parity) -> None:
+    """Each layer adds its output to what it read; layers that write nothing leave embedding plus position."""
     torch.manual_seed(0)
-    model, token_ids = AttentionOnlyModel(20, 9, 12, 3, 2), torch.randint(20, (2, 7), generator=generator())
-    stream = model.token_emb(token_ids) + model.pos_emb.weight[:7]
-    for layer in model.layers:
-        stream = stream + layer(stream, mask=causal_mask(7))[0]
-    torch.testing.assert_close(model(token_ids), model.lm_head(stream), rtol=0, atol=1e-6)
+    model, token_ids = AttentionOnlyModel(20, 9, 12, 3, 2).double(), torch.randint(20, (2, 7), generator=generator())
+    peers = [layer.to_torch() for layer in model.layers]
+    stream, looks = model.token_emb(token_ids) + model.pos_emb.weight[:7], []
+    for peer in peers:
+        mixed, weights = peer(stream, stream, stream, attn_mask=~causal_mask(7), average_attn_weights=False)
+        stream = stream + mixed
+        looks.append(weights)
+    ours, theirs = model.look(token_ids), (model.lm_head(stream), torch.stack(looks))
+    oracle, logits = "nn.MultiheadAttention on a residual stream", model(token_ids)
+    parity("AttentionOnlyModel", oracle, "output", [logits, *ours], [theirs[0], *theirs], 1e-10)
+    around = [model.token_emb.weight, model.pos_emb.weight, model.lm_head.weight]
+    parity("AttentionOnlyModel", oracle, "gradient", gradients(logits, around), gradients(theirs[0], around), 1e-10)
     for layer in model.layers:
         nn.init.zeros_(layer.out_proj.weight)
     plain = model.lm_head(model.token_emb(token_ids) + model.pos_emb.weight[:7])
-    torch.testing.assert_close(model(token_ids), plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(token_ids), plain, rtol=0, atol=1e-12)
 
 
 def test_attention_only_model_is_causal_and_recalls() -> None:

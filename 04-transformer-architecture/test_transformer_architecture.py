@@ -135,7 +135,7 @@ def compare_everything(
 # Parity: layers and stacks
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 6), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 6), (1, 1, 2), (8,)])
 def test_layer_norm_and_its_backward_by_hand(parity, shape) -> None:
     width, x, grad = shape[-1], random_input(*shape), torch.randn(*shape, dtype=torch.float64)
     ours = shake(LayerNorm(width, norm_eps=0.03)).double()  # an eps large enough that its place matters
@@ -154,6 +154,19 @@ def test_layer_norm_and_its_backward_by_hand(parity, shape) -> None:
         wanted,
         1e-10,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_layer_norm_normalises_half_precision_in_single(parity, dtype: torch.dtype, size: float) -> None:
+    """Squares of 300 are infinite in float16, whose largest number is 65,504."""
+    x, ours = (size * torch.randn(6, 9)).to(dtype).requires_grad_(), shake(LayerNorm(9)).to(dtype)
+    actual, expected = ours(x), F.layer_norm(x, (9,), ours.weight, ours.bias)
+    assert actual.dtype == dtype
+    last_bit = 4 * torch.finfo(dtype).eps  # of outputs up to 4
+    parity(f"LayerNorm, {dtype}", "F.layer_norm", "output", actual.float(), expected.float(), last_bit)
+    grads = [torch.autograd.grad(size * out.float().square().sum(), x)[0].float() for out in (actual, expected)]
+    parity(f"LayerNorm, {dtype}", "F.layer_norm", "gradient", *grads, 8 * last_bit)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -437,6 +450,21 @@ def test_position_attention_adds_to_a_given_bias(parity) -> None:
         assert (layer.attend(x, k, v, bias=bias)[1] - layer(x)[1]).abs().max() > 1e-3
 
 
+def test_relative_buckets_and_rotations_refuse_what_has_no_meaning() -> None:
+    offsets = torch.arange(-3, 4)
+    for arguments, message in (
+        ((3, 128, True), r"n_buckets=3 must be >= 4"),
+        ((1, 128, False), r"n_buckets=1 must be >= 2"),
+        ((32, 8, True), r"max_distance=8 > 8, the number"),
+        ((32, 16, False), r"max_distance=16 > 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relative_buckets(offsets, *arguments)
+    layer, k = RotaryAttention(D_MODEL, N_HEADS), torch.randn(BATCH, N_HEADS, TGT - 1, 4)
+    with pytest.raises(ValueError, match="5 queries need as many keys at least, got 4"):  # would turn all alike
+        layer.attend(torch.randn(BATCH, TGT, D_MODEL), k, k)
+
+
 # Parity: counters
 
 
@@ -536,6 +564,10 @@ def test_memory_formulas_equal_what_is_really_kept(parity, batch: int, length: i
     masks = 2 * (length + 1) * length  # a byte for each bool: the mask and the rows without a key, in two layers
     formula = activation_bytes(size, batch, length)["total"] + masks
     parity("activation_bytes", "saved tensors of autograd", "output", formula, measured, 0)
+    half = saved_bytes(encoder.bfloat16(), x.detach().bfloat16().requires_grad_(), causal_mask(length))
+    formula = activation_bytes(size, batch, length, bytes_per_number=2)["total"] + masks
+    parity("activation_bytes, bfloat16", "saved tensors of autograd", "output", formula, half, 0)
+    encoder.float()
     model, token_ids = CausalTransformer(TINY, VOCAB), torch.randint(4, VOCAB, (batch, length))
     caches = model.new_caches()
     model(token_ids, caches)
@@ -763,6 +795,15 @@ def test_hand_worked_layer() -> None:
         ),
         (lambda: tiny_model()(torch.full((1, 3), VOCAB)), rf"token id {VOCAB} >= vocab_size {VOCAB} at \[0, 0\]"),
         (lambda: tiny_model()(torch.full((1, 17), 5)), "sequence length 17 exceeds max_seq_len 16"),
+        (lambda: LayerNorm(1)(torch.zeros(2, 6)), r"expected vectors of width 1, got a tensor of shape \(2, 6\)"),
+        (lambda: alibi_slopes(0), "n_heads must be >= 1, got 0"),
+        (lambda: tiny_model()(torch.full((3,), 5)), r"token_ids must have shape \(batch, seq\), got \(3,\)"),
+        (lambda: tiny_model()(torch.full((1, 3), 5), [KeyValueCache()]), "got 1 caches for 2 blocks; build one"),
+        (lambda: reuse(tiny_model()), "the cache holds 2 sequences, got 3; select its rows or start a new one"),
+        (
+            lambda: tiny_model().generate(torch.full((1, 0), 5), 4),
+            r"token_ids must have shape \(batch, seq >= 1\), got \(1, 0\); begin with <bos>",
+        ),
         (lambda: tiny_model().generate(torch.full((1, 3), 5), -1), "max_new_tokens and temperature must be >= 0"),
         (lambda: tiny_model().generate(torch.full((1, 3), 5), 2, temperature=math.nan), "finite, got 2, nan"),
         (lambda: tiny_model().generate(torch.full((1, 3), 5), 14), "sequence length 17 exceeds max_seq_len 16"),
@@ -777,6 +818,26 @@ def test_hand_worked_layer() -> None:
             ),
             "activation='relu' does not fit gelu",
         ),
+        (lambda: copy_from_torch(encoder_layer(), peer(12, 4, 20)), "n_heads is 3 in ours and 4 in PyTorch's layer"),
+        (lambda: copy_from_torch(encoder_layer(), peer(activation=F.silu)), "activation='relu' does not fit silu"),
+        (
+            lambda: copy_from_torch(encoder_layer("gelu"), peer(activation=nn.GELU("tanh"))),
+            r"'gelu' does not fit GELU\(approximate='tanh'\)",
+        ),
+        (lambda: copy_from_torch(encoder_layer(), peer(layer_norm_eps=1e-3)), "norm_eps=1e-05 does not fit eps=0.001"),
+        (lambda: copy_from_torch(encoder_layer(), peer(bias=False)), "use_bias is True in ours and False"),
+        (
+            lambda: copy_from_torch(DecoderLayer(12, 3, 20), peer()),
+            "DecoderLayer does not fit TransformerEncoderLayer",
+        ),
+        (
+            lambda: copy_to_torch(nn.Linear(2, 3), nn.Linear(2, 3, bias=False)),
+            "only one of Linear and Linear has a bias",
+        ),
+        (
+            lambda: copy_to_torch(LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)),
+            "only one of LayerNorm and LayerNorm has a weight",
+        ),
         (lambda: copy_from_torch(nn.Linear(2, 3), nn.GRU(2, 3)), "no layer of this topic corresponds to GRU"),
         (lambda: copy_from_torch(nn.Linear(2, 3), nn.Linear(2, 1)), r"weights of shape \(1, 2\) do not fit \(3, 2\)"),
     ],
@@ -788,6 +849,21 @@ def test_bad_input_is_refused_with_a_remedy(build, message: str) -> None:
 
 def tiny_model() -> CausalTransformer:
     return CausalTransformer(TINY, VOCAB)
+
+
+def reuse(model: CausalTransformer) -> None:
+    """Give the caches of two sequences to three."""
+    caches = model.new_caches()
+    for batch_size in (2, 3):
+        model(torch.full((batch_size, 4), 5), caches)
+
+
+def encoder_layer(activation: str = "relu") -> EncoderLayer:
+    return EncoderLayer(12, 3, 20, activation=activation)
+
+
+def peer(d_model: int = 12, n_heads: int = 3, d_ff: int = 20, **options) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(d_model, n_heads, d_ff, batch_first=True, norm_first=True, **options)
 
 
 def test_stacks_of_another_depth_are_refused() -> None:
@@ -927,6 +1003,12 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
     drawn = model.generate(prompt, 6, temperature=0)
     whole = torch.cat([prompt, drawn], dim=1)
     assert drawn.shape[1] >= 1 and model(whole).argmax(dim=-1)[0, 2:-1].tolist() == drawn[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-320])
+def test_the_smallest_temperatures_take_the_most_likely_token_too(temperature: float) -> None:
+    model, prompt = shake(tiny_model()), torch.tensor([[BOS_ID, 7, 9]])
+    assert torch.equal(model.generate(prompt, 6, temperature), model.generate(prompt, 6, temperature=0))
 
 
 def test_generated_rows_hold_padding_after_their_end() -> None:

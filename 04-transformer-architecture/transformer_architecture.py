@@ -28,7 +28,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prerequisites
-from attention_mechanisms import MultiHeadAttention, attention_weights, causal_mask, key_distance
+from attention_mechanisms import (
+    MultiHeadAttention,
+    attention_weights,
+    causal_mask,
+    check_same_attention,
+    key_distance,
+)
 from sequence_modeling import (
     BOS_ID,
     EOS_ID,
@@ -133,8 +139,8 @@ class ModelConfig:
 class LayerNorm(nn.Module):
     """Give every position mean 0 and variance 1, then scale and shift each feature (Ba et al. 2016, equation 4).
 
-    The variance is the biased one (divided by d_model, not d_model - 1), and norm_eps stands inside the root.
-    Shapes: any (..., d_model) to the same.
+    The variance is the biased one (divided by d_model, not d_model - 1), and norm_eps stands inside the root. Half
+    precision is normalised in float32. Shapes: any (..., d_model) to the same. Raises ValueError for another width.
     """
 
     def __init__(self, d_model: int, norm_eps: float = 1e-5) -> None:
@@ -144,9 +150,12 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
+        if x.shape[-1:] != self.weight.shape:
+            raise ValueError(f"expected vectors of width {len(self.weight)}, got a tensor of shape {tuple(x.shape)}")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the square of 256 is infinite in float16
+        centred = wide - wide.mean(dim=-1, keepdim=True)
         variance = centred.square().mean(dim=-1, keepdim=True)
-        return self.weight * (centred * torch.rsqrt(variance + self.norm_eps)) + self.bias
+        return (self.weight * (centred * torch.rsqrt(variance + self.norm_eps)) + self.bias).to(x.dtype)
 
 
 def layer_norm_backward(
@@ -163,8 +172,8 @@ def layer_norm_backward(
     normed, grad = centred / root, grad_output * weight
     along_normed = normed * (grad * normed).mean(dim=-1, keepdim=True)
     grad_x = (grad - grad.mean(dim=-1, keepdim=True) - along_normed) / root
-    grad_weight = (grad_output * normed).flatten(0, -2).sum(dim=0)  # (d_model)
-    grad_bias = grad_output.flatten(0, -2).sum(dim=0)  # (d_model)
+    grad_weight = (grad_output * normed).reshape(-1, x.shape[-1]).sum(dim=0)  # (d_model)
+    grad_bias = grad_output.reshape(-1, x.shape[-1]).sum(dim=0)  # (d_model)
     return grad_x, grad_weight, grad_bias
 
 
@@ -292,7 +301,7 @@ class RotaryAttention(MultiHeadAttention):
     """Rotate queries and keys by their position, so that their dot product depends on i - j alone (Su et al. 2021).
 
     For self-attention: the last query stands at the last key, and keys are rotated here, from position 0, because a
-    cache keeps them as they were projected. Raises ValueError for an odd d_head.
+    cache keeps them as they were projected. Raises ValueError for an odd d_head and for fewer keys than queries.
     """
 
     rope_theta = 10000.0
@@ -310,6 +319,11 @@ class RotaryAttention(MultiHeadAttention):
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         q = self.split_heads(self.q_proj(x))  # (batch, heads, query, d_head)
+        if q.shape[2] > k.shape[2]:
+            raise ValueError(
+                f"rotary positions align the last query with the last key: {q.shape[2]} queries need as many keys at "
+                f"least, got {k.shape[2]}"
+            )
         angles = position_angles(torch.arange(k.shape[2], device="cpu"), self.d_head, self.rope_theta)  # (key, half)
         q, k = self.rotate(q, angles[k.shape[2] - q.shape[2] :]), self.rotate(k, angles)
         weights = self.dropout(attention_weights(q, k, mask, bias, self.scale))  # (batch, heads, query, key)
@@ -330,13 +344,20 @@ def relative_buckets(
 
     One direction: half of the buckets hold one distance each, the others grow up to max_distance, and everything
     farther shares the last. Bidirectional: half of the buckets for each sign; otherwise keys ahead count as distance 0.
+    Raises ValueError for too few buckets, and unless max_distance lies beyond the distances with a bucket of their own.
     """
+    least = 4 if bidirectional else 2
+    n_exact = n_buckets // least
+    if n_buckets < least or max_distance <= n_exact:
+        raise ValueError(
+            f"n_buckets={n_buckets} must be >= {least}, and max_distance={max_distance} > {n_exact}, the number of "
+            "distances with a bucket of their own"
+        )
     base = torch.zeros_like(offsets)
     if bidirectional:
         n_buckets //= 2
         base = n_buckets * (offsets > 0)
     distance = offsets.abs() if bidirectional else (-offsets).clamp(min=0)
-    n_exact = n_buckets // 2
     growth = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)  # float32, as in T5
     far = (n_exact + (growth * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
     return base + torch.where(distance < n_exact, distance, far)
@@ -373,8 +394,11 @@ class CausalRelativeAttention(RelativeAttention):
 def alibi_slopes(n_heads: int) -> Tensor:
     """Slope of each head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (Press et al. 2022, section 3).
 
-    Another n takes the slopes of the power of two below it, then every other slope of the power above.
+    Another n takes the slopes of the power of two below it, then every other slope of the power above. Raises
+    ValueError for n < 1.
     """
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be >= 1, got {n_heads}")
     power = 1 << (n_heads.bit_length() - 1)
     slopes = 2.0 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2.0 ** (-4 / power * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64))
@@ -416,8 +440,12 @@ class KeyValueCache:
         return sum(tensor.nbytes for pair in (self.own, self.memory) if pair is not None for tensor in pair)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new positions; return the keys and values of all of them."""
+        """Add the new positions; return the keys and values of all of them. ValueError for another batch size."""
         if self.own is not None:
+            if len(k) != len(self.own[0]):
+                raise ValueError(
+                    f"the cache holds {len(self.own[0])} sequences, got {len(k)}; select its rows or start a new one"
+                )
             k = torch.cat([self.own[0], k], dim=2)  # (batch, heads, *, d_head)
             v = torch.cat([self.own[1], v], dim=2)  # (batch, heads, *, d_head)
         self.own = (k, v)
@@ -517,6 +545,13 @@ class DecoderLayer(EncoderLayer):
         return self.cross_attn.attend(x, *cache.memory, mask)[0]
 
 
+def one_for_each(blocks: nn.ModuleList, caches: list[KeyValueCache] | None) -> list[KeyValueCache | None]:
+    """The cache of each block, or None for each; raises ValueError for another number of caches."""
+    if caches and len(caches) != len(blocks):
+        raise ValueError(f"got {len(caches)} caches for {len(blocks)} blocks; build one KeyValueCache for each block")
+    return caches or [None] * len(blocks)
+
+
 class Encoder(nn.Module):
     """`n_layers` encoder layers and a last normalisation; the arguments after n_layers are those of EncoderLayer.
 
@@ -530,7 +565,7 @@ class Encoder(nn.Module):
         self.final_norm = LayerNorm(d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, caches: list[KeyValueCache] | None = None) -> Tensor:
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        for block, cache in zip(self.blocks, one_for_each(self.blocks, caches), strict=True):
             x = block(x, mask, cache)  # (batch, seq, d_model)
         return self.final_norm(x)  # (batch, seq, d_model)
 
@@ -555,7 +590,7 @@ class Decoder(nn.Module):
         memory_mask: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        for block, cache in zip(self.blocks, one_for_each(self.blocks, caches), strict=True):
             x = block(x, memory, self_mask, memory_mask, cache)  # (batch, tgt, d_model)
         return self.final_norm(x)  # (batch, tgt, d_model)
 
@@ -598,6 +633,8 @@ class CausalTransformer(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)  # all tokens start about equally likely: loss ln V
 
     def forward(self, token_ids: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        if token_ids.dim() != 2:
+            raise ValueError(f"token_ids must have shape (batch, seq), got {tuple(token_ids.shape)}")
         if not token_ids.is_meta:  # a meta tensor has a shape but no values to check
             check_token_ids(token_ids, self.vocab_size)
         start, seq_len = len(caches[0]) if caches else 0, token_ids.shape[1]
@@ -621,8 +658,13 @@ class CausalTransformer(nn.Module):
         """Sample a continuation of token_ids (batch, seq); returns the new ids (batch, at most max_new_tokens).
 
         Temperature 0 takes the most likely token. After its <eos> a row holds <pad>. With dropout, call `eval()` first.
-        Raises ValueError for a temperature or max_new_tokens below 0 and if the end could lie beyond max_seq_len.
+        Raises ValueError for a temperature or max_new_tokens below 0, for prompts without a token, and if the end could
+        lie beyond max_seq_len.
         """
+        if token_ids.dim() != 2 or token_ids.shape[1] == 0:
+            raise ValueError(
+                f"token_ids must have shape (batch, seq >= 1), got {tuple(token_ids.shape)}; begin with <bos>"
+            )
         if max_new_tokens < 0 or not 0 <= temperature < math.inf:
             raise ValueError(
                 f"max_new_tokens and temperature must be >= 0 and finite, got {max_new_tokens}, {temperature}"
@@ -635,7 +677,9 @@ class CausalTransformer(nn.Module):
             if temperature == 0:
                 token_ids = logits.argmax(dim=-1, keepdim=True)
             else:
-                token_ids = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+                behind = (logits - logits.amax(dim=-1, keepdim=True)).double()  # 0 / temperature stays 0
+                chances = (behind / temperature).softmax(dim=-1).to(logits.dtype)  # (batch, vocab)
+                token_ids = torch.multinomial(chances, 1, generator=generator)
             token_ids = token_ids.masked_fill(done, PAD_ID)  # (batch, 1)
             generated.append(token_ids)
             done |= token_ids == EOS_ID
@@ -662,26 +706,36 @@ def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Te
     """Yield each of our parameters with the tensor that holds the same numbers in PyTorch's module of the same kind.
 
     Takes LayerNorm, Linear, MultiheadAttention, the two Transformer layers, their stacks, and nn.Transformer for any
-    module of ours that has an `encoder` and a `decoder`. Raises ValueError if kind, norm order, activation or depth
-    differ.
+    module of ours that has an `encoder` and a `decoder`. Raises ValueError if kind, heads, biases, norm order, the
+    norms' epsilon, activation or depth differ, for then equal weights compute something else.
     """
     children: list[tuple[nn.Module, nn.Module]] = []
     match theirs:
         case nn.Linear() | nn.LayerNorm():
-            yield ours.weight, theirs.weight
-            if theirs.bias is not None:
-                yield ours.bias, theirs.bias
+            for name in ("weight", "bias"):
+                pair = getattr(ours, name), getattr(theirs, name)
+                if (pair[0] is None) != (pair[1] is None):
+                    raise ValueError(f"only one of {type(ours).__name__} and {type(theirs).__name__} has a {name}")
+                if pair[0] is not None:
+                    yield pair
+            if isinstance(theirs, nn.LayerNorm) and ours.norm_eps != theirs.eps:
+                raise ValueError(f"norm_eps={ours.norm_eps} does not fit eps={theirs.eps}")
         case nn.MultiheadAttention():
+            check_same_attention(ours, theirs)
             projections = (ours.q_proj, ours.k_proj, ours.v_proj)
             yield from zip([proj.weight for proj in projections], theirs.in_proj_weight.chunk(3), strict=True)
             if theirs.in_proj_bias is not None:
                 yield from zip([proj.bias for proj in projections], theirs.in_proj_bias.chunk(3), strict=True)
             children = [(ours.out_proj, theirs.out_proj)]
         case nn.TransformerEncoderLayer() | nn.TransformerDecoderLayer():
+            if isinstance(ours, DecoderLayer) != isinstance(theirs, nn.TransformerDecoderLayer):
+                raise ValueError(f"{type(ours).__name__} does not fit {type(theirs).__name__}")
             if (ours.norm_order == "pre") != theirs.norm_first:
                 raise ValueError(f"norm_order={ours.norm_order!r} does not fit norm_first={theirs.norm_first}")
-            if theirs.activation in ACTIVATIONS.values() and theirs.activation is not ACTIVATIONS[ours.ffn.activation]:
-                raise ValueError(f"activation={ours.ffn.activation!r} does not fit {theirs.activation.__name__}")
+            x = torch.linspace(-3, 3, 7)  # theirs may be any function or module: compare what it computes
+            if not torch.equal(theirs.activation(x), ACTIVATIONS[ours.ffn.activation](x)):
+                name = getattr(theirs.activation, "__name__", theirs.activation)
+                raise ValueError(f"activation={ours.ffn.activation!r} does not fit {name}")
             norms = [ours.attn_norm, ours.ffn_norm]
             children = [(ours.self_attn, theirs.self_attn)]
             if isinstance(theirs, nn.TransformerDecoderLayer):
@@ -706,14 +760,14 @@ def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Te
 @torch.no_grad()
 def copy_from_torch(ours: nn.Module, theirs: nn.Module) -> None:
     """Copy the weights of PyTorch's module into ours; see torch_pairs for the modules. ValueError if shapes differ."""
-    for mine, other in torch_pairs(ours, theirs):
+    for mine, other in list(torch_pairs(ours, theirs)):
         copy_exactly(other, mine)
 
 
 @torch.no_grad()
 def copy_to_torch(ours: nn.Module, theirs: nn.Module) -> None:
     """Copy our weights into PyTorch's module; see torch_pairs for the modules. ValueError if shapes differ."""
-    for mine, other in torch_pairs(ours, theirs):
+    for mine, other in list(torch_pairs(ours, theirs)):
         copy_exactly(mine, other)
 
 
@@ -840,7 +894,7 @@ def activation_bytes(size: TransformerSize, batch_size: int, seq_len: int, bytes
     """Bytes that our pre-norm encoder keeps for the backward pass (ReLU, no dropout, with a mask), term by term.
 
     The stream itself is not among them: the gradient of a sum needs neither summand. Masks, one byte for each bool, are
-    left out.
+    left out. Norms keep their numbers in 4 bytes at least, whatever bytes_per_number is.
     """
     tokens, n_layers = batch_size * seq_len, size.n_encoder_layers
     numbers = {
@@ -851,6 +905,7 @@ def activation_bytes(size: TransformerSize, batch_size: int, seq_len: int, bytes
         "feed-forward": n_layers * tokens * size.d_ff,
     }
     terms = {name: number * bytes_per_number for name, number in numbers.items()}
+    terms["norms"] = numbers["norms"] * max(4, bytes_per_number)
     return {**terms, "total": sum(terms.values())}
 
 
