@@ -30,6 +30,8 @@ from workbench import write_atomically
 SHARED = "shared"  # the shelf that everybody may read, by convention: a search still has to name it
 HEADING_WEIGHT = 3  # how often the last heading counts among the words; chosen on the questions that are not held out
 PASSAGES, VECTORS = "passages.json", "vectors.safetensors"
+UNREADABLE = (OSError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+UNREADABLE += (json.JSONDecodeError, UnicodeDecodeError)  # what a file raises that `save` has not written
 
 
 class Embedder(Protocol):
@@ -195,7 +197,7 @@ class DocumentIndex:
                 for row, fields in enumerate(stored["passages"]):
                     chunk = Chunk(**{**fields, "headings": tuple(fields["headings"])})
                     index.put(shelf, chunk, vectors[row] if encoder else None)
-        except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{folder} holds no document index: {' '.join(str(error).split())[:120]}") from None
         index.check_encoder(folder)
         return index

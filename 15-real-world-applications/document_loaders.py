@@ -23,6 +23,8 @@ import stat
 import unicodedata
 import zipfile
 import zlib
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -78,7 +80,7 @@ class SourceDocument:
 
     def section_at(self, position: int) -> Section:
         """The section that holds a character of the text."""
-        return next(section for section in reversed(self.sections) if section.start <= position)
+        return self.sections[bisect_right(self.sections, position, key=lambda section: section.start) - 1]
 
 
 class Refusal(NamedTuple):
@@ -100,8 +102,8 @@ def check_inside(name: str, what: str = "document") -> tuple[str, ...]:
     for _ in range(3):  # %252e%252e decodes to %2e%2e and then to ..
         decoded = unquote(decoded)
     for spelling in (name, decoded):
-        if any(unicodedata.category(char) == "Cc" for char in spelling):
-            raise ValueError(f"refused: the name {shorten(name)} holds a control character")
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in spelling):
+            raise ValueError(f"refused: the name {shorten(name)} holds a control character or half of a character")
         parts = re.split(r"[/\\]", spelling)
         if parts[0] == "" or re.match(r"[A-Za-z]:", spelling) or ".." in parts:
             raise ValueError(f"refused: {shorten(name)} leads outside its root; give a name inside it")
@@ -266,6 +268,9 @@ def blank_comments(text: str) -> tuple[str, int]:
 
 # Formats: text to sections
 
+MAX_SECTIONS = 20_000  # of a document
+MAX_HEADING = 500  # characters of a heading; what is behind them is left out of it
+
 
 def slug(heading: str) -> str:
     """GitHub's anchor of a heading, without the number that it adds to a repeated one."""
@@ -295,8 +300,8 @@ def markdown_sections(text: str) -> tuple[Section, ...]:
         elif fence and fence[1].startswith(fenced) and not line.strip().strip(fenced[0]):
             fenced = ""
         elif heading and not fenced:
-            words = re.sub(r"[ \t]+#+$", "", heading[2])
-            headings.append((position, len(heading[1]), words))
+            words = re.sub(r"(?<![ \t])[ \t]+#+$", "", heading[2])
+            headings.append((position, len(heading[1]), words[:MAX_HEADING]))
         position += len(line)
 
     def anchor(words: str) -> str:
@@ -308,7 +313,7 @@ def markdown_sections(text: str) -> tuple[Section, ...]:
 
 
 TITLE = re.compile(
-    r"^(?P<over>([^\w\s])\2{2,})?\n?(?P<words>[^\s].*)\n(?P<line>([=\-~`:'\"^_*+#.<>])\5{2,})[ \t]*$", re.M
+    r"^(?:(?P<over>([^\w\s])\2{2,})[ \t]*\n)?(?P<words>[^\s].*)\n(?P<line>([=\-~`:'\"^_*+#.<>])\5{2,})[ \t]*$", re.M
 )
 
 
@@ -321,7 +326,7 @@ def rst_sections(text: str) -> tuple[Section, ...]:
         style = (match["line"][0], bool(match["over"]))
         if style not in levels:
             levels.append(style)
-        headings.append((match.start(), levels.index(style) + 1, match["words"].strip()))
+        headings.append((match.start(), levels.index(style) + 1, match["words"].strip()[:MAX_HEADING]))
     return cut_sections(text, headings, lambda words: re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-"))
 
 
@@ -347,6 +352,7 @@ class TextOfHTML(HTMLParser):
         self.pieces: list[str] = []
         self.title, self.in_title = "", False
         self.open: list[tuple[str, bool]] = []  # elements, and whether each hides what it holds
+        self.n_open: Counter[str] = Counter()  # how many of each are open
 
     @property
     def hidden(self) -> bool:
@@ -366,13 +372,15 @@ class TextOfHTML(HTMLParser):
         if len(self.open) >= 500:
             raise ValueError("more than 500 elements within each other")
         self.open.append((tag, hides or self.hidden))
+        self.n_open[tag] += 1
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "title":
             self.in_title = False
-        if tag in (name for name, _ in self.open):
-            while self.open.pop()[0] != tag:
-                pass
+        closed = "" if self.n_open[tag] else tag
+        while closed != tag:
+            closed, _ = self.open.pop()
+            self.n_open[closed] -= 1
         if tag in BLOCKS:
             self.pieces.append("\n")
 
@@ -380,7 +388,7 @@ class TextOfHTML(HTMLParser):
         if self.in_title:
             self.title += data
         elif not self.hidden:
-            self.pieces.append(re.sub(r"\s+", " ", data) if "pre" not in (name for name, _ in self.open) else data)
+            self.pieces.append(data if self.n_open["pre"] else re.sub(r"\s+", " ", data))
 
 
 def html_text(text: str) -> tuple[str, str]:
@@ -407,15 +415,33 @@ def html_text(text: str) -> tuple[str, str]:
 
 def json_lines(value: object, path: str = "") -> Iterator[str]:
     """Every text, number and truth value of a JSON document, with the path to it; in order, without recursion."""
-    waiting: list[tuple[str, object]] = [(path, value)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{path}.{key}" if path else key, item) for key, item in reversed(value.items())]
-        elif isinstance(value, list):
-            waiting += [(f"{path}[{index}]", item) for index, item in reversed([*enumerate(value)])]
+    levels = [iter([(path, value)])]
+    while levels:
+        path, value = next(levels[-1], (None, None))
+        if path is None:
+            levels.pop()
+        elif isinstance(value, dict | list):
+            levels.append(parts_of(path, value))
         elif value is not None:
             yield f"{path}: {value}" if path else str(value)
+
+
+def parts_of(path: str, value: dict | list) -> Iterator[tuple[str, object]]:
+    """One level of a JSON document; a path is made when its turn comes, for all together may be far longer."""
+    if isinstance(value, dict):
+        return ((f"{path}.{key}" if path else key, item) for key, item in value.items())
+    return ((f"{path}[{index}]", item) for index, item in enumerate(value))
+
+
+def unfolded(lines: Iterator[str], most: int) -> str:
+    """The lines as one text. Raises ValueError for more than `most` characters, before they are kept."""
+    kept, size = [], 0
+    for line in lines:
+        size += len(line) + 1
+        if size > most:
+            raise ValueError(f"with the paths to its values more than {most:,} characters; split it")
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def document_of(source: str, kind: str, text: str, title: str = "", n_hidden: int = 0) -> SourceDocument:
@@ -428,6 +454,8 @@ def document_of(source: str, kind: str, text: str, title: str = "", n_hidden: in
         sections = rst_sections(text) if kind == "rst" else cut_sections(text, [], slug)
     if not text.strip():
         raise ValueError(f"{shorten(source)} holds no text that a reader can see")
+    if len(sections) > MAX_SECTIONS:
+        raise ValueError(f"{shorten(source)} has {len(sections):,} sections, the limit is {MAX_SECTIONS:,}; split it")
     first = next((section.headings[0] for section in sections if section.headings), "")
     title = visible(title)[0] or first or source.rpartition("/")[2]
     return SourceDocument(source, kind, " ".join(title.split()), text, sections, n_hidden + n_invisible)
@@ -484,7 +512,7 @@ def load_bytes(name: str, data: bytes, limits: LoadLimits = LIMITS, column: str 
         if kind == "html":
             title, text = html_text(text)
         elif kind == "json":
-            text = "\n".join(json_lines(json.loads(text)))
+            text = unfolded(json_lines(json.loads(text)), limits.max_bytes)
     except (ValueError, RecursionError, AssertionError) as error:  # html.parser asserts what a page may break
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error) or "broken markup"
         raise ValueError(f"{shorten(name)}: {reason}") from None

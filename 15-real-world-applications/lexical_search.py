@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import regex
@@ -87,7 +87,7 @@ ENDINGS = tuple(  # the longest that leaves four letters goes
 )
 
 
-@cache
+@lru_cache(maxsize=1 << 16)  # the words of strangers are without end
 def stem(word: str) -> str:
     """An English word without its ending, so that trained, training and trains are one term; crude, and one way only.
 

@@ -3,9 +3,9 @@
     answer = answer_from(index, "why divide by sqrt(d)?", readers=[SHARED])       # Answer: sentences and citations
     print(render_text(answer)); page = render_html(answer)                        # no link but to the cited places
     ids = grounded_prompt(tokenizer, system, question, passages)                  # no text becomes a role
-    examine_people(model, tokenizer, way, people, seed)                           # right, wrong, abstained: exact
-
     score_people(answer_people(model, tokenizer, way, asked, index), asked)       # right, wrong, abstained: exact
+
+What a document says cannot be trusted, and a model that reads it may obey it. What is guaranteed here therefore does
 not depend on the model: text is never a special token, never in the system's turn, never a link, never a tool call.
 """
 

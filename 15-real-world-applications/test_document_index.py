@@ -128,7 +128,7 @@ def test_damage_is_noticed(tmp_path) -> None:
     (tmp_path / PASSAGES).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="1 vectors of 2 passages"):
         DocumentIndex.load(tmp_path, encoder)
-    for torn in ("{", "[]", '{"shelves": []}'):
+    for torn in ("{", "[]", '{"shelves": []}', "[" * 10**5):
         (tmp_path / PASSAGES).write_text(torn)
         with pytest.raises(ValueError, match="no document index"):
             DocumentIndex.load(tmp_path, encoder)

@@ -73,6 +73,7 @@ def zipped(entries: dict[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
         ("%2e%2e%2fsecret.txt", "outside its root"),
         ("%252e%252e/secret.txt", "outside its root"),
         ("inner%2fb.txt", "hides a separator"),
+        ("a\ud800.md", "half of a character"),
         ("a.md\0.txt", "control character"),
         ("a%00.md", "control character"),
         ("a\n.md", "control character"),
@@ -329,6 +330,24 @@ def test_tags_that_never_end_take_no_quadratic_time(unit: str, spread: int) -> N
         assert ("comment" in str(error) or "within each other" in str(error)) and (spread or "50,000" in str(error))
 
 
+@pytest.mark.timeout(60)  # before, 40,000 signs of the first took minutes and hours, and the others many seconds
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.rst", b"=" * 10**6 + b"\nx\n"),  # an overline of any length, then words, then no underline
+        ("a.md", b"# a" + b" " * 10**5 + b"#" * 10**5 + b" b\n"),  # no closing signs of a heading
+        ("a.md", b"# " + b"[" * 10**6 + b"\n"),  # links of a heading that never close
+        ("a.html", b"<div>" * 499 + b"a<b>x</b>" * 16_000),  # each piece of text asks what it lies in
+        ("a.html", b"<div>" * 499 + b"</p>a" * 40_000),  # each end looks for its beginning
+    ],
+)
+def test_formats_take_no_quadratic_time(name: str, data: bytes) -> None:
+    [document] = load_bytes(name, data)
+    assert len(document.text) > 10_000 and all(
+        len(words) <= 500 for part in document.sections for words in part.headings
+    )
+
+
 def test_pages_that_are_too_large_or_nested_are_refused() -> None:
     for name, data, reason in (
         ("a.html", b"x" * (2**20 + 1), "limit is 1,048,576"),
@@ -337,6 +356,8 @@ def test_pages_that_are_too_large_or_nested_are_refused() -> None:
         ("a.json", b"[" * 200_000, "too deeply nested"),
         ("a.json", b'{"a": ', "Expecting value"),
         ("a.json", b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+        ("a.json", b'{"kkkkkkkk":' * 900 + b"[" + b"1," * 10**5 + b"1]" + b"}" * 900, "paths .* more than 8,388,608"),
+        ("a.md", b"# a\n" * 20_001, "has 20,001 sections, the limit is 20,000"),
         ("a.jsonl", b'{"other": 1}', "no field 'text'"),
         ("a.jsonl", b'{"text": ""}', "no record with text"),
         ("a.txt", b"\xff\xfea\0", "UTF-16"),

@@ -9,6 +9,7 @@ at lines, sentences or words, whichever is the largest that fits. `overlap` toke
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -149,6 +150,7 @@ def packed(text: str, spans: list[Span], config: ChunkConfig, count: TokenCounte
 def cut_document(document: SourceDocument, config: ChunkConfig, count: TokenCounter = count_words) -> list[Chunk]:
     """The chunks of a document in order. A section with little text gives its text to the next one within it."""
     text, found, waiting = document.text, [], None
+    line_ends = [match.start() for match in re.finditer("\n", text)]
     for number, section in enumerate(document.sections):
         start = section.start if waiting is None else waiting
         below = document.sections[number + 1].headings if number + 1 < len(document.sections) else ()
@@ -164,7 +166,7 @@ def cut_document(document: SourceDocument, config: ChunkConfig, count: TokenCoun
         ]
         for span in packed(text, small, config, count):
             home = document.section_at(span.end - 1)  # a tiny budget can cut a heading off again
-            where = (home.headings, home.anchor, span.start, span.end, text.count("\n", 0, span.start) + 1)
+            where = (home.headings, home.anchor, span.start, span.end, bisect_left(line_ends, span.start) + 1)
             found.append(Chunk(document.source, document.title, *where, text[span.start : span.end]))
     return found
 
