@@ -165,10 +165,10 @@ def flash_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, tile_row
     d_head a power of two, at least 16. causal aligns the last query with the last key.
     Raises ValueError for other shapes and dtypes.
     """
-    width, group = q.shape[-1], max(1, k.shape[1])
+    width, group = q.shape[-1], k.shape[1]
     if width < 16 or width & (width - 1):
         raise ValueError(f"d_head={width} must be a power of two, at least 16: the tiles of a GPU are")
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[-1] != width or q.shape[1] % group:
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[-1] != width or not group or q.shape[1] % group:
         raise ValueError(f"shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit each other")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernel computes in float16, bfloat16 or float32, got {q.dtype}")

@@ -1,4 +1,4 @@
-"""Topic 09 - Calculators: what a config costs, in parameters, FLOPs, key-value bytes and memory, before it is built.
+"""Topic 09 - Calculators: what a config costs, in parameters, FLOPs and bytes of cache, before it is built.
 
 python 09-modern-llm-architectures/modern_llm_architectures.py size               # the published models below
 python 09-modern-llm-architectures/modern_llm_architectures.py size --checkpoint path/to/folder
@@ -122,7 +122,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     )
     weights = parameters.active_matmul - (biases if config.use_bias and not config.latent else 0)
     if config.experts and config.experts.router == "sigmoid":
-        weights -= config.experts.n_experts * (config.n_layers - config.experts.n_dense_layers)  # a bias of the choice
+        n_sparse = max(0, config.n_layers - config.experts.n_dense_layers)
+        weights -= config.experts.n_experts * n_sparse  # a bias of the choice
     latent = config.latent
     width = latent.d_nope + latent.d_rope + latent.d_value if latent else 2 * config.d_head
     met = 0.0
@@ -150,19 +151,3 @@ def kv_bytes(config: ModelConfig, seq_len: int, batch_size: int = 1, bytes_per_n
     layer = kv_bytes_per_token(config, bytes_per_number) / config.n_layers
     kept = (min(seq_len, config.window_of(index) or seq_len) for index in range(config.n_layers))
     return batch_size * layer * sum(kept)
-
-
-def training_bytes_per_parameter(master: bool = True) -> int:
-    """Mixed-precision AdamW: bf16 weight and gradient, fp32 master weight, mean and square: 2 + 2 + 4 + 4 + 4.
-
-    Without a master copy everything is fp32: 4 + 4 + 4 + 4. Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.1.
-    """
-    return 16 if master else 4 * 4
-
-
-def inference_bytes(
-    config: ModelConfig, seq_len: int, batch_size: int, bytes_per_weight: float = 2
-) -> dict[str, float]:
-    """Bytes of the weights and of the caches, the two that grow with the model and with its users."""
-    weights = count_parameters(config).total * bytes_per_weight
-    return {"weights": weights, "caches": kv_bytes(config, seq_len, batch_size)}

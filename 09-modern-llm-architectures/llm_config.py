@@ -33,6 +33,11 @@ class ExpertConfig:
         check_range(self, "d_shared", "n_dense_layers", least=0)
         if self.n_active_experts > self.n_experts:
             raise ValueError(f"n_active_experts={self.n_active_experts} is more than n_experts={self.n_experts}")
+        if self.router == "softmax" and (self.n_groups, self.n_active_groups, self.scale) != (1, 1, 1.0):
+            raise ValueError(
+                f"n_groups={self.n_groups}, n_active_groups={self.n_active_groups} and scale={self.scale} belong to "
+                "the sigmoid router; leave them at 1 or choose router='sigmoid'"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class ModelConfig:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if self.d_head % 2 and not self.latent:
             raise ValueError(f"rotary positions turn pairs of features: d_head={self.d_head} must be even")
+        kinds = {"latent": self.latent, "qk_norm": self.qk_norm, "attention_cap": self.attention_cap}
+        chosen = [name for name, value in kinds.items() if value] + ["use_bias"] * bool(self.latent and self.use_bias)
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} do not go together: there is no such attention; choose one")
 
     def window_of(self, layer: int) -> int:
         return 0 if layer in self.full_layers else self.window_size
@@ -105,23 +114,39 @@ SHARED_NAMES = {
     "bos_id": "bos_token_id",
     "eos_id": "eos_token_id",
 }
-SHARED_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+SHARED_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+MISTRAL_DEFAULTS = SHARED_DEFAULTS | {"num_key_value_heads": 8, "max_position_embeddings": 131_072}
+QWEN3_DEFAULTS = {
+    **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": 128, "num_key_value_heads": 32},
+    **{"max_position_embeddings": 32_768, "sliding_window": 4096},
+}
+DEEPSEEK_DEFAULTS = {
+    **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1},
+    **{"max_position_embeddings": 4096, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128},
+    **{"qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 2048, "n_routed_experts": 256},
+    **{"num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 8, "topk_group": 4},
+    **{"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
+}
+MEANS_NONE = {  # keys whose null says something else than that the key is absent
+    *("head_dim", "num_key_value_heads", "sliding_window", "q_lora_rank"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 SILU, BIAS, WINDOW = {"hidden_act": ("silu",)}, {"use_bias": "attention_bias"}, {"window_size": "sliding_window"}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", SHARED_NAMES | BIAS, SILU | {"mlp_bias": (False,)}, SHARED_DEFAULTS),
-    "mistral": Family("MistralForCausalLM", SHARED_NAMES | WINDOW, SILU, SHARED_DEFAULTS | {"num_key_value_heads": 8}),
-    "qwen3": Family("Qwen3ForCausalLM", SHARED_NAMES | BIAS | WINDOW, SILU, SHARED_DEFAULTS | {"head_dim": 128}),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        SHARED_NAMES | WINDOW,
-        SILU,
-        SHARED_DEFAULTS | {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "llama": Family(
+        "LlamaForCausalLM",
+        SHARED_NAMES | BIAS,
+        SILU | {"mlp_bias": (False,)},
+        SHARED_DEFAULTS | {"max_position_embeddings": 2048},
     ),
+    "mistral": Family("MistralForCausalLM", SHARED_NAMES | WINDOW, SILU, MISTRAL_DEFAULTS | {"sliding_window": 4096}),
+    "qwen3": Family("Qwen3ForCausalLM", SHARED_NAMES | BIAS | WINDOW, SILU, QWEN3_DEFAULTS),
+    "mixtral": Family("MixtralForCausalLM", SHARED_NAMES | WINDOW, SILU, MISTRAL_DEFAULTS | {"rms_norm_eps": 1e-5}),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
         SHARED_NAMES,
         SILU | {"attention_bias": (False,), "norm_topk_prob": (True,), "rope_interleave": (True,)},
-        SHARED_DEFAULTS,
+        DEEPSEEK_DEFAULTS,
     ),
 }
 EXPERT_NAMES = {
@@ -147,7 +172,8 @@ SCALING_NAMES = {
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
     "yarn": {
-        name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+        name: name
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
     },
     "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
 }
@@ -165,7 +191,8 @@ def config_from_folder(given: dict) -> ModelConfig:
     for name in REQUIRED:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"{CONFIG} has {name}={given[name]!r}; it must be a whole number >= 1")
-    given = family.defaults | {name: value for name, value in given.items() if value is not None}
+    given = family.defaults | {name: value for name, value in given.items() if value is not None or name in MEANS_NONE}
+    given = {name: value for name, value in given.items() if value is not None}
     more_ends: list[int] = []
     if isinstance(given.get("eos_token_id"), list):  # several ends
         given["eos_token_id"], *more_ends = whole_ids("eos_token_id", given["eos_token_id"])
@@ -174,8 +201,12 @@ def config_from_folder(given: dict) -> ModelConfig:
     given.setdefault("bos_token_id", given.get("eos_token_id", 0))
     given.setdefault("eos_token_id", given["bos_token_id"])
     given.setdefault("pad_token_id", given["eos_token_id"])
-    windowed = given.get("use_sliding_window", kind != "qwen3") and given.get("sliding_window")
+    if given["pad_token_id"] == -1:  # as the first files of Llama say that there is none
+        given["pad_token_id"] = given["eos_token_id"]
+    windowed = given.get("sliding_window") and (kind != "qwen3" or given.get("use_sliding_window"))
     given["sliding_window"] = given["sliding_window"] if windowed else 0
+    if kind == "deepseek_v3":  # latent attention has neither; published files name one of them or none
+        given |= {"head_dim": given["qk_rope_head_dim"], "num_key_value_heads": given["num_attention_heads"]}
     theta, scaling = scaling_from_folder(given, kind)
     config = config_from_file(ModelConfig, given, family.names, family.fixed)
     extra: dict[str, Any] = {"qk_norm": kind == "qwen3", "rope_theta": theta, "rope_scaling": scaling}
@@ -189,7 +220,7 @@ def config_from_folder(given: dict) -> ModelConfig:
     if kind in EXPERT_NAMES:
         extra["experts"] = experts_from_folder(given, kind)
     if kind == "deepseek_v3":
-        extra["latent"] = config_from_file(LatentConfig, {"q_lora_rank": 0} | given, LATENT_NAMES, {})
+        extra["latent"] = config_from_file(LatentConfig, {"q_lora_rank": 0} | given, LATENT_NAMES, {})  # null: 0
     return replace(config, **extra)
 
 
@@ -210,27 +241,44 @@ def with_generation_ends(given: dict, folder: Path | str) -> dict:
 
 
 def experts_from_folder(given: dict, kind: str) -> ExpertConfig:
-    experts = config_from_file(ExpertConfig, given, EXPERT_NAMES[kind], {})
+    router = {"router": "softmax" if kind == "mixtral" else "sigmoid"}
+    experts = config_from_file(ExpertConfig, given | router, EXPERT_NAMES[kind] | {"router": "router"}, {})
     if kind == "mixtral":
         return replace(experts, d_expert=given["intermediate_size"])
-    d_shared = experts.d_expert * given.get("n_shared_experts", 1)
-    return replace(experts, d_shared=d_shared, router="sigmoid")
+    return replace(experts, d_shared=experts.d_expert * given["n_shared_experts"])
 
 
 def scaling_from_folder(given: dict, kind: str) -> tuple[float, RopeScaling]:
-    """Theta and scaling from rope_parameters, or from rope_theta and rope_scaling as older files have them."""
-    older = {"rope_theta": given.get("rope_theta")} | (given.get("rope_scaling") or {})
-    rope = {name: value for name, value in (given.get("rope_parameters") or older).items() if value is not None}
-    theta = rope.get("rope_theta", 1e6 if kind == "mixtral" else 10000.0)
+    """Theta and scaling from rope_scaling, as older files have it, or from rope_parameters.
+
+    What neither holds, theta and the length of training, may stand beside them. Raises ValueError for a kind of scaling
+    that our model does not know, and for one that turns only some of the features.
+    """
+    found = rope_settings(given)
+    rope = {name: value for name, value in found.items() if value is not None}
+    theta = float(rope.get("rope_theta", given.get("rope_theta", 1e6 if kind == "mixtral" else 10000.0)))
     name = rope.get("rope_type", rope.get("type", "default"))
     if name == "default":
-        return float(theta), RopeScaling()
+        return theta, RopeScaling()
     check_name("rope_type", name, SCALING_NAMES)
+    if rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"{CONFIG} turns only a part of the features (partial_rotary_factor); this model turns all")
+    trained = given.get(TRAINED, rope.get(TRAINED, given["max_position_embeddings"]))
+    if name == "yarn" and "factor" in found:  # null: it follows from the lengths
+        rope.setdefault("factor", given["max_position_embeddings"] / trained)
     if "factor" not in rope:
         raise ValueError(f"{CONFIG} scales rotary positions by {name!r} but gives no factor")
     known = {field: rope.get(theirs) for field, theirs in SCALING_NAMES[name].items()}
-    known = {field: float(value) for field, value in known.items() if value is not None}
-    return float(theta), RopeScaling(name, trained_seq_len=rope.get(TRAINED, given["max_position_embeddings"]), **known)
+    known = {field: value for field, value in known.items() if value is not None}
+    known = {field: value if field == "truncate" else float(value) for field, value in known.items()}
+    return theta, RopeScaling(name, trained_seq_len=trained, **known)
+
+
+def rope_settings(given: dict) -> dict:
+    found = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONFIG} has a rotary scaling of {found!r}; it must be an object with a rope_type")
+    return found
 
 
 def family_of(config: ModelConfig) -> str:

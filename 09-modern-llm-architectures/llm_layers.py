@@ -71,12 +71,18 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: multiplies sines and cosines; None follows from the other fields
     mscale: float = 0.0  # yarn as DeepSeek uses it: strength of the attention factor; 0 is the paper's 1
     mscale_all_dim: float = 0.0  # likewise for the scores as a whole; 0 leaves them alone
+    truncate: bool = True  # yarn: the ends of the ramp are rounded outwards to whole pairs
 
     def __post_init__(self) -> None:
         check_name("rotary scaling", self.kind, SCALINGS)
-        check_range(self, "factor", above=0)
+        check_range(self, "factor", "beta_fast", "beta_slow", above=0)
         if self.kind in ("yarn", "llama3"):
             check_range(self, "trained_seq_len", least=1)
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be above 0 and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
     @property
     def table_factor(self) -> float:
@@ -142,14 +148,18 @@ def yarn_ramp(d_head: int, rope_theta: float, scaling: RopeScaling) -> Tensor:
     """How far each pair of features is slowed, 0 to 1: (d_head / 2) (Peng et al. 2023, section 3.2).
 
     A straight line in the index between the two features that turn beta_fast and beta_slow times within the trained
-    length; both ends are rounded outwards to whole indices.
+    length; both ends are rounded outwards to whole indices, unless `truncate` is False (gpt-oss).
     """
+    if rope_theta <= 1:
+        raise ValueError(f"yarn counts turns by the logarithm of rope_theta, which must be > 1, got {rope_theta}")
 
     def index(turns: float) -> float:
         return d_head * math.log(scaling.trained_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope_theta))
 
-    first = max(math.floor(index(scaling.beta_fast)), 0)
-    last = min(math.ceil(index(scaling.beta_slow)), d_head - 1)
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d_head - 1)
     width = last - first if last != first else 0.001
     return ((torch.arange(d_head // 2, dtype=torch.float32, device="cpu") - first) / width).clamp(0, 1)
 

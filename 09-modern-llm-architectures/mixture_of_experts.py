@@ -167,6 +167,10 @@ class MixtureOfExperts(nn.Module):
         mixed = mixed.view_as(x)
         return mixed if self.shared is None else mixed + self.shared(x)
 
+    def __getstate__(self) -> dict:
+        """Without the last call's routing, which is part of a graph: such tensors cannot be copied."""
+        return self.__dict__ | {"routing": None}
+
     def capacity(self, n_tokens: int) -> int:
         """The most visits that one expert takes from a batch of `n_tokens`."""
         visits = n_tokens * self.router.n_active_experts

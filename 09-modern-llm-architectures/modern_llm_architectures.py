@@ -109,8 +109,9 @@ class CausalLM(nn.Module):
     is False at padding; positions are then counted without it, so that left padding changes nothing. document_ids
     (batch, seq) numbers the documents of a packed row: each position sees its own document alone, and positions need
     not start again in each, because rotary scores depend on the distance of two positions only.
-    Raises ValueError for an id outside the vocabulary, for more than max_seq_len positions (a model with scaled rotary
-    positions or a window reads on), and for document_ids together with caches or is_real.
+    Raises ValueError for an id outside the vocabulary, for more than max_seq_len positions (a model with dynamic
+    scaling or a window reads on), for document_ids together with caches or is_real, and, in a model with sinks, for
+    rows that do not begin with their text.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -144,7 +145,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """The stream after the last norm: (batch, seq, d_model)."""
         start, seq_len = len(caches[0]) if caches else 0, token_ids.shape[1]
-        self.check(token_ids, start + seq_len, is_real)
+        self.check(token_ids, start + seq_len, is_real, document_ids)
         if document_ids is not None and (caches or is_real is not None):
             raise ValueError("document_ids number the documents of packed training rows; leave out caches and is_real")
         x = self.token_emb(token_ids)  # (batch, seq, d_model)
@@ -172,7 +173,9 @@ class CausalLM(nn.Module):
             )
         return made if made is None else made.to(device)
 
-    def check(self, token_ids: Tensor, n_positions: int, is_real: Tensor | None) -> None:
+    def check(
+        self, token_ids: Tensor, n_positions: int, is_real: Tensor | None, document_ids: Tensor | None = None
+    ) -> None:
         if token_ids.is_meta:
             return
         check_token_ids(token_ids, self.config.vocab_size)
@@ -182,12 +185,20 @@ class CausalLM(nn.Module):
                 f"is_real has shape {tuple(is_real.shape)}, expected (batch, all positions so far) = "
                 f"{(len(token_ids), n_positions)}"
             )
+        if self.config.n_sinks and (
+            document_ids is not None or (is_real is not None and not bool(is_real[:, :1].all()))
+        ):
+            raise ValueError(
+                f"the n_sinks={self.config.n_sinks} first places of a row are sinks, but padding on the left or "
+                "another document stands there; give rows that begin with their text"
+            )
 
     def check_length(self, n_positions: int) -> None:
         config = self.config
         if n_positions > config.max_seq_len and not config.window_size and config.rope_scaling.kind != "dynamic":
             raise ValueError(
-                f"{n_positions} positions exceed max_seq_len {config.max_seq_len}; shorten it or set rope_scaling"
+                f"{n_positions} positions exceed max_seq_len {config.max_seq_len}; shorten the text, or raise "
+                "max_seq_len and set rope_scaling"
             )
 
     def logits(self, hidden: Tensor) -> Tensor:

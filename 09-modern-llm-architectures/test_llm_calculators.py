@@ -10,7 +10,6 @@ from llm_calculators import (
     PUBLISHED,
     count_parameters,
     forward_flops,
-    inference_bytes,
     kv_bytes,
     kv_bytes_per_token,
 )
@@ -122,7 +121,7 @@ def test_known_cache_sizes() -> None:
     assert kv_bytes_per_token(PUBLISHED["Llama-2-7B"]) == 512 * 1024  # 2 x 32 layers x 32 heads x 128 x 2 bytes
     assert kv_bytes_per_token(PUBLISHED["Llama-3.1-8B"]) == 128 * 1024
     assert kv_bytes_per_token(PUBLISHED["DeepSeek-V3"]) == 61 * 576 * 2
-    assert inference_bytes(PUBLISHED["Llama-2-7B"], 4096, 2)["caches"] == 2 * 4096 * 512 * 1024
+    assert kv_bytes(PUBLISHED["Llama-2-7B"], 4096, 2) == 2 * 4096 * 512 * 1024
 
 
 def test_scaling_does_not_change_the_count() -> None:

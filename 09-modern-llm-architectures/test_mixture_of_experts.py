@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from transformers import SwitchTransformersConfig
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from llm_layers import SwiGLU
 from mixture_of_experts import (
@@ -76,6 +78,25 @@ def test_a_switch_trains_its_router_only_through_its_gate() -> None:
     ungated = mixture(SoftmaxRouter(12, 4, 1))  # one weight divided by itself is 1, whatever the router says
     ungated(x).sum().backward()
     assert ungated.router.weight.grad.abs().max() < 1e-6
+
+
+def test_the_switch_router_is_that_of_transformers(parity) -> None:
+    torch.manual_seed(4)
+    config = SwitchTransformersConfig(d_model=12, num_experts=5, expert_capacity=99, router_jitter_noise=0.0)
+    theirs, ours = SwitchTransformersTop1Router(config), SwitchRouter(12, 5)
+    torch.nn.init.normal_(ours.weight)
+    theirs.classifier.weight.data = ours.weight.data.clone()
+    x = some_tokens().float()
+    chosen, weights, logits = theirs(x)
+    routing = ours(x.flatten(0, 1))
+    got = {"experts": routing.experts[:, 0], "weights": routing.weights, "logits": routing.logits}
+    wanted = {"experts": chosen.argmax(-1), "weights": weights, "logits": logits}
+    wanted = {name: tensor.reshape(got[name].shape) for name, tensor in wanted.items()}
+    parity("SwitchRouter", "transformers, SwitchTransformersTop1Router", "output", got, wanted, 1e-6)
+    for loss in (weights.sum(), routing.weights.sum()):
+        loss.backward()
+    grads = ours.weight.grad, theirs.classifier.weight.grad
+    parity("SwitchRouter", "transformers, SwitchTransformersTop1Router", "gradient", *grads, 1e-5)
 
 
 def test_softmax_over_the_chosen_logits_is_the_same() -> None:

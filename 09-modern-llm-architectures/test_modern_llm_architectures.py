@@ -1,6 +1,7 @@
 """Topic 09: the decoder family against Llama, Mistral, Qwen3, Mixtral and DeepSeek-V3 of transformers, both ways."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     LlamaConfig,
@@ -16,14 +18,27 @@ from transformers import (
     MixtralConfig,
     Qwen3Config,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import latent_attention
 import llm_layers
 import mixture_of_experts
 import modern_llm_architectures as topic
 from gpt2 import SamplingConfig, left_padded
+from huggingface_folders import read_config
 from latent_attention import LatentConfig
-from llm_config import ExpertConfig, config_from_folder, config_to_folder, folder_layout
+from llm_calculators import PUBLISHED
+from llm_config import (
+    EXPERT_NAMES,
+    FAMILIES,
+    LATENT_NAMES,
+    REQUIRED,
+    ExpertConfig,
+    config_from_folder,
+    config_to_folder,
+    folder_layout,
+)
 from llm_layers import RopeScaling
 from modern_llm_architectures import CausalLM, ModelConfig
 
@@ -280,6 +295,25 @@ def test_a_rolling_cache_keeps_what_its_window_needs(parity) -> None:
     )  # batch, k and v, kv heads, positions, width, fp64
 
 
+def test_sinks_are_the_first_tokens_of_a_text_or_refused() -> None:
+    model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12, window_size=4, n_sinks=2))
+    token_ids = some_ids(2, 9)
+    right = torch.ones(2, 9, dtype=torch.bool)
+    right[1, 6:] = False
+    alone = model(token_ids[1:, :6])
+    assert torch.allclose(model(token_ids, is_real=right)[1:, :6], alone, atol=1e-6)
+    for options in ({"is_real": right.flip(1)}, {"document_ids": right.long()}):
+        with pytest.raises(ValueError, match="the n_sinks=2 first places of a row are sinks"):
+            model(token_ids, **options)
+
+
+def test_a_model_can_be_copied_after_a_training_step() -> None:
+    model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=2, d_head=12, experts=ExpertConfig(4, 2, 20)))
+    model(some_ids()).sum().backward()
+    copied = deepcopy(model)
+    assert torch.equal(copied(some_ids()), model(some_ids())) and copied.blocks[0].ffn.routing is not None
+
+
 def test_the_first_tokens_stay_visible_and_the_middle_does_not() -> None:
     mask = llm_layers.attention_mask(9, 9, None, window_size=3, n_sinks=2)
     assert mask[8].tolist() == [True, True, False, False, False, False, True, True, True]
@@ -327,6 +361,33 @@ def test_an_untrained_model_knows_nothing() -> None:
     assert loss.item() == pytest.approx(torch.tensor(301.0).log().item(), abs=0.05)
 
 
+@pytest.mark.parametrize("cap", [0.7, 5.0])
+def test_capped_attention_equals_gemma_2(cap: float, parity) -> None:
+    """At 13 keys a cap of 0.7 bends nearly every score, one of 5 hardly any."""
+    torch.manual_seed(2)
+    sizes = dict(SIZES, num_key_value_heads=2, head_dim=10, query_pre_attn_scalar=10, attn_logit_softcapping=cap)
+    theirs = Gemma2Attention(Gemma2Config(**sizes, attn_implementation="eager"), layer_idx=1).double()
+    ours = llm_layers.SoftCappedAttention(48, 4, 2, 10).double()
+    ours.soft_cap = cap
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        weight = getattr(theirs, name.replace("out", "o")).weight
+        weight.data = 0.25 * torch.randn_like(weight)
+        getattr(ours, name).weight = weight
+    x = torch.randn(3, 13, 48, dtype=torch.float64, requires_grad=True)
+    cos, sin = llm_layers.RotaryTable(10, 1e4, 32).span(0, 13, x)
+    both = tuple(torch.cat([part, part], dim=-1)[0] for part in (cos, sin))  # theirs: (1, seq, d_head)
+    future = torch.full((13, 13), -torch.inf, dtype=torch.float64).triu(1)
+    got, wanted = ours(x, (cos, sin)), theirs(x, both, future)[0]
+    parity(
+        "SoftCappedAttention", "transformers, Gemma2Attention", "output", got, wanted, 1e-6
+    )  # their softmax: float32
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, wanted)]
+    parity("SoftCappedAttention", "transformers, Gemma2Attention", "gradient", *grads, 1e-4)
+    plain = llm_layers.GroupedQueryAttention(48, 4, 2, 10).double()
+    plain.load_state_dict(ours.state_dict())
+    assert (plain(x, (cos, sin)) - got).abs().max() > 1e-3
+
+
 def test_soft_caps_bound_scores_and_logits() -> None:
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=67, d_model=48, d_head=12, attention_cap=1e9, logit_cap=2.0)
@@ -336,6 +397,90 @@ def test_soft_caps_bound_scores_and_logits() -> None:
     plain.load_state_dict(capped.state_dict())
     assert capped(some_ids()).abs().max() <= 2 < plain(some_ids()).abs().max()
     assert torch.allclose(capped(some_ids()), llm_layers.soft_cap(plain(some_ids()), 2.0), atol=1e-4)
+
+
+# What a config.json leaves out, or says in an older way
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "deepseek_v3"])
+def test_an_absent_key_means_what_it_means_to_transformers(kind: str, tmp_path) -> None:
+    """Every key is taken out of a folder's file, one after the other."""
+    heads = {"num_attention_heads": 32 if kind == "qwen3" else 8, "num_key_value_heads": 4}
+    window = {"head_dim": 16, "use_sliding_window": True} if kind == "qwen3" else {}
+    given, n_compared = AutoConfig.for_model(kind, **SIZES | heads | window).to_dict(), 0
+    words = [("", *pair) for pair in FAMILIES[kind].names.items()]
+    words += [("experts", *pair) for pair in EXPERT_NAMES.get(kind, {}).items()]
+    words += [("latent", *pair) for pair in LATENT_NAMES.items()] if kind == "deepseek_v3" else []
+    words = [pair for pair in words if kind != "deepseek_v3" or pair[1] != "n_kv_heads"]  # latent attention has none
+    for key in {theirs for *_, theirs in words} - set(REQUIRED):
+        (tmp_path / "config.json").write_text(json.dumps({name: given[name] for name in given if name != key}))
+        theirs, ours = AutoConfig.from_pretrained(tmp_path), config_from_folder(read_config(tmp_path))
+        for part, field, word in words:
+            wanted = getattr(theirs, word)
+            if wanted is not None:  # a token or a window that is not there
+                assert getattr(getattr(ours, part) if part else ours, field) == wanted, f"without {key}: {field}"
+                n_compared += 1
+    assert n_compared > 90
+
+
+def test_the_published_config_of_deepseek_v3_opens_although_it_names_no_head_dim() -> None:
+    """Its scaling stands in the older way too."""
+    published = DeepseekV3Config(max_position_embeddings=163840).to_dict() | {"rope_theta": 10000}
+    for name in ("head_dim", "qk_head_dim", "rope_parameters", "pad_token_id"):
+        del published[name]
+    yarn = {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    config = config_from_folder(published | {"rope_scaling": yarn, "num_nextn_predict_layers": 1})
+    assert config == replace(PUBLISHED["DeepSeek-V3"], pad_id=1, bos_id=0, eos_id=1)
+    assert len(folder_layout(config).tensors) == 3 + 61 * 9 + 3 * 3 + 58 * (256 * 3 + 3 + 2)
+
+
+ROTARY = {  # rope_parameters, and what is changed in the file
+    "yarn, ends not rounded": ({**YARN, "truncate": False, "beta_fast": 2.5}, {}),
+    "yarn, its own attention factor": ({**YARN, "attention_factor": 1.7}, {}),
+    "yarn, factor from the lengths": ({**YARN, "factor": None}, {}),
+    "yarn, original length beside it": (
+        {name: YARN[name] for name in ("rope_type", "rope_theta", "factor")},
+        {"original_max_position_embeddings": 24},
+    ),
+    "llama3, uneven": ({**LLAMA3, "low_freq_factor": 1.3, "high_freq_factor": 2.9, "factor": 5.0}, {}),
+    "linear, older": (None, {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 2.5}}),
+    "theta beside": ({"rope_type": "linear", "factor": 2.5}, {"rope_theta": 777.0}),
+    "both ways": ({"rope_type": "default", "rope_theta": 1e4}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_settings_are_read_as_transformers_reads_them(name: str, tmp_path, parity) -> None:
+    rope, change = ROTARY[name]
+    given = {**LlamaConfig(**COMMON, head_dim=22).to_dict(), "rope_parameters": rope, **change}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    ours = config_from_folder(given)
+    got = llm_layers.rotary_frequencies(22, ours.rope_theta, ours.rope_scaling, ours.max_seq_len)
+    parity(f"rotary_frequencies, {name}", "transformers", "output", got, theirs.inv_freq, 1e-7)
+    factor = ours.rope_scaling.table_factor
+    parity(f"table_factor, {name}", "transformers", "output", factor, theirs.attention_scaling, 1e-12)
+    assert config_from_folder(config_to_folder(ours)) == ours
+
+
+def test_null_is_not_absent() -> None:
+    def read(kind: str, **change: object) -> ModelConfig:
+        return config_from_folder({"model_type": kind, **SIZES, **change})
+
+    assert read("mistral", num_key_value_heads=None, sliding_window=None).window_size == 0
+    assert read("mistral", num_key_value_heads=None).n_kv_heads == 4
+    assert read("llama", pad_token_id=-1).pad_id == read("llama").eos_id == 2
+    for kind, latent in ((None, 0), (24, 24)):
+        assert read("deepseek_v3", q_lora_rank=kind).latent.q_rank == latent
+    assert (
+        read("qwen3", num_key_value_heads=None).d_head == 128 and read("qwen3", num_key_value_heads=4).window_size == 0
+    )
 
 
 # Bad input
@@ -361,11 +506,18 @@ def test_a_config_that_no_family_has_is_not_saved(tmp_path) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "gives no factor"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
         ({"hidden_size": "48"}, "hidden_size='48'; it must be a whole number"),
+        ({"rope_parameters": "linear"}, "a rotary scaling of 'linear'; it must be an object"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "only a part"),
+        ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, None),
         ({"vocab_size": None}, None),
     ],
 )
 def test_a_config_that_we_cannot_compute_is_refused_in_words(change: dict, message: str | None) -> None:
     given = {**CONFIGS["llama"].to_dict(), **change}
+    if message is None and "rope_parameters" in change:
+        with pytest.raises(ValueError, match="rope_theta, which must be > 1, got 1.0"):
+            CausalLM(config_from_folder(given))
+        return
     if message is None:
         given = {name: value for name, value in given.items() if name not in change}
         message = "config.json lacks vocab_size"
@@ -397,6 +549,14 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         LatentConfig(d_rope=7)
     with pytest.raises(ValueError, match="unknown rotary scaling 'yarm'"):
         RopeScaling("yarm")
+    with pytest.raises(ValueError, match="low_freq_factor=4.0 must be above 0 and below high_freq_factor=4.0"):
+        RopeScaling("llama3", 2.0, 16, low_freq_factor=4.0)
+    with pytest.raises(ValueError, match="latent and qk_norm and use_bias do not go together"):
+        ModelConfig(latent=LatentConfig(), qk_norm=True, use_bias=True)
+    with pytest.raises(ValueError, match="qk_norm and attention_cap do not go together"):
+        ModelConfig(qk_norm=True, attention_cap=50.0)
+    with pytest.raises(ValueError, match="n_groups=1, n_active_groups=1 and scale=2.5 belong to the sigmoid router"):
+        ExpertConfig(scale=2.5)
     with pytest.raises(ValueError, match="capacity_factor must be > 0, got 0"):
         CausalLM(ModelConfig(experts=ExpertConfig(capacity_factor=0)))
     model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12, max_seq_len=8))

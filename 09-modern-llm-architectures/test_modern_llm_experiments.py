@@ -247,7 +247,7 @@ def test_within_the_trained_length_windows_and_plain_positions_change_nothing() 
 
 
 @torch.no_grad()
-def test_streaming_attention_equals_a_cache_that_counts_its_own_places(checked_shapes) -> None:
+def test_streaming_attention_equals_a_cache_that_counts_its_own_places(checked_shapes, parity) -> None:
     torch.manual_seed(0)
     layer, seq_len, window, sinks = StreamingAttention(24, 4, 2, 6).double(), 17, 5, 2
     layer.window_size, layer.n_sinks = window, sinks
@@ -265,7 +265,7 @@ def test_streaming_attention_equals_a_cache_that_counts_its_own_places(checked_s
         query = rotate(q[:, :, place : place + 1], tuple(part[:, :, -1:] for part in rotation))
         weights = (query @ keys.transpose(-2, -1) / 6**0.5).softmax(dim=-1)
         wanted = layer.out_proj((weights @ v[:, :, kept])[0].transpose(0, 1).flatten())
-        assert torch.allclose(got[place], wanted, atol=1e-6), place
+        parity("StreamingAttention", "one query after another, its keys renumbered", "output", got[place], wanted, 1e-6)
 
 
 # All of them

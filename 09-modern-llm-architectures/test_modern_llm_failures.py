@@ -3,9 +3,11 @@
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
+from mixture_of_experts import MixtureOfExperts, SoftmaxRouter
 from modern_llm_architectures import DemoConfig, main
-from modern_llm_failures import BREAKS, breaks, planted, show
+from modern_llm_failures import BREAKS, FullSizeExperts, breaks, planted, show
 from workbench import RunConfig
 
 SOUND = {"bool-minus-infinity": 0.0, "window-of-ones": 0.0, "full-size-experts": 0.25}
@@ -20,8 +22,15 @@ def test_a_failure_shows_and_leaves_no_trace(name) -> None:
     assert getattr(owner, attribute) is before and ":" in what
 
 
-def test_full_size_experts_cost_eight_times_what_was_sold() -> None:
+def test_full_size_experts_cost_eight_times_what_was_sold(parity) -> None:
     assert show("full-size-experts")[2] == pytest.approx(2.0)
+    torch.manual_seed(0)
+    broken, sound = (
+        kind(SoftmaxRouter(12, 4, 2), 12, size) for kind, size in ((FullSizeExperts, 5), (MixtureOfExperts, 20))
+    )
+    sound.load_state_dict(broken.state_dict())
+    x = torch.randn(2, 7, 12)
+    parity("FullSizeExperts", "MixtureOfExperts, 4 times as wide", "invariant", broken(x), sound(x), 0)
 
 
 def test_without_its_gate_no_gradient_reaches_the_router() -> None:
