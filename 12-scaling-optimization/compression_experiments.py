@@ -563,9 +563,11 @@ class SparseLinear(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls the layout a beta each time
             self.weight = layer.weight.detach().to_sparse_csr()
+        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
+        y = (self.weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias
 
 
 def sparse_model(model: CausalLM, batches: list[Batch], sparsity: float) -> CausalLM:

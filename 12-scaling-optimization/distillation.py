@@ -46,7 +46,16 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
     """
     wanted = F.log_softmax(teacher_logits / temperature, dim=-1)
     found = F.log_softmax(student_logits / temperature, dim=-1)
-    return temperature**2 * (wanted.exp() * (wanted - found)).sum(-1)
+    return temperature**2 * divergence(wanted, found)
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) of log-probabilities, nats: (..., vocab) twice to (...).
+
+    What the first never says adds nothing, 0 log 0 = 0, though its logarithm is -inf.
+    """
+    terms = first.exp() * (first - second)
+    return terms.masked_fill(first == -math.inf, 0.0).sum(-1)
 
 
 def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
@@ -59,11 +68,9 @@ def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float,
         raise ValueError(f"beta must be in 0..1 (0: forward KL, 1: reverse KL), got {beta}")
     student, teacher = (F.log_softmax(x / temperature, dim=-1) for x in (student_logits, teacher_logits))
     if beta in (0, 1):
-        first, second = (teacher, student) if beta == 0 else (student, teacher)
-        return (first.exp() * (first - second)).sum(-1)
+        return divergence(teacher, student) if beta == 0 else divergence(student, teacher)
     middle = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
-    divergences = [(x.exp() * (x - middle)).sum(-1) for x in (teacher, student)]
-    return beta * divergences[0] + (1 - beta) * divergences[1]
+    return beta * divergence(teacher, middle) + (1 - beta) * divergence(student, middle)
 
 
 class FeatureMatch(nn.Module):
@@ -150,8 +157,9 @@ class Teacher(nn.Module):
             written = student.generate(start, sampling, generator=self.generator)  # (batch, new)
         student.train()
         inputs = torch.cat([start, written[:, :-1]], dim=1)  # (batch, new)
-        ends = (inputs == student.config.eos_id).cumsum(1)  # the first id is an end too: it begins the document
-        counted = ends <= 1  # (batch, new)
+        end_ids = torch.tensor([student.config.eos_id, *student.config.more_eos_ids], device=inputs.device)
+        ends = torch.isin(inputs, end_ids).cumsum(1)  # (batch, new)
+        counted = ends == ends[:, :1]  # (batch, new): up to the end; the first id begins the document, end or not
         with torch.no_grad():
             teacher_logits = self.model(inputs)  # (batch, new, vocab)
         losses = generalised_jsd(
@@ -186,17 +194,14 @@ def distilled(
         match = FeatureMatch(student.config.d_model, teacher.config.d_model) if config.mode == "features" else None
         loss_fn = Teacher(teacher, config, match)
         if match is not None:
-            trained = WithMap(student, match)
-    fit(trained, batches, loss_fn if trained is student else lambda both, batch: loss_fn(both.student, batch), training)
+            trained = nn.ModuleDict({"student": student, "match": match})  # the optimizer trains both
+    fit(
+        trained,
+        batches,
+        loss_fn if trained is student else lambda both, batch: loss_fn(both["student"], batch),
+        training,
+    )
     return student.eval()
-
-
-class WithMap(nn.Module):
-    """Student and map as one module, so that the optimizer trains both."""
-
-    def __init__(self, student: CausalLM, match: FeatureMatch) -> None:
-        super().__init__()
-        self.student, self.match = student, match
 
 
 # The verb

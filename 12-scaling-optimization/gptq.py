@@ -156,7 +156,8 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     """
     damped = second_moment.double().clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always 0: any weight will do
+    dead = diagonal == 0  # an input that is always 0: any weight will do, and the damping must not notice
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     diagonal += damping * diagonal.mean()
     factor, failed = torch.linalg.cholesky_ex(damped)
     if not failed:  # a pivot squared is what is left of an input's power when the inputs before it explain the rest
@@ -176,10 +177,13 @@ def gptq(weight: Tensor, second_moment: Tensor, fmt: QuantFormat, config: GPTQCo
 
     The scales of a group are chosen when its first column is reached, from the weights as they are then; with act_order
     or one scale for the matrix, before the first column, from the weights as they were. Shapes: weight (rows, columns),
-    second_moment (columns, columns). Raises ValueError for a second moment that cannot be inverted.
+    second_moment (columns, columns). Raises ValueError for a second moment of another size, or one that cannot be
+    inverted.
     """
     config = config or GPTQConfig()
     rows, columns = weight.shape
+    if second_moment.shape != (columns, columns):
+        raise ValueError(f"a weight of {columns} columns needs a second moment of as many, got {second_moment.shape}")
     size = fmt.group_size(columns)
     order = torch.arange(columns)
     if config.act_order:

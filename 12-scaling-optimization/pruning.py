@@ -57,7 +57,7 @@ SCORES: dict[str, Callable[[Tensor, InputStatistics | None], Tensor]] = {
 
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
     """True where a weight stays: the best of each row, so that every row loses the same number, rounded down."""
-    n_gone = int(sparsity * scores.shape[1])
+    n_gone = int(sparsity * scores.shape[1] + 1e-9)  # 0.29 * 100 is 28.999... in floats
     order = scores.argsort(dim=1)  # (rows, columns), the worst first
     return torch.ones_like(scores, dtype=torch.bool).scatter(1, order[:, :n_gone], False)  # (rows, columns)
 
@@ -123,6 +123,8 @@ class TwoOfFour(NamedTuple):
 
 def compress_two_of_four(weight: Tensor) -> TwoOfFour:
     """Keep the two largest of every four neighbours. Raises ValueError if more than two are not zero."""
+    if weight.shape[1] % 4:
+        raise ValueError(f"rows of {weight.shape[1]} do not divide into fours; pad them with zeros to a multiple of 4")
     groups = weight.unflatten(1, (-1, 4))  # (rows, groups, 4)
     if ((groups != 0).sum(2) > 2).any():
         raise ValueError("four neighbours have more than two values that are not zero; prune with pattern (2, 4) first")

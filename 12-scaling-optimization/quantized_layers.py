@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 
 from llm_layers import KVCache
 from weight_quantization import (
-    TINY_SCALE,
     QuantFormat,
     Quantised,
     absmax_scale,
@@ -30,6 +29,7 @@ from weight_quantization import (
     pack_codes,
     per_column,
     quantise,
+    rounded_scale,
     to_codes,
     unpack_codes,
 )
@@ -169,16 +169,17 @@ class Int8Linear(nn.Module):
         return self.codes.nbytes + self.scales.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2).float()  # (tokens, columns)
+        flat = x.reshape(-1, self.in_features).float()  # (tokens, columns)
         outliers = (flat.abs() >= self.threshold).any(0) if self.threshold else flat.new_zeros(flat.shape[1]).bool()
-        codes, scales = int8_codes(flat.masked_fill(outliers, 0), dim=1 if self.per_token else None)
+        one_each = self.per_token or not len(flat)  # of no tokens there is no largest value
+        codes, scales = int8_codes(flat.masked_fill(outliers, 0), dim=1 if one_each else None)
         out = int_matmul(codes, self.codes).float() * scales * self.scales.T  # (tokens, rows)
         if outliers.any():
             columns = from_codes(self.codes[:, outliers], self.scales, 0)  # (rows, outliers)
             out = out + flat[:, outliers] @ columns.T  # (tokens, rows)
         if self.bias is not None:
             out = out + self.bias
-        return out.reshape(*x.shape[:-1], -1).to(x.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, threshold={self.threshold}"
@@ -291,10 +292,13 @@ class QuantisedKVCache(KVCache):
         return self.read(0), self.read(1)
 
     def encode(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Affine codes along `dim`, packed: codes, scales in float16, zero points in uint8."""
+        """Affine codes along `dim`, packed: codes, scales in float16, zero points in uint8.
+
+        Raises ValueError for values so large that float16 cannot hold their scale.
+        """
         low, high = x.amin(dim, keepdim=True).clamp(max=0), x.amax(dim, keepdim=True).clamp(min=0)
         most = 2**self.fmt.n_bits - 1
-        scale = ((high - low) / most).clamp(min=TINY_SCALE).half().float()
+        scale = rounded_scale((high - low).float() / most)
         zero = (-torch.round(low / scale)).clamp(0, most)
         codes = to_codes(x, scale, zero, 0, most).to(torch.uint8)
         return pack_codes(codes.flatten(0, 2), self.fmt.n_bits), scale.half(), zero.to(torch.uint8)

@@ -247,6 +247,8 @@ def assemble(model: CausalLM, recipe: Recipe, codes: dict[str, Quantised]) -> Qu
             target.codes, target.scales = source.codes, source.scales
         else:
             fill(target, codes[name])
+        if layer.bias is not None:
+            target.bias.copy_(layer.bias)
     plain = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in made.named_parameters():
         parameter.copy_(plain[name])

@@ -35,17 +35,21 @@ class Runs:
     group: np.ndarray | None = None  # (runs); None: every pair of N and D is a group
 
     def __post_init__(self) -> None:
-        for name in ("n_parameters", "n_tokens", "loss"):
+        if not len(self.loss):
+            raise ValueError("there are no runs; train some")
+        for name in ("n_parameters", "n_tokens", "loss", "flops"):
+            if name == "flops" and self.flops is None:
+                object.__setattr__(self, name, FLOPS_PER_WEIGHT * self.n_parameters * self.n_tokens)
             values = np.asarray(getattr(self, name), float)
-            if values.ndim != 1 or len(values) != len(self.loss) or not np.isfinite(values).all() or values.min() <= 0:
+            if values.shape != (len(self.loss),) or not np.isfinite(values).all() or values.min() <= 0:
                 raise ValueError(
                     f"{name} must hold a finite number > 0 for each of {len(self.loss)} runs, got {values}"
                 )
             object.__setattr__(self, name, values)
-        flops = FLOPS_PER_WEIGHT * self.n_parameters * self.n_tokens if self.flops is None else self.flops
         pairs = np.stack([self.n_parameters, self.n_tokens], axis=1)
         group = np.unique(pairs, axis=0, return_inverse=True)[1].ravel() if self.group is None else self.group
-        object.__setattr__(self, "flops", np.asarray(flops, float))
+        if len(group) != len(self.loss):
+            raise ValueError(f"group must name a group for each of {len(self.loss)} runs, got {len(group)}")
         object.__setattr__(self, "group", np.unique(np.asarray(group), return_inverse=True)[1].ravel())
 
     def __len__(self) -> int:
@@ -58,7 +62,7 @@ class Runs:
 
 def need_runs(runs: Runs, n_unknown: int, what: str) -> None:
     """Raise ValueError unless there are more different runs than unknowns."""
-    n_groups = len(np.unique(np.stack([runs.n_parameters, runs.n_tokens]), axis=1).T) if len(runs) else 0
+    n_groups = len(np.unique(np.stack([runs.n_parameters, runs.n_tokens]), axis=1).T)
     if n_groups <= n_unknown:
         raise ValueError(
             f"need more than {n_unknown} different runs to fit the {n_unknown} numbers of {what}, got {n_groups}; "
@@ -338,17 +342,27 @@ def fit_kaplan(runs: Runs, delta: float = HUBER_DELTA) -> KaplanLaw:
 
 
 def fit_power(x: np.ndarray, loss: np.ndarray, with_floor: bool, delta: float = HUBER_DELTA) -> PowerLaw:
-    """A power law of one variable, with E or without: the second is a straight line in logarithms."""
+    """A power law of one variable, with E or without: the second is a straight line in logarithms.
+
+    Raises ValueError for too few different runs, and for losses that do not change with x.
+    """
     runs = Runs(x, np.ones_like(x, dtype=float), loss)
     need_runs(runs, 3 if with_floor else 2, "a power law")
     log_x = np.log(runs.n_parameters)
     middle, low = log_x.mean(), math.log(runs.loss.min())
     if not with_floor:
         slope, level = np.polyfit(log_x - middle, np.log(runs.loss), 1)
-        return PowerLaw(0.0, math.exp(level / -slope + middle), float(-slope))
+        return PowerLaw(0.0, crossing(level, -slope, middle), float(-slope))
     starts = grid_of(low + np.array([-2.0, -0.5, -0.1]), low + np.log([0.03, 0.3, 0.9]), [0.1, 0.3, 0.7, 1.5])
     (row,) = best_of(power_model(log_x - middle), runs, starts, np.ones((1, len(runs))), delta).tolist()
-    return PowerLaw(math.exp(row[0]), math.exp(row[1] / row[2] + middle), row[2])
+    return PowerLaw(math.exp(row[0]), crossing(row[1], row[2], middle), row[2])
+
+
+def crossing(level: float, alpha: float, middle: float) -> float:
+    """x_c of (x_c / x)^alpha whose logarithm is `level` at log x = middle."""
+    if abs(level) > 700 * abs(alpha):
+        raise ValueError(f"the losses hardly change with x (alpha={alpha:.2g}): no power law fits; use a wider range")
+    return math.exp(level / alpha + middle)
 
 
 # Approaches 1 and 2: where the least loss lies, without a formula for the loss
@@ -488,7 +502,9 @@ def bootstrap_frontiers(method: Callable[[Runs], Frontier], runs: Runs, n_boot: 
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap values."""
+    """The percentile interval of bootstrap values. Raises ValueError if there are none."""
+    if not len(values):
+        raise ValueError("an interval needs at least one value of a bootstrap; draw more samples, or train more runs")
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import compression_experiments
 from compression_experiments import (
@@ -13,6 +14,7 @@ from compression_experiments import (
     COMPRESSION_EXPERIMENTS,
     Bench,
     CompressionFiguresConfig,
+    SparseLinear,
     WithCache,
     chosen_settings,
     compression_breaks,
@@ -33,6 +35,8 @@ from course_model import load_course_model
 from distillation import DistillConfig, step_flops
 from gpt2 import SamplingConfig
 from gptq import calibration_batches
+from llm_config import ModelConfig
+from modern_llm_architectures import CausalLM
 from pruning import pruned
 from quantized_layers import KVFormat, QuantisedKVCache
 from quantized_model import Recipe, quantize_model
@@ -120,6 +124,43 @@ def test_prefill_through_a_wide_cache_costs_next_to_nothing(bench) -> None:
     fine = WithCache(bench.model, lambda: QuantisedKVCache(KVFormat(8)))
     coarse = WithCache(bench.model, lambda: QuantisedKVCache(KVFormat(2)))
     assert abs(bench.added(fine)) < 0.003 < bench.added(coarse)
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values rounded for each token and head by torch's own fake quantisation, on float16 scales."""
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        return super().update(self.rounded(keys), self.rounded(values), layer, *args, **kwargs)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 2)  # one channel of torch's for each token and head
+        low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
+        scales = ((high - low) / 7).half().float()
+        zeros = (-torch.round(low / scales)).clamp(0, 7).int()
+        return torch.fake_quantize_per_channel_affine(flat, scales, zeros, 0, 0, 7).view_as(x)
+
+
+def test_reading_through_a_cache_equals_transformers_with_a_rounded_one(tmp_path, parity) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 40, "max_seq_len": 32}
+    model, ids = CausalLM(ModelConfig(vocab_size=50, **sizes)).eval(), torch.randint(2, 50, (3, 7))
+    model.token_emb.weight.data.mul_(20)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = WithCache(model, lambda: QuantisedKVCache(KVFormat(3)))
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids, past_key_values=RoundedCache()).logits
+        parity("WithCache, 3 bits", "transformers, torch.fake_quantize in its cache", "output", ours(ids), wanted, 1e-4)
+        assert (ours(ids) - model(ids)).abs().max() > 1e-2
+
+
+def test_a_layer_without_its_zeros_equals_the_dense_one(parity) -> None:
+    layer, x = torch.nn.Linear(9, 5), torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    layer.weight.data[torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
+    sparse = SparseLinear(layer)
+    assert sparse.weight.values().numel() == (layer.weight != 0).sum()
+    parity("SparseLinear", "nn.Linear", "output", sparse(x), layer(x), 1e-6)
+    assert torch.allclose(sparse(x[0, 0]), layer(x[0, 0]), atol=1e-6)
 
 
 def test_students_cost_the_same(bench) -> None:

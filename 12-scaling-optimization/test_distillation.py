@@ -1,6 +1,7 @@
 """Proofs of distillation: TRL's divergence, the gradient at high temperature, and a student that gets there sooner."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,46 @@ def test_without_the_square_the_gradient_vanishes() -> None:
         torch.autograd.grad(soft_cross_entropy(student, teacher, t).sum() / t**2, student)[0].norm() for t in (1, 64)
     ]
     assert plain[0] / plain[1] > 1000
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_what_the_teacher_never_says_adds_nothing(beta, parity) -> None:
+    """Banned tokens have the logit -inf: 0 log 0 is 0, and the student learns to avoid them. torch's entr agrees."""
+    student, teacher = randn(3, 7).requires_grad_(), randn(3, 7, seed=1)
+    teacher[:, 2] = -math.inf
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    middle = q if beta == 0 else beta * p + (1 - beta) * q
+    wanted = -(torch.special.entr(p) + torch.xlogy(p, middle)).sum(-1)
+    if beta:
+        wanted = beta * wanted - (1 - beta) * (torch.special.entr(q) + q * middle.log()).sum(-1)
+    found = generalised_jsd(student, teacher, beta)
+    parity(f"generalised_jsd, beta {beta}, banned tokens", "entr and xlogy", "output", found, wanted, 1e-10)
+    ours, theirs = (torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (found, wanted))
+    parity(f"generalised_jsd, beta {beta}, banned tokens", "entr and xlogy", "gradient", ours, theirs, 1e-10)
+    assert torch.isfinite(soft_cross_entropy(student, teacher, 2.0)).all()
+
+
+def test_feature_match_is_the_mean_squared_error_of_a_map(parity) -> None:
+    match = FeatureMatch(5, 9).double()
+    student, teacher = randn(2, 3, 5).requires_grad_(), randn(2, 3, 9, seed=1)
+    theirs = F.mse_loss(torch.einsum("bsi,oi->bso", student, match.map.weight), teacher, reduction="none").mean(-1)
+    parity("FeatureMatch", "einsum and F.mse_loss", "output", match(student, teacher), theirs, 1e-10)
+    inputs = (student, match.map.weight)
+    for got, want in zip(
+        *(torch.autograd.grad(x.sum(), inputs) for x in (match(student, teacher), theirs)), strict=True
+    ):
+        parity("FeatureMatch", "einsum and F.mse_loss", "gradient", got, want, 1e-10)
+
+
+@pytest.mark.parametrize("bos_id", [1, 3])
+def test_a_text_counts_up_to_its_end_whether_or_not_it_begins_with_one(bos_id, monkeypatch) -> None:
+    """Ends are id 1 and, as in a chat, 5; the first id is one of them or is not."""
+    student, teacher = pair()
+    student.config = replace(STUDENT, bos_id=bos_id, eos_id=1, more_eos_ids=(5,))
+    written = torch.tensor([[7, 8, 1, 0, 0], [9, 5, 0, 0, 0], [6, 7, 8, 9, 6]])
+    monkeypatch.setattr(student, "generate", lambda *args, **kwargs: written)
+    _, count = Teacher(teacher, DistillConfig("on-policy", n_rollout_tokens=5)).own_text(student, 3)
+    assert count == 3 + 2 + 5
 
 
 def test_divergences_are_zero_for_the_same_distribution_and_bounded() -> None:

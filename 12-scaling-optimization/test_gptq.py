@@ -152,6 +152,18 @@ def test_an_input_that_is_always_zero_and_one_that_repeats() -> None:
         gptq(weights(3, 8, 12), moment, QuantFormat(4, 4), NO_DAMPING)
 
 
+@pytest.mark.parametrize("dead", [[], [5], [0, 11]])
+def test_the_unit_of_the_inputs_does_not_matter(dead) -> None:
+    """Inputs in other units give the same codes, though some of them are always 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    x[:, dead] = 0
+    weight, moment = torch.randn(7, 12, generator=generator), x.T @ x / len(x)
+    wanted = gptq(weight, moment, QuantFormat(3, 4), GPTQConfig(0.1)).codes
+    for factor in (2.0**-20, 2.0**20):
+        assert torch.equal(gptq(weight, factor * moment, QuantFormat(3, 4), GPTQConfig(0.1)).codes, wanted)
+
+
 def test_statistics_are_those_of_the_real_tokens(parity) -> None:
     model, tokenizer = load_course_model()
     batches = calibration_batches(tokenizer, 9, 0, batch_size=4)
@@ -213,6 +225,8 @@ def test_shape_comments(checked_shapes) -> None:
 
 
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="a weight of 4 columns needs a second moment of as many"):
+        gptq(torch.randn(3, 4), torch.eye(5), QuantFormat(3))
     with pytest.raises(ValueError, match="damping must be finite and >= 0, got -1"):
         GPTQConfig(damping=-1)
     with pytest.raises(ValueError, match="at least 1 document, got n_documents=0"):

@@ -68,6 +68,8 @@ def test_row_mask_takes_as_many_from_each_row() -> None:
     for row, kept in zip(scores, mask, strict=True):
         assert row[kept].min() > row[~kept].max()
     assert row_mask(scores, 0.0).all()
+    for gone in (29, 57, 58):  # 0.29 * 100 is 28.999999999999996
+        assert (~row_mask(randn(2, 100), gone / 100)).sum(1).tolist() == [gone, gone]
 
 
 def test_two_of_every_four_stay(parity) -> None:
@@ -85,6 +87,8 @@ def test_two_of_every_four_stay(parity) -> None:
     assert stored.n_bytes == 6 * 32 * 4 // 2 + 6 * 32 // 8 == (0.5 + 1 / 32) * weight.nbytes
     zeros = torch.zeros(2, 8)
     assert torch.equal(expand_two_of_four(compress_two_of_four(zeros)), zeros)
+    with pytest.raises(ValueError, match="rows of 6 do not divide into fours"):
+        compress_two_of_four(torch.zeros(2, 6))
     with pytest.raises(ValueError, match="more than two values that are not zero"):
         compress_two_of_four(weight)
 

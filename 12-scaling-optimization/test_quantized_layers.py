@@ -261,6 +261,15 @@ def test_a_model_with_these_layers_and_caches(parity) -> None:
     parity("CausalLM with quantised caches", "one pass", "invariant", steps, whole, 1e-5)
 
 
+def test_an_int8_layer_takes_what_a_linear_layer_takes() -> None:
+    layer, x = nn.Linear(6, 5), randn(4, 6)
+    for per_token in (True, False):
+        small = Int8Linear.from_linear(layer, 0.0, per_token)
+        assert torch.equal(small(x[1]), small(x[1:2])[0])  # one vector
+        assert small(x.T.contiguous().T).equal(small(x))
+        assert small(x[:0].reshape(2, 0, 6)).shape == (2, 0, 5)
+
+
 def test_shape_comments(checked_shapes) -> None:
     with checked_shapes(quantized_layers) as checked:
         PackedEmbedding(PackedLinear.from_quantised(quantise(randn(5, 6), QuantFormat(4, 4))))(torch.tensor([1, 2]))
@@ -278,6 +287,10 @@ def test_shape_comments(checked_shapes) -> None:
         (lambda: KVFormat(1), "n_bits must be finite and >= 2 and <= 8, got 1"),
         (lambda: KVFormat(4, "tokens"), "unknown keys_by 'tokens'; did you mean 'token'?"),
         (lambda: KVFormat(kv_block_size=0), "kv_block_size must be finite and >= 1, got 0"),
+        (
+            lambda: QuantisedKVCache(KVFormat(2)).append(*[1e6 * randn(1, 2, 3, 4)] * 2),
+            "exceeds float16; the values are",
+        ),
     ],
 )
 def test_bad_input(make, message) -> None:

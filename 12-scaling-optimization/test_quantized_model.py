@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from course_model import load_course_model, row_nats
 from gpt2 import SamplingConfig
@@ -52,6 +53,25 @@ def recipe_of(method: str, **changes) -> Recipe:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_biases_stay(method, tmp_path, parity) -> None:
+    """Against the float model, which knows them, and transformers' Llama for the dequantised folder."""
+    seed_everything(0)
+    model = CausalLM(dataclasses.replace(SIZES, use_bias=True, tie_embeddings=False)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((1.0 if name.endswith("bias") else 0.2) * torch.randn_like(parameter))
+    fmt = QuantFormat(8, 0, "absmax") if method in WHOLE_PRODUCTS else QuantFormat(8, 8)
+    small = quantize_model(model, Recipe(method, fmt, 0), BATCHES)
+    assert (small(IDS) - model(IDS)).abs().max() < 0.05 * model(IDS).abs().max()
+    small.save_pretrained(tmp_path / "small")
+    assert torch.equal(load_folder(tmp_path / "small")(IDS), small(IDS))
+    if method == "awq":  # which scales the values' biases too
+        small.dequantised().save_pretrained(tmp_path / "float")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)
+        parity("QuantisedLM with biases", "transformers", "exchange", small(IDS), theirs(input_ids=IDS).logits, 1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_folder_comes_back_bit_for_bit(method, tied, tmp_path, parity) -> None:
     model = tiny(tied)
@@ -87,8 +107,6 @@ def test_bytes_on_disk_equal_the_formula(fmt, embedding_bits, tmp_path) -> None:
 
 
 def test_transformers_computes_the_same_from_the_dequantised_folder(tmp_path, parity) -> None:
-    from transformers import AutoModelForCausalLM
-
     small = quantize_model(tiny(), recipe_of("awq+gptq"), BATCHES)
     small.dequantised().save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()

@@ -286,6 +286,18 @@ def test_bad_runs_are_refused() -> None:
         Runs(np.ones(2), np.array([1.0, 0.0]), np.ones(2))
     with pytest.raises(ValueError, match="loss must hold a finite number > 0"):
         Runs(np.ones(2), np.ones(2), np.array([1.0, np.nan]))
+    for bad in ({"flops": np.array([1.0, np.nan])}, {"flops": np.ones(3)}):
+        with pytest.raises(ValueError, match="flops must hold a finite number > 0 for each of 2 runs"):
+            Runs(np.ones(2), np.ones(2), np.ones(2), **bad)
+    with pytest.raises(ValueError, match="group must name a group for each of 2 runs, got 1"):
+        Runs(np.ones(2), np.ones(2), np.ones(2), group=np.ones(1))
+    with pytest.raises(ValueError, match="there are no runs; train some"):
+        Runs(np.ones(0), np.ones(0), np.ones(0))
+    for with_floor in (False, True):
+        with pytest.raises(ValueError, match="the losses hardly change with x .*: no power law fits"):
+            fit_power(np.array([1.0, 10, 100, 1e3, 1e4]), np.full(5, 2.0), with_floor)
+    with pytest.raises(ValueError, match="an interval needs at least one value"):
+        interval([])
     with pytest.raises(ValueError, match="flops must be finite and > 0, got -1"):
         LAW.optimum(-1)
     with pytest.raises(ValueError, match="needs at least 2 budgets with a lowest point, got 1"):

@@ -334,6 +334,8 @@ def test_plans_that_do_not_fit_are_refused_with_a_remedy_that_fits() -> None:
     with pytest.raises(ValueError, match="no layout of 4 x H100 SXM holds this model .*; 16 GPUs would do"):
         best_plan(model, Plan(n_gpus=4), H100)
     assert best_plan(model, Plan(n_gpus=16), H100).memory.total < 72e9
+    with pytest.raises(ValueError, match="no layout shares batch_size=1 out to 1024 GPUs; choose a multiple of 1024"):
+        best_plan(known_model("Llama-3.1-8B"), Plan(1024, batch_size=1), GPUS["H100 SXM"])
     with pytest.raises(ValueError, match="unknown gpu with known links 'T4'"):
         step_time(SMALL, Plan(), GPUS["T4"])
     with pytest.raises(ValueError, match="the planner knows dense models"):
@@ -345,5 +347,7 @@ def test_plans_that_do_not_fit_are_refused_with_a_remedy_that_fits() -> None:
 def test_candidates_divide_evenly() -> None:
     plans = list(candidates(SMALL, Plan(n_gpus=8, batch_size=32, seq_len=16)))
     assert len(plans) > 20 and KERNEL_SHARE < 1
+    plans += candidates(SMALL, Plan(n_gpus=8, batch_size=32, seq_len=16, n_chunks=2))  # of more stages than one
     for plan in plans:
         check_plan(SMALL, plan)
+        assert plan.pipeline_size > 1 or plan.n_chunks == 1

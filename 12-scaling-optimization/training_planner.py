@@ -338,6 +338,9 @@ def candidates(model: ModelConfig, base: Plan) -> Iterator[Plan]:
     for tensor, pipeline in itertools.product(sizes, stages):
         if base.n_gpus % (tensor * pipeline):
             continue
+        n_chunks = base.n_chunks if pipeline > 1 else 1
+        if pipeline * n_chunks > model.n_layers:
+            continue
         for zero, micro, kept in itertools.product((0, 1, 2, 3), (1, 2, 4), RECOMPUTE):
             plan = replace(
                 base,
@@ -346,6 +349,7 @@ def candidates(model: ModelConfig, base: Plan) -> Iterator[Plan]:
                 zero_stage=zero,
                 micro_batch_size=micro,
                 recompute=kept,
+                n_chunks=n_chunks,
             )
             if (
                 plan.batch_size % (plan.data_size * micro)
@@ -358,8 +362,13 @@ def candidates(model: ModelConfig, base: Plan) -> Iterator[Plan]:
 
 def best_plan(model: ModelConfig, base: Plan, gpu: Hardware, kernel_share: float = KERNEL_SHARE) -> Estimate:
     """The fastest layout of base.n_gpus that fits. Raises ValueError, with the least number that would do, if none."""
-    room, found = gpu.memory * (1 - RESERVED), []
-    for plan in candidates(model, base):
+    room, found, plans = gpu.memory * (1 - RESERVED), [], list(candidates(model, base))
+    if not plans:
+        raise ValueError(
+            f"no layout shares batch_size={base.batch_size} out to {base.n_gpus} GPUs; choose a multiple of "
+            f"{base.n_gpus}"
+        )
+    for plan in plans:
         held = memory(model, plan)
         if held.total <= room:
             found.append(Estimate(plan, held, step_time(model, plan, gpu, kernel_share)))

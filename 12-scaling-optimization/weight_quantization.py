@@ -114,8 +114,11 @@ def group_parameters(weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     """Scales, rounded to float16, and zero points of a matrix: both (rows, groups), or (1, 1) for one per matrix.
 
     The padding of a short group adds zeros, which every range holds anyway. Codes of "absmax" are stored unsigned, so
-    its zero point is 2^(n_bits - 1) throughout. Raises ValueError for a weight that is NaN or infinite.
+    its zero point is 2^(n_bits - 1) throughout. Raises ValueError for a matrix without entries, and for weights
+    that are NaN or infinite.
     """
+    if not weight.numel():
+        raise ValueError(f"a matrix of shape {tuple(weight.shape)} has no weight to quantise; leave the layer out")
     if not torch.isfinite(weight).all():
         n_bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"the weight has {n_bad} values that are NaN or infinite; quantise a sound checkpoint")
@@ -133,7 +136,7 @@ def group_parameters(weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
 def rounded_scale(scale: Tensor) -> Tensor:
     """As it will be read back from float16, and never 0: the codes are chosen for the scale that is stored."""
     if (scale > torch.finfo(torch.float16).max).any():
-        raise ValueError(f"a scale of {scale.max():.3g} exceeds float16; the weight is too large to quantise")
+        raise ValueError(f"a scale of {scale.max():.3g} exceeds float16; the values are too large to quantise")
     return scale.clamp(min=TINY_SCALE).half().float()
 
 
@@ -248,8 +251,8 @@ def int_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right.T of int8 matrices, exact, as int32: (tokens, columns) and (rows, columns) to (tokens, rows).
 
     A CPU without int8 units multiplies floats faster than int8, and whole numbers in floats are exact as long as every
-    sum is below 2^24 in float32 or 2^53 in float64; int8 sums of up to 1,040 products are. Raises ValueError for other
-    types, and for rows so long that the sum may leave int32.
+    sum is at most 2^24 in float32 or 2^53 in float64; int8 sums of fewer than 1,024 products are below the first.
+    Raises ValueError for other types, and for rows so long that the sum may leave int32.
     """
     if left.dtype != torch.int8 or right.dtype != torch.int8:
         raise ValueError(f"int_matmul multiplies int8 by int8, got {left.dtype} and {right.dtype}")
