@@ -90,7 +90,8 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-        for earlier in self.steps()[: -self.keep_last]:
+        reached = [number for number in self.steps() if number <= step]  # later ones were damaged, and passed over
+        for earlier in reached[: -self.keep_last]:
             self.remove(earlier)
         return final
 
@@ -291,14 +292,24 @@ class CsvLog:
 
     A run that goes on from `last_step` keeps the rows up to there, so that its file ends with the same bytes as that of
     a run that never stopped: numbers are written so that they read back exactly, and clock times are not among them.
-    A path of None writes nothing.
+    A path of None writes nothing. Raises ValueError, with the file as it was, if there is one whose rows are not those
+    of `digest`.
     """
 
-    def __init__(self, path: Path | None, last_step: int = 0) -> None:
+    def __init__(self, path: Path | None, last_step: int = 0, digest: str | None = None) -> None:
         self.path = path
         self.rows = [row for row in read_log(path) if row.get("step", last_step + 1) <= last_step] if path else []
+        if digest and path.exists() and digest != self.digest():
+            raise ValueError(
+                f"{shown(path)} is not the log that step {last_step} was saved with: lines were lost or changed; bring "
+                "the file back, or remove it to go on without its rows"
+            )
         self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rewrite()
+
+    def digest(self) -> str:
+        """SHA-256 of the rows, whatever the order of their columns."""
+        return hashlib.sha256(repr([sorted(row.items()) for row in self.rows]).encode()).hexdigest()
 
     def add(self, row: dict[str, float]) -> None:
         row = {name: value if type(value) is int else float(value) for name, value in row.items()}
@@ -326,15 +337,17 @@ class CsvLog:
 
 
 def read_log(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a log; a last line that a dying process cut off is left out."""
+    """Yield the rows of a log up to the first line that is none: what a dying process, or a power failure, left."""
     if not path.exists():
         return
-    head, *lines = path.read_text(encoding="utf-8").split("\n")
+    head, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     columns = head.split(",")
     for line in lines[:-1]:  # after the last newline: nothing, or half a line
-        cells = line.split(",")
-        if len(cells) == len(columns):
-            yield {name: number(cell) for name, cell in zip(columns, cells, strict=True) if cell}
+        try:
+            row = {name: number(cell) for name, cell in zip(columns, line.split(","), strict=True) if cell}
+        except ValueError:
+            return
+        yield row
 
 
 def number(text: str) -> int | float:

@@ -349,6 +349,17 @@ def test_the_same_step_can_be_saved_again(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path, capsys) -> None:
+    """It is the last by number, and with keep_last 1 all others would go."""
+    for step in (3, 9):
+        Checkpoints(tmp_path).save(step, some_parts())
+    (tmp_path / "step-000009" / "model.pt").write_bytes(b"")
+    folder = Checkpoints(tmp_path, keep_last=1)
+    folder.save(4, some_parts())
+    assert folder.steps() == [4, 9] and folder.load()["step"] == 4
+    assert "step-000009/model.pt has 0 bytes" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_behind_a_damaged_checkpoint_as_if_nothing_had_happened(tmp_path, parity) -> None:
     train_tiny(tmp_path / "whole", 3 * INTERVAL)
     shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
@@ -427,6 +438,25 @@ def test_the_log_survives_a_torn_line_and_new_columns(tmp_path) -> None:
     for row in rows[1:]:
         earlier.add(row)
     assert (tmp_path / "log.csv").read_bytes() == whole
+
+
+def test_a_run_does_not_go_on_from_a_log_that_was_changed(tmp_path) -> None:
+    train_tiny(tmp_path / "run", 2 * INTERVAL)
+    path = tmp_path / "run" / "log.csv"
+    sound, go_on = path.read_bytes(), lambda: train_tiny(tmp_path / "run", 2 * INTERVAL, resume=True)
+    lines = sound.splitlines(keepends=True)
+    changed = lines[2].replace(b".", b".1", 1)
+    for wrong in (b"".join(lines[:2] + lines[3:]), b"".join([*lines[:2], changed, *lines[3:]]), b"\0" * 99, b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="is not the log that step 6 was saved with.*bring the file back, or remo"):
+            go_on()
+        assert path.read_bytes() == wrong, "the refusal leaves the file to its owner"
+    path.unlink()
+    go_on()
+    assert path.read_bytes() == b"\n", "removed on purpose: no rows, and no complaint"
+    path.write_bytes(sound + b"7,1.5\n" + b"\0" * 40 + b"\n8,")  # lines behind the checkpoint that were never finished
+    go_on()
+    assert path.read_bytes() == sound
 
 
 # Signals

@@ -557,7 +557,8 @@ class Keeper:
             )
         if self.out and self.team.rank == 0:
             self.checkpoints.sweep()
-            self.log = CsvLog(self.out / "log.csv", state.step)
+            digest = parts["run"].get("log") if self.config.resume else None
+            self.log = CsvLog(self.out / "log.csv", state.step, digest)
 
     def add(self, row: dict[str, float]) -> None:
         """One more row for the log."""
@@ -574,7 +575,7 @@ class Keeper:
         rngs = self.team.gather(rng_state())
         if self.team.rank == 0:
             parts = state.state_dict()
-            parts["run"] |= {"header": self.header, "rng": rngs}
+            parts["run"] |= {"header": self.header, "rng": rngs, "log": self.log.digest()}
             parts["run"] |= {"data": batches.state_dict()} if hasattr(batches, "state_dict") else {}
             self.log.sync()
             self.checkpoints.save(state.step, parts)
