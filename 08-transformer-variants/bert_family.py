@@ -249,7 +249,8 @@ class BertModel(FolderModel):
     def file_config(self) -> dict:
         names = self.config.class_names
         labels = {"id2label": {str(i): name for i, name in enumerate(names)}}
-        return super().file_config() | labels | {"label2id": {name: i for i, name in enumerate(names)}}
+        labels["label2id"] = {name: i for i, name in enumerate(names)}
+        return super().file_config() | labels | {"attention_probs_dropout_prob": self.config.dropout}
 
     @classmethod
     def layout(cls, config: BertConfig) -> Layout:

@@ -200,6 +200,10 @@ class GPT2(FolderModel):
 
         return extend(next_logits, token_ids, sampling, self.config.eos_id, self.config.filler_id, generator)
 
+    def file_config(self) -> dict:
+        dropout = self.config.dropout
+        return super().file_config() | {"embd_pdrop": dropout, "attn_pdrop": dropout}
+
     @classmethod
     def layout(cls, config: GPT2Config) -> Layout:
         tensors = [

@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from workbench import shown, write_atomically
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_NAMED = 6  # names that one error message lists
+MOST_LAYERS = 10_000  # more than any model has; blocks that no weights can fill would be built until memory ends
 
 
 # What a folder looks like
@@ -49,13 +51,15 @@ class Layout:
 
     `tied` maps a name that files may repeat to the name under which the same tensor stands once; a file in which the
     two differ is refused. `ignored` are patterns of names that hold no weights. `prefix` stands before every name in
-    the files of a model with a head, and is absent from those of the bare model.
+    the files of a model with a head, and is absent from those of the bare model. `optional` are names of `tensors` that
+    a bare model's files lack; ours then keeps its starting value.
     """
 
     tensors: tuple[FileTensor, ...]
     tied: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    optional: tuple[str, ...] = ()
 
 
 def file_tensors(pairs: dict[str, str], names: tuple[str, ...] = ("weight", "bias")) -> list[FileTensor]:
@@ -71,6 +75,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{shown(path.parent)} has no {path.name}; give a folder in Hugging Face's layout") from None
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -121,7 +127,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{shown(path)} does not exist, but the index names it") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{shown(path)} is not a whole safetensors file: {error}") from None
 
 
@@ -149,7 +155,8 @@ def current_name(key: str, layout: Layout, wanted: set[str]) -> str:
     """The name that a tensor has in files of today: those of 2018 say gamma and beta, bare models lack the prefix."""
     key = re.sub(r"(LayerNorm|layer_norm)\.gamma$", r"\1.weight", key)
     key = re.sub(r"(LayerNorm|layer_norm)\.beta$", r"\1.bias", key)
-    return layout.prefix + key if key not in wanted and layout.prefix + key in wanted else key
+    known = layout.prefix + key in wanted or layout.prefix + key in layout.tied
+    return layout.prefix + key if key not in wanted and known else key
 
 
 @torch.no_grad()
@@ -159,12 +166,24 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -
     All names and shapes are compared first: a ValueError names what is missing, unexpected or of another shape, and
     leaves the model as it was.
     """
+    ours, found = our_tensors(model), check_fit(model, tensors, layout)
+    for entry in layout.tensors:
+        if entry.key not in found:  # an optional one
+            continue
+        joint = found[entry.key].t() if entry.transposed else found[entry.key]
+        sizes = [ours[name].shape[0] for name in entry.parts]
+        for name, part in zip(entry.parts, joint.split(sizes) if len(sizes) > 1 else [joint], strict=True):
+            ours[name].copy_(part)
+
+
+def check_fit(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The tensors under the names of today. Raises ValueError unless the model, which may be on meta, can take them."""
     wanted = {entry.key: entry for entry in layout.tensors}
     ours = our_tensors(model)
     found = {current_name(key, layout, set(wanted)): tensor for key, tensor in tensors.items()}
     shapes = {key: joined([ours[name] for name in entry.parts], entry).shape for key, entry in wanted.items()}
     problems = []
-    missing = [key for key in wanted if key not in found]
+    missing = [key for key in wanted if key not in found and key not in layout.optional]
     if missing:
         problems.append(f"missing {some(missing)}")
     known = (*map(re.escape, layout.tied), *layout.ignored)
@@ -175,15 +194,11 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -
         if key in found and found[key].shape != shape:
             problems.append(f"{key} has shape {tuple(found[key].shape)}, expected {tuple(shape)}")
     for copy, original in layout.tied.items():
-        if copy in found and original in found and not torch.equal(found[copy], found[original]):
+        if copy in found and original in found and not torch.equal(found[copy], found[original].to(found[copy].dtype)):
             problems.append(f"{copy} differs from {original}, which this model ties to it")
     if problems:
         raise ValueError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems[:MOST_NAMED])}")
-    for key, entry in wanted.items():
-        joint = found[key].t() if entry.transposed else found[key]
-        sizes = [ours[name].shape[0] for name in entry.parts]
-        for name, part in zip(entry.parts, joint.split(sizes), strict=True):
-            ours[name].copy_(part)
+    return found
 
 
 def our_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -238,6 +253,13 @@ def config_to_file(config: Any, names: dict[str, str], fixed: dict[str, tuple]) 
 # Models that have such a folder
 
 
+class Undrawn(TorchFunctionMode):
+    """While it is on, normal_ draws nothing: on the meta device it would import PyTorch's compiler, two seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function.__name__ == "normal_" else function(*args, **(kwargs or {}))
+
+
 class FolderModel(nn.Module):
     """A model with from_pretrained and save_pretrained; a subclass says how its files name things.
 
@@ -268,8 +290,14 @@ class FolderModel(nn.Module):
         """
         file_config, tensors = read_folder(folder, cls.model_type)
         config = cls.config_of(file_config, tensors)
+        layers = {name: value for name, value in vars(config).items() if name.startswith("n_") and "layers" in name}
+        if max(layers.values()) > MOST_LAYERS:
+            raise ValueError(f"{shown(Path(folder) / CONFIG)} asks for {layers}; at most {MOST_LAYERS:,} can be right")
+        layout = cls.layout(config)
+        with torch.device("meta"), Undrawn():  # sizes that no weights fill are refused before they take memory
+            check_fit(cls(config), tensors, layout)
         model = cls(config)
-        load_weights(model, tensors, cls.layout(config))
+        load_weights(model, tensors, layout)
         return model.eval()
 
     def file_config(self) -> dict:

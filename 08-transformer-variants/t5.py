@@ -439,10 +439,9 @@ class Bart(EncoderDecoder):
             ("encoder_attention_heads", "decoder_attention_heads"),
             ("encoder_ffn_dim", "decoder_ffn_dim"),
         ):
-            if config.get(theirs, config.get(ours)) != config.get(ours):
-                raise ValueError(
-                    f"config.json has {ours}={config[ours]} but {theirs}={config[theirs]}; they must agree"
-                )
+            mine, other = config.get(ours), config.get(theirs, config.get(ours))
+            if mine != other:
+                raise ValueError(f"config.json has {ours}={mine} but {theirs}={other}; they must agree")
         return super().config_of(config, tensors)
 
     def file_config(self) -> dict:
@@ -477,7 +476,9 @@ class Bart(EncoderDecoder):
                 theirs, block = f"model.{stack}.layers.{index}", f"{stack}_blocks.{index}"
                 tensors += file_tensors({f"{theirs}.{key}": f"{block}.{ours}" for key, ours in kept.items()})
         copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
-        return Layout(tuple(tensors), dict.fromkeys(copies, "model.shared.weight"))
+        # released as the bare model: "shared.weight" and so on, without the bias
+        tied, bare = dict.fromkeys(copies, "model.shared.weight"), ("final_logits_bias",)
+        return Layout(tuple(tensors), tied, prefix="model.", optional=bare)
 
 
 # Span corruption: pure functions of token ids

@@ -336,6 +336,32 @@ def test_electra_shares_its_embeddings_and_replaces_masked_tokens_alone(electra)
     assert torch.equal(again.corrupted_ids, output.corrupted_ids)
 
 
+def test_electra_and_its_loss_equal_their_two_models_and_losses(electra, tmp_path, parity) -> None:
+    """Theirs are two folders with a copy of the embeddings each; the sample between them is ours."""
+    theirs = []
+    for half in (electra.generator, electra.discriminator):
+        half.eval().save_pretrained(tmp_path / half.architecture)
+        kind = getattr(transformers, half.architecture)
+        theirs.append(kind.from_pretrained(tmp_path / half.architecture).double().eval())
+    token_ids, real = some_ids(3, 11), torch.arange(11) < torch.tensor([[11], [7], [9]])
+    inputs, targets = mask_tokens(token_ids, VOCAB, 4, range(5), MaskingConfig(0.5), torch.Generator().manual_seed(1))
+    targets = targets.masked_fill(~real, IGNORE)
+    output = electra.double()(inputs, targets, real, torch.Generator().manual_seed(2))
+    mask = real.long()
+    mlm = theirs[0](inputs, attention_mask=mask, labels=targets)
+    rtd = theirs[1](output.corrupted_ids, attention_mask=mask, labels=output.replaced.long())
+    pair = "ElectraForMaskedLM, ElectraForPreTraining"
+    mine = [output.mlm_logits[real], output.rtd_logits[real]]
+    parity("Electra", pair, "output", mine, [mlm.logits[real], rtd.logits[real]], 1e-10)
+    parity("electra_loss", pair, "output", electra_loss(output, targets, real), mlm.loss + 50 * rtd.loss, 1e-9)
+    electra_loss(output, targets, real).backward()
+    (mlm.loss + 50 * rtd.loss).backward()
+    shared = electra.discriminator.trunk.token_emb.weight.grad
+    copies = [model.electra.embeddings.word_embeddings.weight.grad for model in theirs]
+    copies[0] = copies[0] if copies[0] is not None else torch.zeros_like(shared)
+    parity("Electra, shared embedding", "sum over the two copies", "gradient", shared, sum(copies), 1e-9)
+
+
 def test_electra_draws_its_replacements_from_the_generator(electra) -> None:
     """Chi-square over 6 tokens on 12,000 draws: a generator that ignored its logits would be caught surely."""
     wanted = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import contrastive as topic
@@ -236,6 +237,17 @@ def test_text_encoder_ignores_padding(parity) -> None:
     token_ids = torch.randint(4, len(LETTERS), (2, 7))
     padded = torch.cat([token_ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
     parity("TextEncoder", "unpadded", "invariant", model(padded), model(token_ids), 1e-10)
+
+
+def test_dual_encoder_equals_their_vision_transformer_and_texts_alone(parity, tmp_path) -> None:
+    model, pictures = DualEncoder(LETTERS, TINY).eval(), torch.rand(3, 1, 16, 16)
+    captions = ["three one", "six", "zero seven"]
+    model.vision.save_pretrained(tmp_path)
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
+    embedded = model(pictures, model.tokens(captions))
+    alone = torch.cat([model.text_proj(model.text(model.tokens([caption]))) for caption in captions])
+    parity("DualEncoder, pictures", "ViTForImageClassification", "exchange", embedded[0], theirs(pictures).logits, 1e-5)
+    parity("DualEncoder, texts", "one text at a time", "invariant", embedded[1], alone, 1e-5)
 
 
 def test_training_learns_to_retrieve(checked_shapes) -> None:

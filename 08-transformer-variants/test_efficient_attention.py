@@ -315,6 +315,14 @@ def test_performer_layer_and_gradients_reach_every_parameter(parity) -> None:
     for mask in (None, causal_mask(SEQ)):
         close = (layer(x, mask=mask)[0] - dense(x, mask=mask)[0]).norm() / dense(x, mask=mask)[0].norm()
         assert close < 0.05
+        q, k, v = (layer.split_heads(proj(x)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        features = [positive_random_features(y * D_HEAD**-0.25, layer.projection) for y in (q, k)]
+        weights = features[0] @ features[1].transpose(-2, -1)  # every estimate, which the layer never forms
+        weights = weights if mask is None else weights.tril()
+        mixed = (weights / weights.sum(dim=-1, keepdim=True)) @ v
+        expected = layer.out_proj(mixed.transpose(1, 2).flatten(2))
+        name = "PerformerAttention" if mask is None else "PerformerAttention, causal"
+        compare(parity, name, "all pairs of its features", layer(x, mask=mask)[0], expected, list(layer.parameters()))
     layer(x)[0].square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for name, parameter in layer.named_parameters() if name != "k_proj.bias")
     same = PerformerAttention(D_MODEL, HEADS, 512, seed=0).projection

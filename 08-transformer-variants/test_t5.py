@@ -30,6 +30,7 @@ from t5 import (
     random_parts,
     restore_spans,
 )
+from workbench import largest_difference
 
 VOCAB = 67
 GREEDY = SamplingConfig(21, temperature=0)
@@ -332,6 +333,27 @@ def test_bad_calls_are_named(call, message) -> None:
         call()
 
 
+def test_bart_loads_from_the_bare_model_that_was_released(tmp_path) -> None:
+    """facebook/bart-base: no prefix before the names, copies of the embedding, no bias of the logits."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = their_model("BART")
+    theirs.final_logits_bias.zero_()
+    theirs.model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for stack in ("encoder", "decoder"):
+        tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    assert "final_logits_bias" not in tensors and not any(name.startswith("model.") for name in tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, src_ids, tgt_ids = Bart.from_pretrained(tmp_path), some_ids(), some_ids(2, 5, 1)
+    logits = theirs(input_ids=src_ids, decoder_input_ids=tgt_ids).logits
+    assert largest_difference(ours(src_ids, tgt_ids), logits) < 1e-5
+    tensors["encoder.embed_tokens.weight"] += 1e-3
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.encoder.embed_tokens.weight differs from model.shared.weight"):
+        Bart.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -340,6 +362,7 @@ def test_bad_calls_are_named(call, message) -> None:
         ("T5", {"num_layers": 3}, "missing encoder.block.2.layer.0.layer_norm.weight"),
         ("T5", {"d_kv": 11}, r"has shape \(40, 24\), expected \(44, 24\)"),
         ("BART", {"decoder_ffn_dim": 45}, "encoder_ffn_dim=44 but decoder_ffn_dim=45; they must agree"),
+        ("BART", {"encoder_ffn_dim": None}, "encoder_ffn_dim=None but decoder_ffn_dim=44; they must agree"),
         ("BART", {"scale_embedding": True}, "scale_embedding=True"),
     ],
 )

@@ -255,8 +255,33 @@ def test_a_pretrained_folder_works_in_their_library(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.__name__)
+def test_the_dropout_of_a_folder_is_ours_in_every_place(kind, tmp_path, parity) -> None:
+    """A name that the folder leaves out gets Hugging Face's 0.1: their training would go on with noise unasked for."""
+    names = {"hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    names |= {"dropout", "attention_dropout", "dropout_rate"}
+    known = {"vocab_size": 67, "d_model": 24, "n_heads": 3, "n_layers": 2, "n_encoder_layers": 1, "d_ff": 20}
+    for dropout in (0.25, 0.0):
+        torch.manual_seed(0)
+        sizes = {name: value for name, value in known.items() if name in kind.config_class.__dataclass_fields__}
+        ours = kind(kind.config_class(**sizes, dropout=dropout))
+        ours.save_pretrained(tmp_path)
+        theirs = getattr(transformers, kind.architecture).from_pretrained(tmp_path).train()
+        found = {name: value for name, value in theirs.config.to_dict().items() if name in names}
+        assert found and set(found.values()) == {dropout}, found
+    ids = torch.arange(10, 19)[None]
+    images = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = (images,) if hasattr(ours, "patch_proj") else (ids,)
+    theirs_given = {"decoder_input_ids": ids} if hasattr(ours, "decoder_blocks") else {}
+    logits = ours.train()(*given, *([ids] if theirs_given else []))
+    expected = theirs(given[0], **theirs_given)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    expected = expected[0] if "logits" not in expected else expected.logits
+    parity(f"{kind.__name__}, training mode", kind.architecture, "exchange", logits, expected, 1e-4)
+
+
 def test_the_class_follows_the_folder(tmp_path) -> None:
-    assert len(KINDS) == 12
+    assert len(KINDS) == 13
     torch.manual_seed(0)
     config = BertConfig(40, 16, 8, 1, 2, 12, class_names=("a", "b", "c"))
     BertForSequenceClassification(config).save_pretrained(tmp_path)

@@ -29,7 +29,7 @@ from vision_experiments import (
     baseline_accuracies,
     train_digits,
 )
-from vision_transformer import DigitsConfig, VisionConfig, VisionTransformer, load_digits_images
+from vision_transformer import DigitsConfig, VisionConfig, VisionTransformer, load_digits_images, patchify, unpatchify
 from workbench import Column, RunConfig, render_table, seed_everything
 
 RUN = RunConfig(device="cpu")
@@ -107,6 +107,33 @@ def test_all_cost_works_give_the_same_shape_and_exact_ones_the_same_numbers() ->
     assert {tuple(output.shape) for output in outputs.values()} == {(1, 4, 256, 32)}
     fused, kept = outputs["exact, fused"], outputs["exact, all scores kept"]
     assert (fused - kept).abs().max() < 1e-5
+
+
+def test_the_convolutions_equal_products_with_unfolded_pictures(parity) -> None:
+    model, images = ConvNet(5).double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+
+    def convolved(layer: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        columns = layer.weight.flatten(1) @ torch.nn.functional.unfold(x, 3, padding=1) + layer.bias[:, None]
+        return columns.unflatten(2, x.shape[2:]).clamp(min=0)
+
+    pooled = convolved(model.first, images).reshape(3, 5, 4, 2, 4, 2).amax(dim=(3, 5))
+    flat = convolved(model.second, pooled).flatten(1)
+    parity("ConvNet", "unfolded products", "output", model(images), flat @ model.head.weight.T + model.head.bias, 1e-10)
+
+
+def test_without_positions_a_vision_transformer_sees_a_set(parity) -> None:
+    unordered = UnorderedVisionTransformer(VisionConfig()).double().eval()
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    patches = patchify(images, 2)
+    shuffled = unpatchify(patches[:, torch.randperm(16)], 1, 8, 8)
+    parity(
+        "UnorderedVisionTransformer", "its patches shuffled", "invariant", unordered(shuffled), unordered(images), 1e-10
+    )
+    ordered = VisionTransformer(VisionConfig()).double().eval()
+    ordered.load_state_dict(unordered.state_dict())
+    ordered.pos_emb.data.zero_()
+    name = "VisionTransformer, positions 0"
+    parity("UnorderedVisionTransformer", name, "output", unordered(images), ordered(images), 1e-10)
 
 
 def test_models_of_the_digits_learn_and_the_unordered_one_sees_a_set() -> None:

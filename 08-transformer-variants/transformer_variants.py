@@ -189,7 +189,7 @@ KINDS: dict[str, type[FolderModel]] = {  # the class of a Hugging Face architect
     for kind in (
         *(BertForMaskedLM, BertForPreTraining, BertForSequenceClassification),
         *(RobertaForMaskedLM, AlbertForMaskedLM, AlbertForPreTraining, ElectraGenerator, ElectraDiscriminator),
-        *(GPT2, T5, Bart, VisionTransformer),
+        *(GPT2, T5, Bart, VisionTransformer, DistilledVisionTransformer),
     )
 }
 GAP = re.compile(r"\[MASK\]|\[mask\]|<mask>|<extra_0>|<extra_id_0>")  # how a reader may write a gap

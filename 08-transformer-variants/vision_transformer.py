@@ -245,8 +245,8 @@ class VisionTransformer(FolderModel):
 
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> VisionConfig:
-        n_classes = len(tensors.get(f"{next(iter(cls.head_names))}.bias", ())) or 1
-        return replace(super().config_of(config, tensors), n_classes=n_classes)
+        bias = tensors.get(f"{next(iter(cls.head_names))}.bias", torch.zeros(1))
+        return replace(super().config_of(config, tensors), n_classes=max(1, bias.numel()))
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
@@ -256,7 +256,8 @@ class VisionTransformer(FolderModel):
 
     def file_config(self) -> dict:
         names = {str(index): label for index, label in enumerate(self.labels)}
-        return super().file_config() | {"id2label": names, "label2id": {label: int(i) for i, label in names.items()}}
+        labels = {"id2label": names, "label2id": {label: int(i) for i, label in names.items()}}
+        return super().file_config() | labels | {"attention_probs_dropout_prob": self.config.dropout}
 
     def save_pretrained(self, folder: Path | str) -> None:
         super().save_pretrained(folder)
@@ -269,8 +270,8 @@ class VisionTransformer(FolderModel):
 
 def describe(model: VisionTransformer, folder: Path) -> None:
     """Take the names of the classes and the pixels' mean and deviation from a folder, where it gives them."""
-    names, n_classes = read_config(folder).get("id2label") or {}, model.config.n_classes
-    if len(names) == n_classes:
+    names, n_classes = read_config(folder).get("id2label"), model.config.n_classes
+    if isinstance(names, dict) and len(names) == n_classes:
         model.labels = [str(names.get(str(index), index)) for index in range(n_classes)]
     processing = read_json(folder / PROCESSING) if (folder / PROCESSING).exists() else {}
     for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
