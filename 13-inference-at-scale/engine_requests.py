@@ -8,7 +8,6 @@ The names of the fields are those of OpenAI's API, https://platform.openai.com/d
 extends them.
 """
 
-import math
 import random
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 from workbench import check_range
 
 MAX_STOPS, MAX_LOGPROBS, MAX_SEED = 4, 20, 2**31 - 1  # PyTorch's CPU generator reads 32 bits of a seed
+REPETITION = (0.01, 100)  # a smaller or larger penalty makes logits of float32 infinite
 
 
 class Overloaded(Exception):
@@ -86,16 +86,18 @@ class RequestParams:
         check_range(self, "temperature", "top_k", least=0)
         check_range(self, "top_p", above=0, most=1)
         check_range(self, "min_p", least=0, most=1)
-        check_range(self, "repetition_penalty", above=0)
+        check_range(self, "repetition_penalty", least=REPETITION[0], most=REPETITION[1])
         check_range(self, "presence_penalty", "frequency_penalty", least=-2, most=2)
         check_range(self, "logprobs", least=-1, most=MAX_LOGPROBS)
         check_range(self, "priority", least=-1_000_000, most=1_000_000)
         if self.seed is not None:
             check_range(self, "seed", least=0, most=MAX_SEED)
-        if len(self.stop) > MAX_STOPS or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop takes at most {MAX_STOPS} texts, none of them empty, got {self.stop!r}")
+        many = not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS  # a text would be read as its letters
+        if not many or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop takes a tuple of at most {MAX_STOPS} texts, none of them empty, got {self.stop!r}")
         for token_id, bias in self.logit_bias:
-            if type(token_id) is not int or token_id < 0 or not math.isfinite(bias) or abs(bias) > 100:
+            real = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if type(token_id) is not int or token_id < 0 or not real or not abs(bias) <= 100:  # NaN, too
                 raise ValueError(f"logit_bias pairs an id >= 0 with a number in -100..100, got {(token_id, bias)}")
 
 

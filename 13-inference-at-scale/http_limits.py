@@ -6,7 +6,8 @@
 
 uvicorn waits without limit for a request that comes byte by byte (slowloris), for a body that never ends, and for a
 client that does not read its answer; it reads a request with both Content-Length and Transfer-Encoding, the start of
-request smuggling (RFC 9112, section 6.1). An application cannot see these: they happen below it.
+request smuggling (RFC 9112, section 6.1). An application cannot see these: they happen below it. A client that closes
+its own half of a connection counts as one that has left, as uvicorn has it.
 """
 
 import asyncio
@@ -104,10 +105,17 @@ class BoundedProtocol(H11Protocol):
         super().data_received(data)
         self.follow()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.follow()  # of a request that was sent behind this one a part may be here already
+
     def follow(self) -> None:
         """Start the clock of the phase that the request is in now; each phase has one, however many pieces come."""
-        phases = {h11.IDLE: ("head", self.limits.head_timeout), h11.SEND_BODY: ("body", self.limits.body_timeout)}
-        phase, seconds = phases.get(self.conn.their_state, ("complete", 0.0))
+        state, phase, seconds = self.conn.their_state, "complete", 0.0
+        if state is h11.SEND_BODY:
+            phase, seconds = "body", self.limits.body_timeout
+        elif state is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):  # else it is kept for a next one
+            phase, seconds = "head", self.limits.head_timeout
         if phase != self.phase:
             self.phase = phase
             cancel(self.reading)
@@ -122,8 +130,9 @@ class BoundedProtocol(H11Protocol):
 
     def refuse(self, status: int, reason: str) -> None:
         """Answer below the application, if nothing of an answer was sent, and close."""
-        busy = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not (busy or self.transport.is_closing()):
+        cycle = self.cycle
+        own = cycle is not None and (self.phase == "body" or not cycle.response_complete)  # else of the request before
+        if not (own and cycle.response_started or self.transport.is_closing()):
             body = json.dumps(ApiError(status, reason, "invalid_http").content()).encode()
             head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -68,7 +68,8 @@ async def call(
         reader, writer = await asyncio.wait_for(connecting, timeout)
         conn = h11.Connection(h11.CLIENT)
         target = (parts.path + path).encode()
-        request = h11.Request(method=method, target=target, headers=list(given.items()))
+        fields = [(name, value.encode("latin-1")) for name, value in given.items()]  # as a server reads them
+        request = h11.Request(method=method, target=target, headers=fields)
         writer.write(
             conn.send(request) + (conn.send(h11.Data(data=body)) or b"") + (conn.send(h11.EndOfMessage()) or b"")
         )

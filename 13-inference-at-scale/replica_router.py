@@ -444,7 +444,8 @@ async def asked_of(request: Request, max_body: int) -> Asked:
     """A request as it will be passed on. What is no JSON is passed on too: the replica says what is wrong with it."""
     body = await read_body(request, max_body)
     headers = {name: request.headers[name] for name in PASSED_IN if name in request.headers}
-    path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    path = request.scope["raw_path"].decode("ascii")  # as it came: a decoded space or line break would be no path
+    path += f"?{request.url.query}" if request.url.query else ""
     tenant = sha256(headers.get("authorization", "").encode()).hexdigest()
     asked = Asked(request.method, path, body, headers, tenant=tenant)
     with contextlib.suppress(ValueError, RecursionError):

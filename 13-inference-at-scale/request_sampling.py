@@ -145,7 +145,10 @@ def keep_likely_rows(probs: Tensor, rows: Sequence[RequestParams]) -> Tensor:
         ordered = ordered * (ordered >= least)  # (rows, vocab)
         sums = ordered.cumsum(dim=1)  # (rows, vocab)
         inside = sums - ordered < top_p * sums[:, -1:]  # (rows, vocab): what is likelier does not suffice yet
-        last = ordered.gather(1, inside.sum(dim=1, keepdim=True) - 1)  # (rows, 1): of the nucleus
+        n_inside = inside.sum(dim=1, keepdim=True).clamp(
+            min=1
+        )  # (rows, 1); a top-p that rounds to 0 keeps the likeliest
+        last = ordered.gather(1, n_inside - 1)  # (rows, 1): of the nucleus
         least = torch.where(top_p < 1, torch.maximum(least, last), least)  # (rows, 1)
     least = torch.maximum(least, min_p * ordered[:, :1])  # (rows, 1)
     return probs * (probs >= least)  # (rows, vocab)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, field_validator, model_validator
 
-from engine_requests import MAX_LOGPROBS, MAX_SEED, MAX_STOPS, Constraint, RequestParams
+from engine_requests import MAX_LOGPROBS, MAX_SEED, MAX_STOPS, REPETITION, Constraint, RequestParams
 from tokenizer_basics import without_duplicates
 
 MAX_DEPTH = 64  # of nested arrays and objects; a schema for structured answers has some
@@ -165,7 +165,7 @@ class GenerationRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0  # 0 and -1: no limit
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=REPETITION[0], le=REPETITION[1])] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None

@@ -144,8 +144,10 @@ class Engine:
         config: sizes and limits
         draft: a smaller model of the same vocabulary, for speculate="draft"
 
-    An answer depends on its own prompt, parameters and seed, not on its neighbours (up to the rounding of sums). Raises
-    ValueError for a model whose experts have a capacity, where a full batch would change answers.
+    An answer depends on its own prompt, parameters and seed, not on its neighbours (up to the rounding of sums). With
+    one exception: where guesses are made, a request that samples draws a number for each guess, and has fewer guesses
+    where memory is short; its distribution stays the same, the tokens that a seed gives may not. Raises ValueError for
+    a model whose experts have a capacity, where a full batch would change answers.
     """
 
     def __init__(

@@ -375,6 +375,17 @@ def test_what_a_router_refuses_itself(servers) -> None:
         assert status == 404 and json.loads(body)["error"]
 
 
+def test_what_a_client_sends_makes_no_replica_unhealthy(servers) -> None:
+    """A path is passed on as it came: decoded, a blank or a line break in it would be no request at all."""
+    with routing(servers[0].url, check_every=30, cache_entries=0) as router:
+        for path in ("a%20b", "%0d%0aX:y", "%E2%82%AC", "%ff", "%00"):
+            status, _, body = ask(router.port, "GET", f"/v1/models/{path}")
+            assert status == 404 and json.loads(body)["error"]["code"] in ("model_not_found", "not_found")
+        latin = {"X-Request-Id": "caf\xe9", "Authorization": "Bearer \xe9\xff"}
+        assert ask(router.port, "GET", "/v1/models?x=%20", **latin)[0] == 200
+        assert router.router.replicas[0].healthy and router.counts() == [5]  # a line break is on no route
+
+
 @pytest.mark.parametrize("wrong", [{"n_replicas": 0}, {"port": -1}, {"urls": "nowhere"}, {"check_every": 0}])
 def test_settings_that_make_no_sense(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.generation import logits_process as theirs
 
 from engine_requests import RequestParams, RowState, new_row
@@ -163,6 +164,14 @@ def test_a_row_gets_the_same_alone_and_among_neighbours_bit_for_bit(dtype: torch
         assert torch.equal(filtered_probs(logits[index : index + 1], [together[index]])[0], probs[index])
 
 
+def test_a_nucleus_that_rounds_to_nothing_keeps_the_likeliest() -> None:
+    logits = logits_of(3)
+    for dtype, top_p in ((torch.float32, 1e-50), (torch.bfloat16, 1e-45), (torch.float64, 1e-320)):
+        rows = [row_of(index, top_p=top_p, seed=index) for index in range(3)]
+        probs = filtered_probs(logits.to(dtype), rows)
+        assert torch.equal(probs, F.one_hot(logits.to(dtype).argmax(dim=1), VOCAB).double())
+
+
 def chi_squared(counts: Tensor, probs: Tensor) -> float:
     """The p-value of counts under probs; cells below five expected draws are put together."""
     expected = probs * counts.sum()
@@ -305,3 +314,23 @@ def test_shape_comments_hold(checked_shapes) -> None:
         choose(logits_of(len(MIXED)), [row_of(**params) for params in MIXED], end_ids=(2,))
         filtered_probs(logits_of(len(MIXED)), [row_of(**params) for params in MIXED])
     assert len(checked) > 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(max_tokens=True), "max_tokens must be a whole number, got True"),
+        (dict(top_p="1"), "top_p must be a number, got '1'"),
+        (dict(temperature=math.nan), "temperature must be finite and >= 0, got nan"),
+        (dict(repetition_penalty=1e-300), "repetition_penalty must be finite and >= 0.01 and <= 100, got 1e-300"),
+        (dict(stop="abc"), "stop takes a tuple of at most 4 texts, none of them empty, got 'abc'"),
+        (dict(stop=("a", "")), "none of them empty"),
+        (dict(stop=tuple("abcde")), "at most 4 texts"),
+        (dict(logit_bias=((3, "a"),)), r"a number in -100..100, got \(3, 'a'\)"),
+        (dict(logit_bias=((3, math.nan),)), r"a number in -100..100, got \(3, nan\)"),
+        (dict(logit_bias=((-1, 2.0),)), r"an id >= 0 with a number in -100..100, got \(-1, 2.0\)"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestParams(**settings)

@@ -265,6 +265,7 @@ def test_bodies_that_are_no_request(server) -> None:
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"logit_bias": {"99999": 1}}, "logit_bias.99999"),
         ({"seed": -1}, "seed"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),  # infinite logits
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"tools": []}, "tools"),
         ({"functions": []}, "functions"),
@@ -280,6 +281,8 @@ def test_values_out_of_range_are_named(server, fields: dict, named: str) -> None
     [
         {"temperature": 1.0, "top_k": 1},
         {"temperature": 1.0, "top_p": 1e-6},
+        {"temperature": 1.0, "top_p": 1e-50},  # 0 in float32
+        {"temperature": 1e-300},
         {"top_k": -1},
         {"top_k": 10**9},
         {"top_p": 1},
@@ -512,6 +515,46 @@ def test_a_byte_now_and_then_does_not_keep_a_connection(served) -> None:
                 connection.sendall(b"X-A: b\r\n")
                 said = connection.recv(4096)
         assert said.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_request_that_is_pipelined_behind_another_has_no_longer_than_the_first(served) -> None:
+    """A part of it lies in the buffer when the answer before it is complete: no further byte starts its clock."""
+    first, behind = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", post("/v1/completions", LONG)
+    with running(served, ServerConfig(head_timeout=0.3, body_timeout=0.3)) as strict:
+        for name, data in (("head", first + behind[:30]), ("body", first + behind[:-10])):
+            said = raw(strict, data)  # returns only because the server closes
+            assert said.startswith(b"HTTP/1.1 200 ") and said.count(b"HTTP/1.1 ") == 2
+            assert f"the {name} of the request did not come within 0.3 s".encode() in said
+        assert (
+            raw(strict, first * 3 + first.replace(b"localhost\r\n", b"localhost\r\nConnection: close\r\n")).count(
+                b"HTTP/1.1 200 "
+            )
+            == 4
+        )
+        until(strict.is_empty)
+
+
+def test_a_request_is_answered_once(served) -> None:
+    """Refused for its head alone, its body never comes: the connection is closed without a second answer."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\n"
+    with running(served, ServerConfig(body_timeout=0.3)) as strict:
+        said = raw(strict, head + b"{")
+        assert said.startswith(b"HTTP/1.1 415 ") and said.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_connection_may_be_idle_between_two_requests(served) -> None:
+    """For longer than a head may take: the clock of the next one has not begun."""
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(served, ServerConfig(head_timeout=0.5)) as strict, send(strict, health) as connection:
+        said = b""
+        while not said.endswith(b'"ok"}'):
+            said += connection.recv(4096)
+        connection.settimeout(0.9)
+        with pytest.raises(TimeoutError):  # neither an answer to nothing nor the end of the connection
+            connection.recv(4096)
+        connection.settimeout(PATIENCE)
+        connection.sendall(health)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_does_not_read_its_stream_is_aborted(served) -> None:

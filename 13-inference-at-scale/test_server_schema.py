@@ -103,7 +103,7 @@ REAL = {
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "repetition_penalty": (None, 10),
+    "repetition_penalty": (0.01, 100),
 }
 NULL_IS_NO_VALUE = {"top_k", "min_p", "repetition_penalty", "user", "response_format", "ignore_eos", "prompt", "model"}
 
