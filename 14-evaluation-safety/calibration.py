@@ -26,6 +26,9 @@ Numbers = Sequence[float] | np.ndarray
 def same_length(**columns: Sequence) -> list[np.ndarray]:
     """The columns as arrays. Raises ValueError for none, lengths that differ and numbers that are not finite."""
     arrays = {name: np.asarray(column, dtype=float) for name, column in columns.items()}
+    for name, array in arrays.items():
+        if array.ndim != 1:  # (n, 1) beside (n) would be taken for n x n pairs
+            raise ValueError(f"{name} must be one column, got numbers of shape {array.shape}; choose one of it")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(" but ".join(f"{length} {name}" for name, length in lengths.items()) + "; give one for each")
@@ -143,6 +146,9 @@ def log_loss(confidence: Numbers, right: Numbers) -> float:
 # Temperature scaling
 
 
+MOST_LOGIT = 1e100  # its square still has room in float64
+
+
 def scaled_nats(logits: np.ndarray, labels: np.ndarray, inverse: float) -> tuple[float, float, float]:
     """Mean nats at 1 / temperature, with first and second derivative for it.
 
@@ -170,8 +176,10 @@ def fit_temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
     table, chosen = np.asarray(logits, dtype=float), np.asarray(labels)
     if table.ndim != 2 or len(table) != len(chosen) or not len(chosen):
         raise ValueError(f"logits must be (n, classes) for n labels, got {table.shape} for {len(chosen)} labels")
-    if not np.isfinite(table).all():
-        raise ValueError("logits must be finite")
+    if not np.isfinite(table).all() or np.abs(table).max() > MOST_LOGIT:
+        raise ValueError(f"logits must be finite and at most {MOST_LOGIT:g} in size")
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise ValueError(f"labels must be whole numbers in one column, got {chosen.dtype} of shape {chosen.shape}")
     if chosen.min() < 0 or chosen.max() >= table.shape[1]:
         raise ValueError(f"labels must be class numbers below {table.shape[1]}, got {chosen.min()} to {chosen.max()}")
     if (table[np.arange(len(chosen)), chosen] == table.max(axis=1)).all():
@@ -310,7 +318,7 @@ def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable], weights: str
     check_name("weights", weights, WEIGHTS)
     if len(one) != len(other):
         raise ValueError(f"{len(one)} labels of one rater but {len(other)} of the other; give one for each item")
-    names = sorted(set(one) | set(other))
+    names = sorted(set(one) | set(other), key=str if weights == "none" else None)  # else their order means something
     if len(names) < 2:
         raise ValueError("kappa is not defined where only one label occurs; agreement is then certain")
     place, table = {name: index for index, name in enumerate(names)}, np.zeros((len(names), len(names)))
@@ -340,8 +348,11 @@ def krippendorff_alpha(ratings: Sequence[Sequence[Hashable | None]], numeric: bo
     """1 - disagreement seen / disagreement by chance (Krippendorff 2011); None is a rating that is missing.
 
     ratings: for each item what its raters said; items with fewer than two ratings say nothing and are left out.
-    numeric: two labels disagree by their squared difference, else by 1. Raises ValueError if only one label occurs.
+    numeric: two labels disagree by their squared difference, else by 1. Raises ValueError if only one label occurs, and
+    for NaN, which is equal to no label.
     """
+    if any(rating != rating for item in ratings for rating in item):
+        raise ValueError("a rating is NaN; write None for a rating that is missing")
     items = [[rating for rating in item if rating is not None] for item in ratings]
     items = [item for item in items if len(item) > 1]
     everything = Counter(rating for item in items for rating in item)

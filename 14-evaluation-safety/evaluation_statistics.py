@@ -70,7 +70,8 @@ def wilson(n_right: int, n: int, level: float = 0.95) -> Interval:
     share, z = n_right / n, two_sided(level)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
+    low, high = max(0.0, centre - reach), min(1.0, centre + reach)
+    return Interval(low if n_right else 0.0, high if n_right < n else 1.0)  # exactly: rounding would leave out the end
 
 
 @cache
@@ -82,6 +83,8 @@ def log_choices(n: int) -> np.ndarray:
 
 def binomial_chances(n: int, share: float) -> np.ndarray:
     """P(k of n) for k = 0..n."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share} must be between 0 and 1")
     if share in (0, 1):
         return (np.arange(n + 1) == share * n).astype(float)
     k = np.arange(n + 1)
@@ -127,15 +130,24 @@ def share_intervals(method: str, n: int, level: float) -> np.ndarray:
 # Bootstrap: of any statistic, over items or over whole groups
 
 
+def finite(values: Sequence[float]) -> np.ndarray:
+    """Scores as an array. Raises ValueError for one that is no number: it would pass for a score in some tests."""
+    column = np.asarray(values, dtype=float)
+    if column.ndim != 1 or not np.isfinite(column).all():
+        wrong = column[~np.isfinite(column)][:1].tolist() or [f"numbers of shape {column.shape}"]
+        raise ValueError(f"scores must be finite numbers in one column, got {wrong[0]}")
+    return column
+
+
 def mean_of(values: Sequence[float]) -> Statistic:
     """The mean of the drawn items."""
-    column = np.asarray(values, dtype=float)
+    column = finite(values)
     return lambda drawn: drawn @ column / drawn.sum(axis=1)
 
 
 def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Statistic:
     """Sum over sum, such as nats over bytes."""
-    above, below = (np.asarray(column, dtype=float) for column in (numerators, denominators))
+    above, below = finite(numerators), finite(denominators)
     return lambda drawn: (drawn @ above) / (drawn @ below)
 
 
@@ -179,19 +191,26 @@ def bootstrap(
     """Draw groups of items with replacement; groups: a number for each item (0, 1, ...), or how many items there are.
 
     Questions about one text share its luck: they are one group. Drawn one by one they pretend to be more than they are,
-    and the interval is too narrow. Raises ValueError for fewer than two groups.
+    and the interval is too narrow. Raises ValueError for fewer than two groups, and for items that the statistic does
+    not have.
     """
+    if n_boot < 2:
+        raise ValueError(f"n_boot={n_boot} draws must be at least 2")
     numbers = np.arange(groups) if isinstance(groups, int) else np.unique(np.asarray(groups), return_inverse=True)[1]
     if not len(numbers) or numbers.max() < 1:
         raise ValueError(f"a bootstrap needs at least 2 groups, got {len(set(numbers.tolist()))}")
+    whole, n_groups = np.ones((1, len(numbers))), numbers.max() + 1
+    try:
+        estimate = float(statistic(whole)[0])
+    except ValueError as error:
+        raise ValueError(f"groups name {len(numbers)} items, the statistic has another number: {error}") from None
     counts = resampled_counts(SimpleNamespace(group=numbers), n_boot, seed)  # (draws, items)
     parts = [statistic(counts[start : start + chunk]) for start in range(0, n_boot, chunk)]
-    whole, n_groups = np.ones((1, len(numbers))), numbers.max() + 1
     left_out = [
         statistic((numbers != np.arange(start, min(start + chunk, n_groups))[:, None]).astype(float))
         for start in range(0, n_groups, chunk)
     ]
-    return Bootstrap(float(statistic(whole)[0]), np.concatenate(parts), np.concatenate(left_out))
+    return Bootstrap(estimate, np.concatenate(parts), np.concatenate(left_out))
 
 
 def bootstrap_interval(
@@ -213,7 +232,7 @@ def clustered_error(values: Sequence[float], groups: Sequence[int]) -> float:
 
     sqrt(sum over groups of (sum of the deviations in it)^2) / n; with groups of one item the usual error.
     """
-    column = np.asarray(values, dtype=float)
+    column = finite(values)
     sums = np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], column - column.mean())
     return float(math.sqrt((sums**2).sum()) / len(column))
 
@@ -231,7 +250,7 @@ def differences(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
         raise ValueError(f"{len(first)} scores but {len(second)} of the other; a paired test needs the same questions")
     if not len(first):
         raise ValueError("0 scores: nothing to compare")
-    return np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    return finite(first) - finite(second)
 
 
 def sign_flip_test(
@@ -355,7 +374,7 @@ def mcnemar_rejects(n_apart: int, level: float) -> np.ndarray:
 
 def check_p_values(p_values: Sequence[float]) -> np.ndarray:
     found = np.asarray(p_values, dtype=float)
-    if not len(found) or not ((found >= 0) & (found <= 1)).all():
+    if found.ndim != 1 or not len(found) or not ((found >= 0) & (found <= 1)).all():
         raise ValueError(f"p values must be numbers between 0 and 1, at least one, got {list(p_values)[:5]}")
     return found
 
@@ -398,18 +417,26 @@ def elo(games: Sequence[tuple[int, int, float]], n_players: int, k: float = 16.0
     """
     ratings = np.full(n_players, start)
     for first, second, score in games:
-        if not 0 <= score <= 1:
-            raise ValueError(f"the score of a game must be between 0 and 1, got {score}")
+        check_game(first, second, score, n_players)
         gain = k * (score - expected_score(ratings[first], ratings[second]))
         ratings[first] += gain
         ratings[second] -= gain
     return ratings
 
 
+def check_game(first: int, second: int, score: float, n_players: int) -> None:
+    """Raises ValueError for a player that there is not, one who plays against itself, and a score outside 0..1."""
+    if not (0 <= first < n_players and 0 <= second < n_players) or first == second:
+        raise ValueError(f"a game is between two of the players 0 to {n_players - 1}, got {first} against {second}")
+    if not 0 <= score <= 1:
+        raise ValueError(f"the score of a game must be between 0 and 1, got {score}")
+
+
 def win_table(games: Sequence[tuple[int, int, float]], n_players: int) -> np.ndarray:
     """wins[i, j]: what i scored against j; a draw is half a win for each."""
     wins = np.zeros((n_players, n_players))
     for first, second, score in games:
+        check_game(first, second, score, n_players)
         wins[first, second] += score
         wins[second, first] += 1 - score
     return wins
@@ -440,8 +467,9 @@ def check_connected(wins: np.ndarray) -> np.ndarray:
     Otherwise some group has lost no point to the rest, and the likelihood grows as it moves away for ever.
     """
     wins = np.asarray(wins, dtype=float)
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2 or (wins < 0).any() or wins.diagonal().any():
-        raise ValueError(f"wins must be a square table >= 0 with zeros on its diagonal, got shape {wins.shape}")
+    square = wins.ndim == 2 and wins.shape[0] == wins.shape[1] and len(wins) >= 2
+    if not square or not ((wins >= 0) & np.isfinite(wins)).all() or wins.diagonal().any():
+        raise ValueError(f"wins must be a square table of finite numbers >= 0, its diagonal 0, got shape {wins.shape}")
     reach = (wins > 0) | np.eye(len(wins), dtype=bool)
     for middle in range(len(wins)):
         reach |= reach[:, middle : middle + 1] & reach[middle]

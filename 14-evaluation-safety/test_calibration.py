@@ -204,6 +204,7 @@ def test_kappa_by_hand_and_at_its_ends() -> None:
     assert fleiss_kappa(["aaa", "abb"]) == pytest.approx((2 / 3 - 5 / 9) / (1 - 5 / 9))
     assert cohen_kappa("aabb", "aabb") == 1.0 and cohen_kappa("aabb", "abab") == pytest.approx(0)
     assert krippendorff_alpha(["aa", "bb"]) == 1.0
+    assert cohen_kappa(["a", None, 1], ["a", None, "1"]) == pytest.approx(4 / 7)  # labels of several kinds
 
 
 def test_the_figure_shows_every_curve() -> None:
@@ -232,6 +233,14 @@ def test_the_figure_shows_every_curve() -> None:
         (lambda: fleiss_kappa(["ab", "a"]), "the same number of raters"),
         (lambda: fleiss_kappa(["aa", "aa"]), "only one label occurs"),
         (lambda: krippendorff_alpha([["a", None], ["b"]]), "alpha needs items with two ratings"),
+        (lambda: krippendorff_alpha([[1.0, math.nan], [2.0, 2.0]], numeric=True), "a rating is NaN; write None"),
+        (lambda: brier_score(np.array([[0.2], [0.9]]), [0, 1]), r"confidence must be one column, .* \(2, 1\)"),
+        (lambda: auc([0.1, 0.2], np.eye(2)), r"labels must be one column, .* \(2, 2\)"),
+        (lambda: brier_score(0.5, 1), "confidence must be one column"),
+        (lambda: fit_temperature(np.eye(2), [0.0, 1.0]), "labels must be whole numbers in one column, got float64"),
+        (lambda: fit_temperature(np.eye(2), [True, False]), "got bool"),
+        (lambda: fit_temperature(np.eye(2), [[0], [1]]), r"int64 of shape \(2, 1\)"),
+        (lambda: fit_temperature(np.array([[1e300, 0.0], [0.0, 1.0]]), [1, 1]), "finite and at most 1e.100 in size"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

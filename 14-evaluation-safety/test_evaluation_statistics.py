@@ -242,6 +242,13 @@ def test_elo_moves_by_the_surprise_and_depends_on_the_order() -> None:
     assert win_table([(0, 1, 0.5)], 2).tolist() == [[0, 0.5], [0.5, 0]]
 
 
+def test_wilsons_interval_ends_exactly_where_shares_end() -> None:
+    """Rounding left out the true share 0 for every second n."""
+    for n in range(1, 400):
+        assert wilson(0, n).low == 0.0 and wilson(n, n).high == 1.0
+        assert wilson(0, n).high == pytest.approx(1 - wilson(n, n).low, abs=1e-15)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -261,6 +268,17 @@ def test_elo_moves_by_the_surprise_and_depends_on_the_order() -> None:
         (lambda: elo([(0, 1, 2.0)], 2), "score of a game must be between 0 and 1, got 2.0"),
         (lambda: bradley_terry(np.array([[0, 3], [0, 0]])), "player 1 has no chain of wins to .0."),
         (lambda: bradley_terry(np.zeros((2, 3))), "wins must be a square table"),
+        (lambda: bradley_terry(np.array([[0, math.inf], [1, 0]])), "of finite numbers >= 0"),
+        (lambda: sign_flip_test([1.0, math.nan], [0.0, 1.0]), "scores must be finite numbers in one column, got nan"),
+        (lambda: mean_of([1.0, math.inf]), "got inf"),
+        (lambda: mean_of([[1.0, 2.0]]), r"numbers of shape \(1, 2\)"),
+        (lambda: bootstrap(mean_of([1.0, 2.0, 3.0]), [0, 1]), "groups name 2 items, the statistic has another number"),
+        (lambda: bootstrap(mean_of([1.0, 2.0]), 2, n_boot=0), "n_boot=0 draws must be at least 2"),
+        (lambda: holm([[0.1, 0.2]]), "p values must be numbers between 0 and 1"),
+        (lambda: elo([(0, 2, 1.0)], 2), "players 0 to 1, got 0 against 2"),
+        (lambda: elo([(1, -1, 1.0)], 2), "got 1 against -1"),
+        (lambda: win_table([(1, 1, 1.0)], 2), "got 1 against 1"),
+        (lambda: exact_coverage("wilson", 3, 1.5), "share=1.5 must be between 0 and 1"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:
