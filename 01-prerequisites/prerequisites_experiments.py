@@ -204,19 +204,20 @@ def measure_machine(
     rates: dict[str, dict[int, list[float]]],
     n_copied: int = 2**25,
     streams: Iterable[tuple[str, float, float]] = (),
+    size: int = 2048,
 ) -> Hardware:
     """This machine's best float32 FLOP/s, in a matrix product, and bytes/s, read and written by a copy of 128 MB.
 
-    The peak is the best of a product of size 2048 and of all `rates`, and the bandwidth the best of the copy and of all
+    The peak is the best of a product of `size` and of all `rates`, and the bandwidth the best of the copy and of all
     `streams`: nothing that ran is faster than the peak.
     """
-    square, source = torch.randn(2048, 2048), torch.zeros(n_copied)
+    square, source = torch.randn(size, size), torch.zeros(n_copied)
     array, target = square.numpy(), torch.empty_like(source)
     works = {"torch": lambda: square @ square, "NumPy": lambda: array @ array, "copy": lambda: target.copy_(source)}
     best = {name: np.min(seconds) for name, seconds in time_in_turns(works, n_rounds).items()}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.nan
     known = [rate for sizes in rates.values() for rounds in sizes.values() for rate in rounds]
-    flops = float(np.max([2 * 2048**3 / best["torch"], 2 * 2048**3 / best["NumPy"], *known]))
+    flops = float(np.max([2 * size**3 / best["torch"], 2 * size**3 / best["NumPy"], *known]))
     bandwidth = float(np.max([2 * source.nbytes / best["copy"], *(rate / reuse for _, reuse, rate in streams)]))
     return Hardware("this machine", memory, bandwidth, flops, f"measured, {describe_machine()}")
 
@@ -255,7 +256,7 @@ def warn_if_unsteady(rounds: list[list[float]], most: float = 3.0) -> None:
 def report_speed(config: BenchConfig, run: RunConfig) -> None:
     """The `bench` verb: print what was measured, with its ratios, and draw the roofline."""
     rates = matmul_rates(config, np.random.default_rng(run.seed))
-    machine = measure_machine(config.n_rounds, rates)
+    machine = measure_machine(config.n_rounds, rates, size=2 * config.max_size)
     ridges = ", ".join(f"{item.name} {item.ridge:.0f}" for item in HARDWARE)
     print(describe_machine())
     print(f"measured peaks: {machine.flops / 1e9:.1f} GFLOP/s in float32, {machine.bandwidth / 1e9:.1f} GB/s")
@@ -670,7 +671,7 @@ def roofline_table(config: FiguresConfig) -> None:
     bench_config = BenchConfig(config.max_size, config.n_rounds)
     rates = matmul_rates(bench_config, np.random.default_rng(0))
     streams = streaming_rates(config.n_copied, config.n_rounds)
-    machine = measure_machine(config.n_rounds, rates, config.n_copied, streams)
+    machine = measure_machine(config.n_rounds, rates, config.n_copied, streams, 2 * config.max_size)
     rows = []
     for name, intensity, rate in streams:
         rows.append([name, intensity, float(roofline(intensity, machine)) / 1e9, "", "", rate / 1e9])

@@ -23,8 +23,14 @@ def grades(check: Callable) -> str:
     return " ".join(finding.grade for finding in found(check))
 
 
-def test_this_installation_is_sound() -> None:
-    assert not [finding for finding in doctor.examine() if finding.grade == "BAD"]
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    """What the doctor says of this installation; it starts three other processes, so it is asked once."""
+    return doctor.examine()
+
+
+def test_this_installation_is_sound(findings) -> None:
+    assert not [finding for finding in findings if finding.grade == "BAD"]
 
 
 def test_it_answers_without_any_package(tmp_path: Path) -> None:
@@ -113,8 +119,8 @@ def test_an_old_python(monkeypatch) -> None:
     assert found(doctor.python_version)[0].grade == "BAD"
 
 
-def test_every_bad_finding_has_a_remedy() -> None:
+def test_every_bad_finding_has_a_remedy(findings) -> None:
     source = Path(doctor.__file__).read_text(encoding="utf-8")
     assert len(CHECKS) == 12 and 'Finding("BAD", ' in source
-    for finding in doctor.examine():
+    for finding in findings:
         assert finding.grade == "ok" or finding.remedy, finding.what

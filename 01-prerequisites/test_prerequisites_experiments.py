@@ -146,12 +146,12 @@ def test_every_measurement_is_repeated() -> None:
     assert {name: list(sizes) for name, sizes in rates.items()} == dict.fromkeys(("loop", "NumPy", "torch"), [32, 64])
     assert all(rate > 0 for sizes in rates.values() for runs in sizes.values() for rate in runs)
     assert {name: len(times) for name, times in lab.step_times(4, 8, 2, 0).items()} == {"ours": 2, "torch": 2}
-    machine = lab.measure_machine(1, {"NumPy": {32: [1.0, 1e15]}})
+    machine = lab.measure_machine(1, {"NumPy": {32: [1.0, 1e15]}}, size=128)
     assert machine.flops == 1e15  # no rate exceeds the peak
     assert machine.bandwidth > 1e8 and machine.memory > 1e8
     streams = lab.streaming_rates(10_000, 1)
     assert [intensity for _, intensity, _ in streams] == [1 / 12, 0.5] and all(rate > 0 for *_, rate in streams)
-    assert lab.measure_machine(1, {}, 1000, [("add", 0.5, 1e15)]).bandwidth == 2e15  # nor any stream the slope
+    assert lab.measure_machine(1, {}, 1000, [("add", 0.5, 1e15)], 128).bandwidth == 2e15  # nor any stream the slope
 
 
 def test_unsteady_measurements_are_called_so(capsys) -> None:
