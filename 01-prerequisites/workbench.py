@@ -443,6 +443,7 @@ def with_parts(parts: dict[type, dict[str, tuple[Callable, float]]]) -> dict[str
 CODE_LINK = re.compile(r"\[`([\w.]+)(\(\))?`\]\(([^)#\s]+\.py)(#L\d+(?:-L\d+)?)?\)")
 
 
+@functools.cache  # a chapter links many times into one file
 def line_ranges(source: str) -> dict[str, tuple[int, int]]:
     """Map every class, function, method (`Class.method`) and module constant of `source` to its first and last line."""
     ranges = {}
