@@ -380,7 +380,7 @@ def beams(config: FiguresConfig, run: RunConfig) -> None:
         ]
         config.save(f"beam-{case}", columns, rows, "beams")
         curves[case] = {name: [statistics.mean(ratio[name, width]) for width in WIDTHS] for name in SEARCHES}
-        errors += [[case, str(width), *search_errors(jobs, pairs, likeliest[width])] for width in (1, 4, 16)]
+        errors += [[case, str(width), *search_errors(jobs, pairs, likeliest[width])] for width in WIDTHS[::2]]
     columns = [Column("Case"), Column("width"), Column("mean log-probability of the answer", "nats", ".2f")]
     columns += [Column("search errors", "", ".1%"), Column("model errors", "", ".1%")]
     config.save("search-errors", columns, errors, "beams")
@@ -407,13 +407,15 @@ def search_errors(
 
 
 def finished_hypotheses(job: Trained, n_sources: int) -> dict[str, list[tuple[int, float, bool]]]:
-    """What 16 beams finish without a penalty for the first test sources that greedy decoding gets wrong."""
+    """What the widest beam finishes without a penalty for the first test sources that greedy decoding gets wrong."""
     answers, _ = greedy_answers(job.model, job.codec, job.pairs["test"][:N_CHECKED])
     wrong = [p for a, p in zip(answers, job.pairs["test"], strict=False) if a != p.target][:n_sources]
     found = {}
     for pair in wrong:
         src_ids = job.codec.encode_sources([pair.source]).to(next(job.model.parameters()).device)
-        best = beam_translate(job.model.eval(), src_ids, DecodeConfig(16, 0.0, early_stop=False), n_best=None)[0]
+        best = beam_translate(job.model.eval(), src_ids, DecodeConfig(WIDTHS[-1], 0.0, early_stop=False), n_best=None)[
+            0
+        ]
         found[join_tokens(pair.source, job.codec.unit)] = [
             (len(h.tokens), h.score, job.codec.decode_target(list(h.tokens)) == pair.target) for h in best
         ]
