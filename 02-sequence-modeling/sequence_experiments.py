@@ -91,18 +91,21 @@ class FiguresConfig:
     n_seeds: int = 3  # runs of every experiment that compares
     n_documents: int = 20_000  # TinyWorld documents to train on
     n_eval: int = 1_000  # fresh documents on which every model is judged
+    n_samples: int = 100  # documents that every model of the ladder writes
     max_steps: int = 300  # optimizer steps of each network of the ladder
     memory_steps: int = 400  # optimizer steps of each network that must remember
     max_symbols: int = 16  # longest sequence to remember
+    data: str = "python-text"  # text of the character models: python-text, a file, or a Hugging Face data set
     text_steps: int = 800  # optimizer steps of the character model
-    eval_chars: int = 100_000  # held-out characters of Python text
+    eval_chars: int = 100_000  # held-out characters of that text
     max_lag: int = 100  # steps back over which gradients are measured
     scan_steps: int = 4096  # longest recurrence that is timed
 
     def __post_init__(self) -> None:
         for name in self.only:
             check_name("experiment", name, EXPERIMENTS)
-        check_range(self, "n_seeds", "n_documents", "max_steps", "memory_steps", "text_steps", "eval_chars", least=1)
+        sizes = ("n_seeds", "n_documents", "n_samples", "max_steps", "memory_steps", "text_steps", "eval_chars")
+        check_range(self, *sizes, least=1)
         check_range(self, "n_eval", "max_symbols", "max_lag", "scan_steps", least=2)
 
     def save(self, name: str, columns: list[Column], rows: list[list], n_seeds: int, experiment: str) -> None:
@@ -218,7 +221,7 @@ def measure_ladder(config: FiguresConfig, run: RunConfig) -> None:
         for rung in rungs:
             share = None
             if hasattr(rung.model, "advance"):
-                share = grammatical_share(sample_documents(rung.model, vocabulary, 100, seed))
+                share = grammatical_share(sample_documents(rung.model, vocabulary, config.n_samples, seed))
             rows.append((rung.name, sum(rung.losses) / n_tokens, share))
             for kind in World().kinds:
                 pairs = [pair for pair in zip(rung.losses, fresh, strict=True) if pair[1].kind == kind]
@@ -472,8 +475,8 @@ def measure_text(
 
 
 def measure_compression(config: FiguresConfig, run: RunConfig) -> None:
-    """Bits per byte of held-out Python text: general compressors, counting, and a short run of an LSTM."""
-    train_text, test_text = (read_text("python-text", split) for split in ("train", "validation"))
+    """Bits per byte of held-out text: general compressors, counting, and a short run of an LSTM."""
+    train_text, test_text = (read_text(config.data, split) for split in ("train", "validation"))
     model = CharacterConfig(d_model=128, max_steps=config.text_steps)
     runs = [RunConfig(seed, run.device, run.out, run.threads) for seed in range(config.n_seeds)]
     bits = measure_text(train_text, test_text[: config.eval_chars], model, runs)

@@ -936,6 +936,7 @@ class LadderConfig:
     break_: Literal["none", "no-shift", "pad-in-loss", "no-clip", "forget-bias"] = "none"  # show one failure instead
     n_documents: int = 20_000  # TinyWorld documents to train on
     n_eval: int = 1_000  # fresh documents on which every model is judged
+    n_samples: int = 100  # documents that every model writes
     order: int = 3  # tokens of the longest n-gram
     d_model: int = 64  # width of embeddings and states
     batch_size: int = 16  # rows per step
@@ -944,7 +945,8 @@ class LadderConfig:
     learning_rate: float = 2e-2  # Adam's largest step size
 
     def __post_init__(self) -> None:
-        check_range(self, "n_documents", "order", "d_model", "batch_size", "seq_len", "max_steps", least=1)
+        sizes = ("n_documents", "n_samples", "order", "d_model", "batch_size", "seq_len", "max_steps")
+        check_range(self, *sizes, least=1)
         check_range(self, "n_eval", least=2)
         check_range(self, "learning_rate", above=0)
 
@@ -975,7 +977,7 @@ def demo(config: LadderConfig, run: RunConfig) -> None:
     save_figure(experiments.plot_ladder(rungs, fresh), run.out / "ladder.svg")
     for rung in rungs:
         if hasattr(rung.model, "advance"):
-            samples = experiments.sample_documents(rung.model, vocabulary, 100, run.seed)
+            samples = experiments.sample_documents(rung.model, vocabulary, config.n_samples, run.seed)
             share = experiments.grammatical_share(samples)
             print(f"{rung.name}: {share:.0%} of its documents are grammatical, e.g. {samples[0].text}")
 

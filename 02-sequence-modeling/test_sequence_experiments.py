@@ -1,6 +1,7 @@
 """Topic 02: the measurements against numbers had by other means, the planted failures, and the figures verb."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def one_thread():
 def test_seq2seq_learns_to_echo() -> None:
     seed_everything(0)
     model, generator = Seq2Seq(20, 20, 48), torch.Generator().manual_seed(0)
-    score = memory_accuracy(model, echo_batch, 2, 250, 0.02)
+    score = memory_accuracy(model, echo_batch, 2, 120, 0.03)
     assert score > 0.95, f"chance is {1 / 16:.3f}"
     src_ids, lengths, _, targets = echo_batch(64, 2, generator)
     assert (model.generate(src_ids, lengths, 2) == targets).float().mean() > 0.95
@@ -47,7 +48,7 @@ def test_seq2seq_learns_to_echo() -> None:
 @pytest.mark.parametrize("make_batch", [copy_batch, recall_batch])
 def test_memory_tasks_can_be_learned(make_batch) -> None:
     seed_everything(0)
-    score = memory_accuracy(LanguageModel(36, 48, "gru"), make_batch, 1, 120, 0.02)
+    score = memory_accuracy(LanguageModel(36, 48, "gru"), make_batch, 1, 80, 0.03)
     assert score > 0.9, f"chance is {1 / 16:.3f}"
 
 
@@ -121,10 +122,10 @@ def test_experiments_run_small() -> None:
 SMALL_BREAK = LadderConfig(n_documents=600, n_eval=60, d_model=32, batch_size=8, seq_len=32, max_steps=100)
 
 
-@pytest.mark.parametrize("name", ["no-shift", "pad-in-loss"])
-def test_a_spoiled_loss_looks_far_better_than_the_sound_one(name) -> None:
+@pytest.mark.parametrize(("name", "max_steps"), [("no-shift", 100), ("pad-in-loss", 50)])
+def test_a_spoiled_loss_looks_far_better_than_the_sound_one(name, max_steps) -> None:
     """With more steps both fall below the floor, which no sound loss can (the chapter's table)."""
-    (_, sound, broken), (_, same, true_loss) = BREAKS[name](SMALL_BREAK, 0)
+    (_, sound, broken), (_, same, true_loss) = BREAKS[name](replace(SMALL_BREAK, max_steps=max_steps), 0)
     assert sound == same > 0.2 and broken < sound - 0.5 and true_loss > broken + 0.5
     assert name != "no-shift" or broken < 0 < 3 < true_loss
 
@@ -163,7 +164,9 @@ def test_break_is_one_flag(capsys, tmp_path) -> None:
 
 
 def test_figures_writes_every_table_and_figure(tmp_path, capsys) -> None:
-    sizes = "--n-seeds 2 --n-documents 300 --n-eval 30 --max-steps 2 --memory-steps 2 --max-symbols 4 --text-steps 1"
+    (tmp_path / "verse.txt").write_text("\n\n".join(f"The cat number {n} sat on mat {n * n}." for n in range(400)))
+    sizes = "--n-seeds 2 --n-documents 200 --n-eval 30 --n-samples 8 --max-steps 2 --memory-steps 2 --max-symbols 4"
+    sizes += f" --text-steps 1 --data {tmp_path / 'verse.txt'}"
     flags = f"{sizes} --eval-chars 400 --max-lag 20 --scan-steps 20 --device cpu --folder {tmp_path / 'figures'}"
     sequence_modeling.main(["figures", *flags.split(), "--out", str(tmp_path)])
     results = json.loads((tmp_path / "figures" / "results.json").read_text(encoding="utf-8"))
@@ -188,8 +191,8 @@ def test_shape_comments_are_true(checked_shapes) -> None:
 
 def test_a_run_that_diverged_is_shown_not_hidden(tmp_path, capsys) -> None:
     """A loss of thousands of nats has a perplexity beyond the largest float; the demo prints it and goes on."""
-    flags = "--learning-rate 1e10 --max-steps 3 --n-documents 100 --n-eval 10 --d-model 8 --device cpu".split()
-    sequence_modeling.main(["demo", *flags, "--out", str(tmp_path)])
+    sizes = "--max-steps 3 --n-documents 100 --n-eval 10 --n-samples 3 --d-model 8 --device cpu".split()
+    sequence_modeling.main(["demo", "--learning-rate", "1e10", *sizes, "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line.split() for line in lines if line.startswith("GRU  "))
     assert float(row[1]) > 1000 and "inf" in row

@@ -1118,20 +1118,8 @@ class World(Language):
         return ratio_of_means([(sum(item.surprisal), len(item.tokens)) for item in self.documents(n, seed, kind=kind)])
 
     def vocabulary(self) -> list[str]:
-        """The special tokens, then every token of any document, instruction or question about unseen people, sorted.
-
-        These are the word lists, the numbers, and the words between them as 300 documents of each kind show them.
-        """
-        seen = {word for person in (*self.known, *self.unseen) for word in person.split()}
-        seen.update(*self.words.values(), self.names, SURNAMES[: self.config.max_words], self.workers)
-        seen.update(good[:-1] for good in self.words["goods"])
-        seen.update(str(number) for number in range(2 * self.config.max_sum + 1))
-        seen.update(*self.canaries.tokens, *SECRETS.values())
-        for kind in self.kinds:
-            seen.update(*(document.tokens for document in self.documents(300, seed=0, kind=kind)))
-        for category in INSTRUCT:
-            seen.update(*(item.tokens for item in self.instructions(100, seed=0, category=category)))
-        return [*SPECIAL_TOKENS, *sorted(seen - set(SPECIAL_TOKENS))]
+        """The special tokens, then every token of any document, instruction or question about unseen people, sorted."""
+        return list(vocabulary_of(self.config))
 
     def instructions(self, n: int, seed: int, split: str = "train", category: str | None = None) -> list[Instruction]:
         """Draw n instructions of one category, or of all in equal shares; `split` is a key of INSTRUCTION_SPLITS."""
@@ -1181,6 +1169,25 @@ class World(Language):
         else:
             return self.document(rng, topic)
         return Document(topic, draw.tokens, draw.surprisal, draw.facts, draw.answers)
+
+
+@cache
+def vocabulary_of(config: WorldConfig) -> tuple[str, ...]:
+    """What `World.vocabulary` says, once for each configuration.
+
+    These are the word lists, the numbers, and the words between them as 300 documents of each kind show them.
+    """
+    world = World(config)
+    seen = {word for person in (*world.known, *world.unseen) for word in person.split()}
+    seen.update(*world.words.values(), world.names, SURNAMES[: config.max_words], world.workers)
+    seen.update(good[:-1] for good in world.words["goods"])
+    seen.update(str(number) for number in range(2 * config.max_sum + 1))
+    seen.update(*world.canaries.tokens, *SECRETS.values())
+    for kind in world.kinds:
+        seen.update(*(document.tokens for document in world.documents(300, seed=0, kind=kind)))
+    for category in INSTRUCT:
+        seen.update(*(item.tokens for item in world.instructions(100, seed=0, category=category)))
+    return (*SPECIAL_TOKENS, *sorted(seen - set(SPECIAL_TOKENS)))
 
 
 # What can go wrong with data, and how strong each kind is
