@@ -10,13 +10,15 @@ optimizer for hidden layers in neural networks") and Liu et al. 2025 (arXiv 2502
 2203.03466), the maximal update parametrisation; McCandlish et al. 2018 (arXiv 1812.06162), the gradient noise scale.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attention_mechanisms import MultiHeadAttention
 from building_from_scratch import cooldown_factor, noam_factor
@@ -569,6 +571,21 @@ def gradient_noise_scale(
 # Bytes
 
 
+class Undrawn(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function.__name__ == "normal_" else function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within the block models are made on the meta device: parameters have shapes but no numbers, and take no memory.
+
+    Nothing is drawn: normal_ on that device would import PyTorch's compiler first, which takes two seconds.
+    """
+    with torch.device("meta"), Undrawn():
+        yield
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors that an optimizer keeps between steps, measured."""
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -580,8 +597,8 @@ def training_bytes(model: nn.Module, name: str) -> dict[str, int]:
 
     For n bytes of weights the state is 0 (sgd), n (momentum, lion), 2 n (lamb; adamw with a counter of 4 bytes for
     each tensor), n for hidden matrices and 2 n for the others (muon), and for adafactor n for vectors but only one
-    column and one row of each matrix. Activations come on top, topic 04's `activation_bytes`. A model on the meta
-    device is enough. Raises ValueError for an unknown optimizer.
+    column and one row of each matrix. Activations come on top, topic 04's `activation_bytes`. A model of
+    `shapes_alone` is enough. Raises ValueError for an unknown optimizer.
     """
     check_name("optimizer", name, OPTIMIZERS)
     kinds, state, weights, gradients = parameter_kinds(model), 0, 0, 0

@@ -34,6 +34,7 @@ from optimizers import (
     scale_for_width,
     schedule_factor,
     set_learning_rates,
+    shapes_alone,
     state_bytes,
     training_bytes,
 )
@@ -344,7 +345,7 @@ def plot_newton_schulz(start: np.ndarray, after: list[np.ndarray]) -> Figure:
 def memory(config: FiguresConfig, run: RunConfig) -> None:
     """Bytes of state per parameter: measured on the small model, and by the formula for the sizes of GPT-2 small."""
     batch = batches_of(training_rows(0, 8), 8)(0)
-    with torch.device("meta"):  # shapes without numbers
+    with shapes_alone():
         large = CausalTransformer(ModelConfig(1024, 768, 12, 12, 3072, positions="learned"), 50_257)
         large.lm_head.weight = large.token_emb.weight
     n_large, rows = sum(parameter.numel() for parameter in large.parameters()), []
