@@ -75,7 +75,7 @@ class FiguresConfig:
 
     only: tuple[str, ...] = ()  # names of experiments; none means all
     n_seeds: int = 3  # seeds of every comparison
-    shrink: int = 1  # divide training steps and lengths by this: a quick look, not the chapter's numbers
+    shrink: int = 1  # divide training steps, lengths and draws by this: a quick look, not the chapter's numbers
     folder: Path = Path(__file__).parent / "figures"  # where figures and results.json go
 
     def __post_init__(self) -> None:
@@ -338,6 +338,8 @@ class Study:
         self.runs = [RunConfig(seed=seed, device="cpu") for seed in self.seeds]
         self.alignment = AlignmentConfig(max_steps=max(1, AlignmentConfig.max_steps // shrink))
         self.recall = RecallConfig(max_steps=max(1, RecallConfig.max_steps // shrink))
+        draws = {largest_weight: 500, score_gradient: 2000}
+        self.n_queries = {measure: max(100, n_queries // shrink) for measure, n_queries in draws.items()}
         shortest = max(1, CostConfig.shortest // shrink)
         self.cost = CostConfig(shortest=shortest, longest=8 * shortest)
 
@@ -428,7 +430,8 @@ def run_width(study: Study) -> None:
         for measure in (largest_weight, score_gradient):
             for scaled in (False, True):
                 generators = (torch.Generator().manual_seed(seed) for seed in study.seeds)
-                cells.append([measure(width, 64, scaled, generator) for generator in generators])
+                n_queries = study.n_queries[measure]
+                cells.append([measure(width, 64, scaled, generator, n_queries) for generator in generators])
         rows.append([str(width), *cells])
     columns = [
         Column(f"{what}, {how}", digits=digits)

@@ -506,11 +506,11 @@ def tile_scores(
         return None
     scores = q @ k[..., columns, :].to(q.dtype).transpose(-2, -1)  # (batch, heads, rows, columns)
     if mask is not None:
-        scores = scores.masked_fill(~mask[..., rows, columns], -math.inf)
+        scores = torch.where(mask[..., rows, columns], scores, -math.inf)
     if offset is not None and columns.stop - 1 > rows.start + offset:  # the diagonal crosses the tile
         query = torch.arange(rows.start + offset, rows.stop + offset, device=q.device)  # (rows)
         key = torch.arange(columns.start, columns.stop, device=q.device)  # (columns)
-        scores = scores.masked_fill(key > query[:, None], -math.inf)
+        scores = torch.where(key <= query[:, None], scores, -math.inf)
     return scores
 
 
@@ -539,7 +539,7 @@ class TiledAttention(torch.autograd.Function):
                     break
                 new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))  # (batch, heads, *, 1)
                 reference = new_top.masked_fill(new_top == -math.inf, 0.0)  # nothing allowed so far: -inf - -inf is NaN
-                weights, shrink = (scores - reference).exp(), (top - reference).exp()
+                weights, shrink = scores.sub_(reference).exp_(), (top - reference).exp()  # in place: no new tile
                 total = total * shrink + weights.sum(dim=-1, keepdim=True)  # (batch, heads, *, 1)
                 mixed = mixed * shrink + weights @ v[..., columns, :].to(wide)  # (batch, heads, *, d_v)
                 top = new_top  # (batch, heads, *, 1)
@@ -565,9 +565,9 @@ class TiledAttention(torch.autograd.Function):
                 scores = tile_scores(q_tile, k, rows, columns, mask, ctx.offset)
                 if scores is None:
                     break
-                weights = (scores - log_sums[..., rows, :]).exp()  # (batch, heads, *, *)
+                weights = scores.sub_(log_sums[..., rows, :]).exp_()  # (batch, heads, *, *)
                 grad_weights = grad @ v[..., columns, :].to(ctx.wide).transpose(-2, -1)  # (batch, heads, *, *)
-                grad_scores = weights * (grad_weights - shared)  # (batch, heads, *, *)
+                grad_scores = grad_weights.sub_(shared).mul_(weights)  # (batch, heads, *, *)
                 grad_v[..., columns, :] += weights.transpose(-2, -1) @ grad
                 grad_k[..., columns, :] += grad_scores.transpose(-2, -1) @ q_tile
                 grad_q[..., rows, :] += grad_scores @ k[..., columns, :].to(ctx.wide) * ctx.scale
@@ -856,8 +856,9 @@ def train_on_task(
     batches = (alignment_batch(task, config.batch_size, config.n_symbols, generator)[:4] for _ in itertools.count())
     losses = fit(model, batches, config.max_steps, config.learning_rate, f"{task}, {model_cls.__name__}")
     with torch.no_grad():
-        right = accuracy(model(src_ids, src_lengths, tgt_ids), targets)
-        weights = model.align(src_ids, src_lengths, tgt_ids).cpu() if attentive else None
+        outputs, state = model.decode(tgt_ids, model.encode(src_ids, src_lengths)[1])
+        right = accuracy(model.lm_head(outputs), targets)
+        weights = state.weights.cpu() if attentive else None
     precision, recall = score_alignment(weights, links.cpu()) if attentive else (None, None)
     return AlignmentResult(model_cls.__name__, count_parameters(model), losses, right, precision, recall, weights)
 

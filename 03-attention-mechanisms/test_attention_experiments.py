@@ -103,8 +103,8 @@ def test_without_clipping_a_small_start_and_query_step_is_the_divided_model() ->
 
 def test_score_gradient_passes_where_the_softmax_is_not_saturated() -> None:
     """With equal scores (width times 0) a weight is 1/n; the gradient's length is then that of n normals over n."""
-    narrow = topic.score_gradient(1, 64, True, generator())
-    wide, divided = (topic.score_gradient(1024, 64, scaled, generator()) for scaled in (False, True))
+    narrow = topic.score_gradient(1, 64, True, generator(), 400)
+    wide, divided = (topic.score_gradient(1024, 64, scaled, generator(), 400) for scaled in (False, True))
     assert 0.08 < narrow < 0.3 and 0.08 < divided < 0.3 and wide < divided / 50
 
 
