@@ -46,6 +46,7 @@ from nf4 import quantize_nf4, weight_bytes
 from optimizers import build_optimizer, state_bytes
 from preference_experiments import PREFERENCE_EXPERIMENTS, base_name
 from prompt_tuning import trained_parameters
+from teaching_signals import SIGNAL_EXPERIMENTS
 from tiny_world import INSTRUCT, World, join
 from workbench import (
     Column,
@@ -481,6 +482,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]]
     **FAILURE_EXPERIMENTS,
     **PREFERENCE_EXPERIMENTS,
     **CHAT_EXPERIMENTS,
+    **SIGNAL_EXPERIMENTS,
 }
 
 

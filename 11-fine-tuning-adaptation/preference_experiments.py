@@ -4,7 +4,7 @@ python 11-fine-tuning-adaptation/fine_tuning_adaptation.py reinforce --method rl
 python 11-fine-tuning-adaptation/fine_tuning_adaptation.py preference --loss ipo
 python 11-fine-tuning-adaptation/fine_tuning_adaptation.py figures rl-methods over-optimisation preference-losses
 
-Gao et al. 2023 (over-optimisation of a learned reward, arXiv 2210.10760).
+Gao et al. 2022 (over-optimisation of a learned reward, arXiv 2210.10760).
 """
 
 import copy

@@ -1,11 +1,14 @@
 """Topic 11: the experiments compare what they say they compare, and run at any size."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import adaptation_experiments
+import fine_tuning_adaptation
 from adaptation_experiments import (
     EXPERIMENTS,
     RANKS,
@@ -19,9 +22,12 @@ from adaptation_experiments import (
     refusals,
 )
 from course_model import load_course_model
-from fine_tuning_adaptation import RATES, MethodConfig, adapt
+from exact_policies import gae_loss
+from fine_tuning_adaptation import RATES, MethodConfig, SftConfig, adapt, fisher_diagonal
 from low_rank_adapters import LoraConfig
+from policy_gradients import grpo_loss, rloo_loss
 from prompt_tuning import trained_parameters
+from teaching_signals import fine_tuning_signal, group_signal, pair_signal, plot_signals
 from workbench import RunConfig
 
 TINY = {"n_seeds": 2, "sft_steps": 2, "n_questions": 1, "n_documents": 4}
@@ -67,6 +73,12 @@ def test_the_optimizers_bytes_are_counted_on_an_optimizer() -> None:
 @pytest.mark.parametrize("name", ["sft", "keeping", "ranks", "nf4", "refusals"])
 def test_experiments_run_at_any_size(name: str, setting, monkeypatch) -> None:
     config, run = setting
+    if name in ("sft", "ranks"):
+        config = replace(config, n_seeds=1)  # two stand side by side in the others
+    monkeypatch.setattr(adaptation_experiments, "SftConfig", partial(SftConfig, n_instructions=70))
+    monkeypatch.setattr(
+        fine_tuning_adaptation, "fisher_diagonal", lambda model, old, _, seed: fisher_diagonal(model, old, 2, seed)
+    )
     monkeypatch.setattr(adaptation_experiments, "RANKS", (1, 8))
     monkeypatch.setattr(adaptation_experiments, "STABLE_RANKS", (2,))
     kept = adaptation_experiments.KEPT_TRIALS
@@ -106,10 +118,31 @@ def test_refusals_are_counted_where_they_belong_and_where_not(setting, monkeypat
 
 def test_an_interrupted_experiment_goes_on(setting, monkeypatch) -> None:
     config, run = setting
+    config = replace(config, n_seeds=1)
+    monkeypatch.setattr(adaptation_experiments, "SftConfig", partial(SftConfig, n_instructions=70))
     trial = Trial("bitfit")
     first = adaptation_experiments.measured(trial, config, run)
     monkeypatch.setattr(adaptation_experiments, "measure", None)  # a second training would fail
     assert adaptation_experiments.measured(trial, config, run) == json.loads(json.dumps(first))
+
+
+def test_every_token_of_the_figure_is_pushed_as_its_derivation_says() -> None:
+    """RLOO alike, GRPO over the length, PPO up to the digit that decides, a factor of lambda weaker for each step."""
+    long, short = [1.0] * 7, [1.0] * 3
+    before = [0.5**4, 0.5**3, 0.25, 0.5, 1.0, 0.0, 0.0]
+    wanted = {
+        rloo_loss: (long, short),
+        grpo_loss: ([3 / 7] * 7, short),
+        gae_loss: (before, [1.0, 0.0, 0.0]),
+    }
+    for loss, up in wanted.items():
+        rows = [[push for _, push in row] for row in group_signal(loss)]
+        expected = [*up, *([-push for push in row] for row in up)]
+        assert all(got == pytest.approx(want, abs=1e-6) for got, want in zip(rows, expected, strict=True)), loss
+    (given,), pair = fine_tuning_signal(), pair_signal()
+    assert [push for _, push in given] == [None] * 6 + long
+    assert [[push for _, push in row[6:]] for row in pair] == [long, [-1.0] * 7]
+    assert len(plot_signals().axes) == 5
 
 
 def test_the_seconds_of_every_experiment_are_announced() -> None:

@@ -208,7 +208,7 @@ def test_a_conversation_goes_on_and_forgets_its_oldest_exchange(trained, monkeyp
     [
         (["chat", "--replay", "1"], "replay must be finite and >= 0 and < 1"),
         (["chat", "--chat-steps", "0"], "chat_steps must be finite and >= 1"),
-        (["chat", "--rank", "1000"], "rank"),
+        (["chat", "--rank", "1000", "--n-examples", "5", "--n-documents", "4", "--replay", "0"], "rank"),
         (["talk", "--prompt", "many words " * 600], "shorten it"),
         (["talk", "--checkpoint", "no/such/folder"], "no/such/folder"),
         (["talk", "--temperature", "-1"], "temperature"),
