@@ -76,7 +76,8 @@ def test_bits_are_those_that_the_model_stores(bench) -> None:
     assert mean_bits(bench.model, fmt) == pytest.approx(8 * n_bytes / count)
 
 
-def test_settings_are_chosen_once_and_not_by_the_exam(bench, tmp_path, capsys) -> None:
+def test_settings_are_chosen_once_and_not_by_the_exam(bench, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(compression_experiments, "DAMPINGS", (0.1, 1.0))
     config, run = CompressionFiguresConfig(**SMALL), RunConfig(out=tmp_path)
     fmt, name = QuantFormat(2, 0), "GPTQ, large inputs first"
     chosen = chosen_settings(bench, fmt, name, config, run)
@@ -89,8 +90,9 @@ def test_settings_are_chosen_once_and_not_by_the_exam(bench, tmp_path, capsys) -
     assert bench.judged.rows[0] != bench.exam.rows[0] and len(bench.judged.rows) == len(bench.exam.rows)
 
 
-def test_gptq_beside_nearest_on_the_same_grid(bench, tmp_path) -> None:
+def test_gptq_beside_nearest_on_the_same_grid(bench, tmp_path, monkeypatch) -> None:
     """At 2 bits and with one step for a row the difference is far beyond its noise, in the outputs and in the loss."""
+    monkeypatch.setattr(Bench, "right", lambda *_: 0.0)  # no answers are asked for here
     config, fmt = CompressionFiguresConfig(**SMALL | {"n_calibration": 32}, folder=tmp_path), QuantFormat(2, 0)
     nearest = measure_rounding(bench, Recipe("rtn", fmt, 0), config, 0, None)
     ours = measure_rounding(bench, Recipe("gptq", fmt, 0), config, 0, None)

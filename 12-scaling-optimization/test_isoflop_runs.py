@@ -87,8 +87,8 @@ def test_records_become_runs() -> None:
 
 
 def test_a_reading_before_the_end_is_of_another_schedule(tmp_path) -> None:
-    rows = early_readings(16, 2, 200, (0.5, 1.0), RunConfig(out=tmp_path), n_documents=60)
-    assert [row[0] for row in rows] == [100, 200]
+    rows = early_readings(16, 2, 60, (0.5, 1.0), RunConfig(out=tmp_path), n_documents=60)
+    assert [row[0] for row in rows] == [30, 60]
     assert rows[-1][1] == pytest.approx(rows[-1][2], abs=1e-9), "at its end both are one run"
     assert abs(rows[0][1] - rows[0][2]) > 0.02, "which of the two is lower depends on the length"
 
