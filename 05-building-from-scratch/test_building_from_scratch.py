@@ -660,8 +660,9 @@ def test_translate_answers_and_refuses_what_it_cannot_know(trained, capsys) -> N
 
 
 def test_demo_of_an_embedded_task_beats_chance(tmp_path, capsys) -> None:
-    sizes = "--n-pairs 1000 --n-held-out 20 --max-steps 150 --warmup-steps 40 --cooldown-steps 40 --n-beams 2".split()
+    sizes = "--n-pairs 1000 --n-held-out 20 --max-steps 150 --warmup-steps 25 --cooldown-steps 30 --n-beams 2".split()
     sizes += "--d-model 32 --d-ff 64 --n-encoder-layers 1 --n-decoder-layers 1 --batch-size 32".split()
+    sizes += ["--learning-rate", "0.006"]
     main(["demo", "--out", str(tmp_path), *sizes])
     printed = capsys.readouterr().out
     history = load_checkpoint(tmp_path)["history"]

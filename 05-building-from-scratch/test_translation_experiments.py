@@ -53,7 +53,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
         monkeypatch.delitem(debugging_tools.CHECKS, name)
     for name in set(topic.BUGS) - {"no-shift", "padding-in-loss"}:
         monkeypatch.delitem(topic.BUGS, name)
-    monkeypatch.setattr(topic, "WIDTHS", (1, 2, 5))
+    monkeypatch.setattr(topic, "WIDTHS", (1, 2))
     monkeypatch.setattr(topic, "N_CHECKED", 6)
     monkeypatch.setattr(topic, "ABLATIONS", {name: topic.ABLATIONS[name] for name in ("full", "half the steps")})
     monkeypatch.setattr(topic, "measure_speed", lambda *_: {"a step": "1.00x the speed"})

@@ -1,6 +1,6 @@
 """Topic 06 - Tokenization experiments: every measurement of the chapter.
 
-python 06-tokenization-embeddings/tokenization_embeddings.py figures              # all of them: 18 minutes
+python 06-tokenization-embeddings/tokenization_embeddings.py figures              # all of them: 19 minutes
 python 06-tokenization-embeddings/tokenization_embeddings.py figures sizes speed  # some of them
 
 Papers: Zouhar et al. 2023 (arXiv 2306.16837), what BPE's greed can lose; Petrov et al. 2023 (arXiv 2305.15425), the
