@@ -375,6 +375,7 @@ class RobertaForMaskedLM(BertForMaskedLM):
     head_bias: ClassVar[str] = "lm_head.bias"
     tied: ClassVar[tuple[str, ...]] = ("lm_head.decoder.weight",)
     other_heads: ClassVar[tuple[str, ...]] = (r"roberta\.pooler\..*",)
+    absent: ClassVar[dict[str, Any]] = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         return super().forward(token_ids, segment_ids, token_ids != self.config.pad_id if real is None else real)
@@ -382,8 +383,6 @@ class RobertaForMaskedLM(BertForMaskedLM):
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> RobertaConfig:
         found = super().config_of(config, tensors)
-        if "max_position_embeddings" not in config:
-            return found
         return type(found)(**(vars(found) | {"max_seq_len": found.max_seq_len - found.pad_id - 1}))
 
     def file_config(self) -> dict:
@@ -427,6 +426,7 @@ class AlbertForMaskedLM(BertForMaskedLM):
         "position_embedding_type": ("absolute",),
         "tie_word_embeddings": (True,),
     }
+    absent: ClassVar[dict[str, Any]] = {"hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16_384}
     block_names: ClassVar[dict[str, str]] = {
         "attention.query": "self_attn.q_proj",
         "attention.key": "self_attn.k_proj",

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from optimizers import shapes_alone
 from workbench import shown, write_atomically
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -253,18 +253,12 @@ def config_to_file(config: Any, names: dict[str, str], fixed: dict[str, tuple]) 
 # Models that have such a folder
 
 
-class Undrawn(TorchFunctionMode):
-    """While it is on, normal_ draws nothing: on the meta device it would import PyTorch's compiler, two seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return None if function.__name__ == "normal_" else function(*args, **(kwargs or {}))
-
-
 class FolderModel(nn.Module):
     """A model with from_pretrained and save_pretrained; a subclass says how its files name things.
 
-    `config_names`, `fixed`: see config_from_file. `layout(config)`: the tensors. Dropout rates that a folder gives
-    separately for attention and for the rest become the one rate of our configs.
+    `config_names`, `fixed`: see config_from_file. `absent`: what a folder means that leaves a setting out, where this
+    is not our default. `layout(config)`: the tensors. Dropout rates that a folder gives separately for attention and
+    for the rest become the one rate of our configs.
     """
 
     model_type: ClassVar[str]
@@ -272,6 +266,7 @@ class FolderModel(nn.Module):
     config_class: ClassVar[type]
     config_names: ClassVar[dict[str, str]]
     fixed: ClassVar[dict[str, tuple]] = {}
+    absent: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def layout(cls, config: Any) -> Layout:
@@ -280,7 +275,7 @@ class FolderModel(nn.Module):
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> Any:
         """Our config from the contents of a folder."""
-        return config_from_file(cls.config_class, config, cls.config_names, cls.fixed)
+        return config_from_file(cls.config_class, {**cls.absent, **config}, cls.config_names, cls.fixed)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
@@ -294,7 +289,7 @@ class FolderModel(nn.Module):
         if max(layers.values()) > MOST_LAYERS:
             raise ValueError(f"{shown(Path(folder) / CONFIG)} asks for {layers}; at most {MOST_LAYERS:,} can be right")
         layout = cls.layout(config)
-        with torch.device("meta"), Undrawn():  # sizes that no weights fill are refused before they take memory
+        with shapes_alone():  # sizes that no weights fill are refused before they take memory
             check_fit(cls(config), tensors, layout)
         model = cls(config)
         load_weights(model, tensors, layout)

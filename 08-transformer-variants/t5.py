@@ -393,6 +393,14 @@ class Bart(EncoderDecoder):
         "tie_word_embeddings": (True,),
     }
 
+    absent: ClassVar[dict[str, int]] = {  # the large model's
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+    }
+
     def __init__(self, config: BartConfig) -> None:
         super().__init__()
         self.config = config

@@ -34,6 +34,7 @@ from bert_family import (
     sentence_order,
 )
 from huggingface_folders import joined, read_weights
+from optimizers import shapes_alone
 from sequence_modeling import IGNORE
 from workbench import largest_difference
 
@@ -181,7 +182,7 @@ PUBLISHED = [  # our model, their published config, parameters of theirs
 @pytest.mark.parametrize(("kind", "config", "options", "published"), PUBLISHED, ids=lambda value: "")
 def test_published_parameter_counts(kind, config, options, published, parity) -> None:
     config_class = getattr(transformers, type(config).__name__)
-    with torch.device("meta"):
+    with shapes_alone():
         ours, theirs = kind(config), getattr(transformers, kind.architecture)(config_class(**options))
     count = sum(parameter.numel() for parameter in ours.parameters())
     parity(f"{kind.__name__}, parameters", kind.architecture, "output", count, theirs.num_parameters(), 0)
@@ -353,13 +354,13 @@ def test_electra_and_its_loss_equal_their_two_models_and_losses(electra, tmp_pat
     pair = "ElectraForMaskedLM, ElectraForPreTraining"
     mine = [output.mlm_logits[real], output.rtd_logits[real]]
     parity("Electra", pair, "output", mine, [mlm.logits[real], rtd.logits[real]], 1e-10)
-    parity("electra_loss", pair, "output", electra_loss(output, targets, real), mlm.loss + 50 * rtd.loss, 1e-9)
+    theirs_loss = mlm.loss + 50 * rtd.loss  # the first taken in float32
+    parity("electra_loss", pair, "output", electra_loss(output, targets, real), theirs_loss, 1e-5)
     electra_loss(output, targets, real).backward()
-    (mlm.loss + 50 * rtd.loss).backward()
+    theirs_loss.backward()
     shared = electra.discriminator.trunk.token_emb.weight.grad
     copies = [model.electra.embeddings.word_embeddings.weight.grad for model in theirs]
-    copies[0] = copies[0] if copies[0] is not None else torch.zeros_like(shared)
-    parity("Electra, shared embedding", "sum over the two copies", "gradient", shared, sum(copies), 1e-9)
+    parity("Electra, shared embedding", "sum over the two copies", "gradient", shared, sum(copies), 1e-6)
 
 
 def test_electra_draws_its_replacements_from_the_generator(electra) -> None:

@@ -256,6 +256,16 @@ def test_a_pretrained_folder_works_in_their_library(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.__name__)
+def test_a_setting_that_a_folder_leaves_out_has_their_default(kind) -> None:
+    """Heads and layers that no tensor's shape tells would be wrong without a word."""
+    ours, theirs = kind.config_of({}, {}), getattr(transformers, kind.architecture).config_class()
+    expected = {name: getattr(theirs, key) for name, key in kind.config_names.items() if hasattr(theirs, key)}
+    if kind.model_type == "roberta":
+        expected["max_seq_len"] -= theirs.pad_token_id + 1
+    assert len(expected) > 8 and {name: getattr(ours, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.__name__)
 def test_the_dropout_of_a_folder_is_ours_in_every_place(kind, tmp_path, parity) -> None:
     """A name that the folder leaves out gets Hugging Face's 0.1: their training would go on with noise unasked for."""
     names = {"hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"}

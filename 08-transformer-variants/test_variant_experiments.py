@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import variant_experiments as topic
+import variant_pretraining
 from sequence_modeling import BOS_ID, IGNORE
 from transformer_variants import main, plot_families, plot_scores
 from variant_experiments import (
@@ -46,6 +47,7 @@ SMALL = VariantConfig(d_model=16, n_layers=2, n_heads=2, d_ff=24, max_seq_len=96
 
 def test_figures_runs_every_text_experiment_and_fills_the_chapter(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(topic, "SIZES", SMALL)
+    monkeypatch.setattr(variant_pretraining, "GROUP", 2)  # batches whose FLOPs are counted before each training
     for name, value in (("FINETUNE_STEPS", 4), ("N_LABELLED", 20), ("N_EXAMINED", 30), ("SHARES", (0.5, 1.0))):
         monkeypatch.setattr(topic, name, value)
     monkeypatch.setattr(topic, "measure_speed", lambda *_: {"a step": "1.00x the speed"})

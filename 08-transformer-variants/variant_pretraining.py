@@ -364,8 +364,12 @@ VARIANTS = {
 }
 
 
-def step_flops(model: nn.Module, batches: Callable[[int], Batch], loss_fn: Callable, n_steps: int = GROUP) -> float:
-    """Mean FLOPs of one training step, forward and backward, counted on a group of batches; padding costs too."""
+def step_flops(model: nn.Module, batches: Callable[[int], Batch], loss_fn: Callable, n_steps: int = 0) -> float:
+    """Mean FLOPs of one training step, forward and backward, counted on n_steps batches; padding costs too.
+
+    n_steps 0 takes a whole group.
+    """
+    n_steps = n_steps or GROUP
     with MatmulCounter() as counter:
         for step in range(n_steps):
             batch = {name: tensor.to(device_of(model)) for name, tensor in batches(step).items()}

@@ -30,6 +30,7 @@ from contrastive import (
     retrieval_accuracy,
     unseen_captions,
 )
+from optimizers import shapes_alone
 from sequence_modeling import Vocabulary
 from transformer_architecture import MatmulCounter
 from vision_transformer import (
@@ -178,7 +179,7 @@ def patches(config: "FiguresConfig", run: RunConfig) -> None:
     flops = {}
     for size in PATCH_SIZES:
         shape = VisionConfig(patch_size=size)
-        with torch.device("meta"), MatmulCounter() as counter:
+        with shapes_alone(), MatmulCounter() as counter:
             VisionTransformer(shape)(torch.zeros(1, 1, 8, 8))
         flops[size] = counter.flops / 1e6
         for kind, cls in kinds.items():

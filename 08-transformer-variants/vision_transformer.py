@@ -172,6 +172,10 @@ class VisionTransformer(FolderModel):
         "norm_eps": "layer_norm_eps",
     }
     fixed: ClassVar[dict[str, tuple]] = {"hidden_act": ("gelu",), "qkv_bias": (True,)}
+    absent: ClassVar[dict[str, int]] = {  # ViT-B/16's; our defaults are for digits
+        **{"image_size": 224, "patch_size": 16, "num_channels": 3, "hidden_size": 768},
+        **{"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    }
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
