@@ -201,8 +201,22 @@ def quantisation(config: CompressionFiguresConfig, run: RunConfig) -> None:
     columns = [Column("Weights of the blocks"), Column("Bits for each", "with scales", ".2f"), Column("Damping")]
     columns += [Column("Draws", digits=".0f"), ADDED, GAP, RIGHT]
     config.save_table("quantisation", columns, rows, config.n_draws)
+    save_by_bits(rows, config)
     save_against_nearest(found, config)
     save_figure(plot_bits(rows), config.folder / "quantisation.svg")
+
+
+WIDTHS = (8, 4, 3, 2)
+
+
+def save_by_bits(rows: list[list], config: CompressionFiguresConfig) -> None:
+    """The same turned: a row for each method that was tried at 3 bits, and what it adds at every width."""
+    added = {tuple(row[0].removesuffix(" bits").rsplit(", ", 1)): row[4] for row in rows[1:]}
+    names = dict.fromkeys(name for name, _ in added)
+    tried = [name for name in names if (name, "3") in added or name.endswith("per matrix")]
+    turned = [[name, *(added.get((name, str(n_bits)), "") for n_bits in WIDTHS)] for name in tried]
+    columns = [Column("Added by", "nats per token"), *(Column(f"{n_bits} bits", digits=".4f") for n_bits in WIDTHS)]
+    config.save_table("quality-by-bits", columns, turned, config.n_draws, "quantisation")
 
 
 def save_against_nearest(found: dict[tuple[str, QuantFormat], list[dict]], config: CompressionFiguresConfig) -> None:

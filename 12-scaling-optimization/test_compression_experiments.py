@@ -26,6 +26,7 @@ from compression_experiments import (
     plot_bits,
     roundings,
     save_against_nearest,
+    save_by_bits,
     short_ratio,
     sparse_model,
     spectra,
@@ -103,6 +104,19 @@ def test_gptq_beside_nearest_on_the_same_grid(bench, tmp_path, monkeypatch) -> N
     (row,) = json.loads((tmp_path / "results.json").read_text())["gptq-against-nearest"]["rows"]
     assert row[:3] == [f"2 bits, {BY_ROW}", "as they stand", nearest["added"]]
     assert row[3] == [each["added"] - nearest["added"] for each in (ours, again)]
+
+
+def test_the_table_is_turned_without_a_number_lost(tmp_path) -> None:
+    rows: list[list] = [["float32", 32.0, "", "", 0.0, 0.1, 0.9]]
+    for name, widths in (("nearest, affine", (8, 4, 3, 2)), ("nearest, one scale per 64", (4,)), ("AWQ", (4, 3, 2))):
+        rows += [[f"{name}, {n_bits} bits", 1.0, "", 1.0, [n_bits / 7, len(name)], 0.1, 0.9] for n_bits in widths]
+    save_by_bits(rows, CompressionFiguresConfig(**SMALL, folder=tmp_path))
+    found = json.loads((tmp_path / "results.json").read_text())["quality-by-bits"]
+    assert [column["name"] for column in found["columns"]] == ["Added by", "8 bits", "4 bits", "3 bits", "2 bits"]
+    assert [row[0] for row in found["rows"]] == ["nearest, affine", "AWQ"] and found["rows"][1][1] == ""
+    assert all(
+        cell == [n / 7, len(row[0])] for row in found["rows"] for n, cell in zip((4, 3, 2), row[2:], strict=True)
+    )
 
 
 def test_a_models_layers_beside_themselves(bench) -> None:
