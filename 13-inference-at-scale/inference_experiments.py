@@ -205,8 +205,8 @@ CLOCKED = 0.9  # the load that the chat model's engine serves as well
 def measured_cost(model: CausalLM) -> StepCost:
     """A line through the CPU seconds of decoding steps of 1 to N_ROWS rows, and what a token of a prompt adds to it."""
     batches, clock = [batch for batch in BATCHES if batch <= N_ROWS], time.process_time
-    spent = [min(step_seconds(model, batch, clock=clock) for _ in range(5)) for batch in batches]
-    per_row, fixed = np.polyfit(batches, spent, 1)
+    turns = [[step_seconds(model, batch, clock=clock) for batch in batches] for _ in range(5)]  # a busy moment hits all
+    per_row, fixed = np.polyfit(batches, np.min(turns, axis=0), 1)
     reading = 256 / max(prompt_rate(model, clock=clock) for _ in range(5))
     return StepCost(float(fixed), float(per_row), (reading - float(fixed + per_row)) / 256)
 

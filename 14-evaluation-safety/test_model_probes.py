@@ -125,7 +125,7 @@ def test_lenses_end_at_the_model_and_tuning_brings_them_nearer(model, checked_sh
 
 
 @torch.no_grad()
-def test_orthogonal_weights_are_what_hooks_on_every_write_do(model) -> None:
+def test_orthogonal_weights_are_what_hooks_on_every_write_do(model, parity) -> None:
     direction = torch.randn(12, generator=torch.Generator().manual_seed(5))
     unit, ids = direction / direction.norm(), torch.tensor([[4, 9, 22, 7]])
     made = without_direction(model, direction)
@@ -141,20 +141,26 @@ def test_orthogonal_weights_are_what_hooks_on_every_write_do(model) -> None:
     hooked = model(ids)
     for handle in handles:
         handle.remove()
-    assert torch.allclose(logits, hooked, atol=1e-4) and not torch.allclose(logits, model(ids), atol=0.1)
+    parity("without_direction", "a hook on every write", "output", logits, hooked, 1e-4)
+    assert not torch.allclose(logits, model(ids), atol=0.1)
     with pytest.raises(ValueError, match="length 0"):
         without_direction(model, torch.zeros(12))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [0, 1, 2, 5, 6])
-def test_a_direction_is_added_at_its_depth_and_nowhere_before(model, depth: int) -> None:
+def test_a_direction_is_added_at_its_depth_and_nowhere_before(model, parity, depth: int) -> None:
     direction, ids = torch.randn(12, generator=torch.Generator().manual_seed(6)), torch.tensor([[4, 9, 22, 7]])
     made = with_direction(model, direction, depth)
     with recorded(model) as plain:
         model(ids)
     with recorded(made) as changed:
-        made(ids)
+        logits = made(ids)
+    block = model.blocks[max(0, depth - 1) // 2]
+    writer = (block.self_attn if depth % 2 else block.ffn) if depth else model.token_emb
+    handle = writer.register_forward_hook(lambda layer, given, output: output + direction)
+    parity(f"with_direction, depth {depth}", "a hook that adds it", "output", logits, model(ids), 1e-5)
+    handle.remove()
     for place in range(7):
         difference = changed[place] - plain[place]
         if place < depth:
