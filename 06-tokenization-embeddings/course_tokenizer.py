@@ -12,7 +12,7 @@ It is trained by `tokenization_embeddings.py course` and lies in the folder toke
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from byte_level_bpe import DIGITS_RULE, ByteLevelBPE
 from python_text import PARTS, python_text
 from tiny_world import Document, World, join
-from tokenizer_basics import Batch, pad_batch
+from tokenizer_basics import Batch, pad_batch, size_of
 from workbench import check_name, check_range, write_atomically
 
 FOLDER = Path(__file__).parent / "tokenizer"
@@ -205,9 +205,9 @@ def train_course_tokenizer(texts: Iterable[str], vocab_size: int) -> CourseToken
     return CourseTokenizer.train(texts, vocab_size, COURSE_SPECIAL_TOKENS, rule=DIGITS_RULE)
 
 
-def bytes_per_token(tokenizer: ByteLevelBPE, texts: Iterable[str]) -> float:
+def bytes_per_token(encode: Callable[[str], list[int]], texts: Iterable[str]) -> float:
     texts = list(texts)
-    return sum(len(text.encode()) for text in texts) / sum(len(tokenizer.encode(text)) for text in texts)
+    return size_of(texts) / sum(len(encode(text)) for text in texts)
 
 
 def course_card(tokenizer: CourseTokenizer, texts: dict[str, list[str]], folder: Path, command: str) -> str:
@@ -218,7 +218,7 @@ def course_card(tokenizer: CourseTokenizer, texts: dict[str, list[str]], folder:
         "Python reference and docstrings": python_text("validation")[:500],
         "Python functions": python_text("validation", ["functions"])[:200],
     }
-    rows = [f"| {name} | {bytes_per_token(tokenizer, found):.2f} |" for name, found in unseen.items()]
+    rows = [f"| {name} | {bytes_per_token(tokenizer.encode, found):.2f} |" for name, found in unseen.items()]
     sizes = [f"| {name} | {sum(map(len, found)) / 1e6:.2f} |" for name, found in texts.items() if found]
     special = ", ".join(f"`{token}` {token_id}" for token_id, token in enumerate(COURSE_SPECIAL_TOKENS))
     lines = [

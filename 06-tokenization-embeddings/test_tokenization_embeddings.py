@@ -702,7 +702,7 @@ def test_no_merge_may_spell_a_special_token() -> None:
 
 
 def test_the_verbs_train_encode_and_compare(tmp_path: Path, capsys) -> None:
-    small = ["--n-bytes", "20000", "--out", str(tmp_path)]
+    small = ["--n-bytes", "9000", "--out", str(tmp_path)]
     main(["demo", "--vocab-size", "400", *small])
     shown = capsys.readouterr().out
     assert all(f"\n{kind}" in shown for kind in topic.KINDS) and "texts come back" in shown
@@ -716,7 +716,7 @@ def test_the_verbs_train_encode_and_compare(tmp_path: Path, capsys) -> None:
     main(["encode", "Anna lives", "--out", str(tmp_path)])
     ids = load_course_tokenizer().encode("Anna lives")
     assert capsys.readouterr().out.strip().endswith(f"' lives':{ids[-1]}")
-    sizes = ["--n-bytes", "30000", "--vocab-size", "280", "--n-naive", "1", "--n-rounds", "1"]
+    sizes = ["--n-bytes", "12000", "--vocab-size", "280", "--n-naive", "1", "--n-rounds", "1"]
     main(["bench", *sizes, "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     assert shown.count("training on") == shown.count(" of CPU time; ") * 2 == 4

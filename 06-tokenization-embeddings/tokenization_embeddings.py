@@ -71,6 +71,7 @@ from tokenizer_basics import (
     join_pieces,
     pad_batch,
     read_tokenizer_json,
+    size_of,
     split_special,
     tokenizer_json,
 )
@@ -160,6 +161,7 @@ __all__ = [  # the whole topic under one name: from tokenization_embeddings impo
     "read_merges",
     "read_tokenizer_json",
     "seed_pieces",
+    "size_of",
     "split_special",
     "tokenizer_json",
     "train_course_tokenizer",
@@ -190,10 +192,6 @@ ENCODING_COLUMNS = [
     Column("tokenizers (Rust), one thread", "MB per CPU s", ".2f"),
     Column("Ours, cache empty / Rust", "times the speed", ".2f"),
 ]
-
-
-def size_of(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def speed_texts(n_bytes: int) -> list[str]:
@@ -545,7 +543,7 @@ def course(config: CourseConfig, run: RunConfig) -> None:
     tokenizer.save_folder(folder)
     command = "python 06-tokenization-embeddings/tokenization_embeddings.py course --out 06-tokenization-embeddings"
     write_atomically(folder / "README.md", course_card(tokenizer, texts, folder, command).encode())
-    rate = bytes_per_token(tokenizer, load_texts("tiny-world", "validation")[:500])
+    rate = bytes_per_token(tokenizer.encode, load_texts("tiny-world", "validation")[:500])
     print(
         f"wrote {shown(folder)}: {len(tokenizer.vocab)} tokens; unseen TinyWorld {rate:.2f} bytes a token, a byte is 1"
     )

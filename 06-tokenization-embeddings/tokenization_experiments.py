@@ -48,11 +48,13 @@ from tokenization_embeddings import (
     Unigram,
     WordPiece,
     WordTokenizer,
+    bytes_per_token,
     cut_words,
     in_text_order,
     measure_encoding_speed,
     measure_training_speed,
     merge_all,
+    size_of,
 )
 from transformer_architecture import (
     CausalTransformer,
@@ -175,14 +177,6 @@ def first_tokens(tokenizer: ByteLevelBPE, vocab_size: int) -> ByteLevelBPE:
     return ByteLevelBPE(vocab, merges, tokenizer.special_tokens, tokenizer.rule)
 
 
-def size_in_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
-
-
-def bytes_per_token(encode: Encode, texts: list[str]) -> float:
-    return size_in_bytes(texts) / sum(len(encode(text)) for text in texts)
-
-
 def encoded_texts(texts: list[str], encode: Encode, seed: int) -> Iterator[Text]:
     """The texts again and again, in a fresh order every epoch, encoded when they are needed: each time anew."""
     rng = random.Random(seed)
@@ -229,7 +223,7 @@ def text_bits(model: nn.Module, encode: Encode, texts: list[str]) -> float:
     It pays for one segmentation of each text, the tokenizer's; the text itself may be likelier (other segmentations).
     """
     nats = document_losses(model, [Text([*encode(text), EOS_ID]) for text in texts], Ids, batch_size=8)
-    return bits_per_byte(sum(nats), size_in_bytes(texts))
+    return bits_per_byte(sum(nats), size_of(texts))
 
 
 @functools.cache
@@ -257,7 +251,7 @@ def world_corpus(n_documents: int, n_held_out: int) -> tuple[list[str], list[str
     train = [document.text for document in world.documents(n_documents, 1, "train")]
     fresh = world.documents(2 * n_held_out, 777, "validation")
     texts = [document.text for document in fresh]
-    return train, texts, bits_per_byte(sum(sum(document.surprisal) for document in fresh), size_in_bytes(texts))
+    return train, texts, bits_per_byte(sum(sum(document.surprisal) for document in fresh), size_of(texts))
 
 
 # Experiments: how many tokens

@@ -90,6 +90,11 @@ def checked_texts(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+def size_of(texts: Iterable[str]) -> int:
+    """Bytes of the texts in UTF-8."""
+    return sum(len(text.encode()) for text in texts)
+
+
 def check_vocab(vocab: dict[str, int], special_tokens: Collection[str]) -> None:
     """Raise ValueError unless the ids are 0, 1, 2, ..., each once, and every special token has one."""
     taken: dict[int, str] = {}
