@@ -63,8 +63,8 @@ def padding_in_labels(run: RunConfig) -> list[Row]:
     held = held_out_documents(N_EXAMINED)
     padded = [float((batches(step)["targets"] == IGNORE).float().mean()) for step in range(20)]
     return [
-        ("share of the targets that are padding", 0.0, sum(padded) / len(padded)),
         ("training loss that the log shows, nats per target", sound[1], wrong[1]),
+        ("share of the targets that are padding", 0.0, sum(padded) / len(padded)),
         ("held-out nats per token above the floor", gap_on(sound[0], held), gap_on(wrong[0], held)),
     ]
 

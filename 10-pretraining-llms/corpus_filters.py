@@ -32,7 +32,8 @@ from workbench import check_range
 
 
 MOJIBAKE = re.compile("[\u00c2\u00c3\u00e2][\u0080-\u00bf\u0152-\u2122]")  # a lead byte of UTF-8 and one that follows
-INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
+INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")  # no byte of Windows-1252 reads as one of these
+SOFT_HYPHEN = "\u00ad"  # but as this one: it may be half of a character that repair_mojibake puts together
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 FRAME_LINES = re.compile(
     r"(cookies?\b.*\b(accept|improve|consent)|^skip to |all rights reserved|^copyright\b|\bnewsletter\b"
@@ -74,8 +75,9 @@ def normalise(text: str) -> str:
 
     Applied twice it changes nothing more, unless an entity stands for an entity (&amp;amp;).
     """
-    text = html.unescape(repair_mojibake(text.replace("\r\n", "\n").replace("\r", "\n")))
-    text = unicodedata.normalize("NFC", INVISIBLE.sub("", CONTROL.sub("", text))).translate(TYPOGRAPHY)
+    text = INVISIBLE.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = CONTROL.sub("", INVISIBLE.sub("", html.unescape(repair_mojibake(text)))).replace(SOFT_HYPHEN, "")
+    text = unicodedata.normalize("NFC", text).translate(TYPOGRAPHY)
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return strip_frame(re.sub(r"\n{3,}", "\n\n", text))
 
@@ -284,11 +286,15 @@ class QualityClassifier:
     def score(self, text: str) -> float:
         buckets = hashed_ngrams(text, len(self.weight))
         mean = float(self.weight[buckets].mean()) if buckets else 0.0
-        return 1 / (1 + math.exp(-mean - float(self.bias)))
+        logit = mean + float(self.bias)
+        small = math.exp(-abs(logit))  # never overflows
+        return (1.0 if logit >= 0 else small) / (1 + small)
 
     def threshold(self, texts: Iterable[str], kept: float) -> float:
         """The score that a share `kept` of these texts reaches: how much of trusted text may be lost is the choice."""
         scores = sorted(self.score(text) for text in texts)
+        if not scores:
+            raise ValueError("a threshold needs trusted texts, got none")
         return scores[min(len(scores) - 1, math.floor((1 - kept) * len(scores) + 1e-9))]
 
 
@@ -297,7 +303,7 @@ class QualityClassifier:
 
 def luhn_valid(number: str) -> bool:
     """Whether the digits of a card number pass Luhn's check (ISO/IEC 7812-1): nine of ten random numbers do not."""
-    digits = [int(c) for c in number if c.isdigit()]
+    digits = [int(c) for c in number if c.isdecimal()]
     doubled = [digit * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
     return sum(value // 10 + value % 10 for value in doubled) % 10 == 0
 
@@ -309,9 +315,10 @@ def iban_valid(number: str) -> bool:
 
 
 def address_valid(number: str) -> bool:
-    """Whether four numbers can be an IPv4 address of somebody; those of a private network or a test are nobody's."""
-    octets = [int(part) for part in number.split(".")]
-    return max(octets) < 256 and octets[0] not in (0, 10, 127)
+    """Whether four numbers can be an IPv4 address of somebody; those of one machine or private network are nobody's."""
+    first, second, *rest = (int(part) for part in number.split("."))
+    private = first in (0, 10, 127) or (first, second) == (192, 168) or (first == 172 and 16 <= second < 32)
+    return max(first, second, *rest) < 256 and not private
 
 
 PRIVATE_PATTERNS: dict[str, tuple[re.Pattern, Callable[[str], bool]]] = {  # tried in this order

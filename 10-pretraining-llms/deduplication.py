@@ -198,6 +198,9 @@ BASE, MODULUS = 1_000_003, (1 << 61) - 1
 
 def window_hashes(tokens: Sequence[int], length: int) -> list[int]:
     """The hash of every run of `length` tokens, each from the one before it: O(1) per token (Karp and Rabin 1987)."""
+    if length < 1:
+        raise ValueError(f"a run needs at least one token, got length={length}")
+    tokens = [int(token) for token in tokens]  # numbers of numpy would overflow
     if len(tokens) < length:
         return []
     value, top = 0, pow(BASE, length - 1, MODULUS)
@@ -217,7 +220,7 @@ def repeated_spans(documents: Sequence[Sequence[int]], length: int = 50) -> list
     is compared with the first one that had its hash, so a collision could hide a duplicate, never invent one.
     """
     first: dict[int, tuple[int, int]] = {}  # hash -> (document, position)
-    marks = []
+    documents, marks = [list(tokens) for tokens in documents], []
     for number, tokens in enumerate(documents):
         mark = np.zeros(len(tokens), dtype=bool)  # (tokens)
         for start, value in enumerate(window_hashes(tokens, length)):

@@ -212,6 +212,17 @@ def make_buckets(model: nn.Module, weight_decay: float, size: int, bucket_bytes:
     return [Bucket(members, decay_of[id(members[0])], size) for members in closed]
 
 
+def check_counted(n_counted: float) -> None:
+    if not n_counted:
+        raise ValueError("no token of this batch is counted; see the data")
+
+
+def check_norm(norm: float, n_steps: int) -> None:
+    """Raise ValueError, before the weights are spoiled, for a gradient that is infinite or no number."""
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient's norm is {norm} at step {n_steps + 1}; lower --learning-rate")
+
+
 # The schemes. Each trains on a batch as one process would, and says what it costs
 
 
@@ -258,8 +269,7 @@ class DataParallel:
             total, n_counted = total + loss, n_counted + count
             self.after_backward()
         total, n_counted = self.team.add_up(total, n_counted)
-        if not n_counted:
-            raise ValueError("no token of this batch is counted; see the data")
+        check_counted(n_counted)
         self.take_step(scale * n_counted)
         return total / n_counted
 
@@ -272,8 +282,7 @@ class DataParallel:
             self.check_all_used()
         torch._foreach_mul_(gradients, 1 / divisor)
         norm = self.clip(gradients)
-        if not math.isfinite(norm):
-            raise ValueError(f"the gradient's norm is {norm} at step {self.n_steps + 1}; lower --learning-rate")
+        check_norm(norm, self.n_steps)
         self.optimizer.step()
         self.n_steps += 1
         self.finish()

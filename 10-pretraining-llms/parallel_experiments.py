@@ -51,7 +51,7 @@ from workbench import (
 )
 
 SCHEMES = (*MANUAL, "tensor-by-hand", "fsdp", "tensor", "sequence", "fsdp+tensor", *SCHEDULES)
-BREAKS = ("none", "restart-address", "parameter-order")
+BREAKS = ("none", "restart-address", "parameter-order")  # see PARALLEL_BREAKS
 
 
 @dataclass(frozen=True)
@@ -206,25 +206,34 @@ def print_outcome(config: ParallelConfig, result: dict[str, Any], results: list[
 # Failures on purpose
 
 
+Row = tuple[str, float, float]  # what is measured, as it should be, with the failure
+
+
+def restarts_that_end(config: ParallelConfig, run: RunConfig, apart: bool, n_runs: int = 4) -> tuple[int, str]:
+    """Kill a process and start all again, `n_runs` times: how many runs come to their end, and what stopped another."""
+    own = dataclasses.replace(config, fault="kill", save_every=5, timeout=10.0)
+    launch = LaunchConfig(config.size, own.timeout, max_restarts=1, apart=apart, slow=1.0)
+    n_done, last = 0, ""
+    for _ in range(n_runs):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                run_processes(train_in_team, launch, own, dataclasses.replace(run, out=Path(folder)))
+                n_done += 1
+            except ProcessFailed as failure:
+                last = str(failure)
+    return n_done, last
+
+
 def show_restart_address(config: ParallelConfig, run: RunConfig) -> None:
     """Kill a process and start again: four times with a table of addresses for each attempt, four with one for all.
 
     With one table a restart fails in about three of four cases: of two addresses gloo lets one call the other, and only
     a caller notices that the address of the other is dead.
     """
-    own = dataclasses.replace(config, fault="kill", save_every=5, timeout=10.0)
     for apart in (True, False):
-        launch = LaunchConfig(config.size, own.timeout, max_restarts=1, apart=apart, slow=1.0)
-        n_done, last = 0, ""
-        for _ in range(4):
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    run_processes(train_in_team, launch, own, dataclasses.replace(run, out=Path(folder)))
-                    n_done += 1
-                except ProcessFailed as failure:
-                    last = f"; otherwise: {failure}"
+        n_done, last = restarts_that_end(config, run, apart)
         what = "an address table for each attempt" if apart else "one address table for all attempts"
-        print(f"{what}: {n_done} of 4 went on and came to the end{last}")
+        print(f"{what}: {n_done} of 4 went on and came to the end{'; otherwise: ' * bool(last)}{last}")
 
 
 class Misordered(DataParallel):
@@ -245,14 +254,38 @@ def order_losses(team: Team, config: ParallelConfig, seed: int, misordered: bool
     return {"losses": losses, "weights": scheme.full_state()}
 
 
+def exchanged(config: ParallelConfig, run: RunConfig, misordered: bool) -> tuple[float, float]:
+    """The last loss, and the largest difference between the weights of the two processes."""
+    seed_everything(run.seed)
+    first, second = run_processes(order_losses, LaunchConfig(2), config, run.seed, misordered)
+    return first["losses"][-1], largest_difference(first["weights"], second["weights"])
+
+
 def show_parameter_order(config: ParallelConfig, run: RunConfig) -> None:
     """Two processes that disagree on the order of two weights: no error, and two models in place of one."""
     for misordered in (False, True):
-        seed_everything(run.seed)
-        first, second = run_processes(order_losses, LaunchConfig(2), config, run.seed, misordered)
-        apart = largest_difference(first["weights"], second["weights"])
+        loss, apart = exchanged(config, run, misordered)
         what = "k_proj and v_proj exchanged in process 1" if misordered else "the same order everywhere"
-        print(f"{what}: loss {first['losses'][-1]:.4f}, weights of the two processes differ by {apart:.2g}")
+        print(f"{what}: loss {loss:.4f}, weights of the two processes differ by {apart:.2g}")
+
+
+def restart_address(run: RunConfig, n_runs: int = 8) -> list[Row]:
+    done = [restarts_that_end(ParallelConfig(), run, apart, n_runs)[0] / n_runs for apart in (True, False)]
+    return [(f"share of {n_runs} restarts after a kill that come to the end", *done)]
+
+
+def parameter_order(run: RunConfig, config: ParallelConfig | None = None) -> list[Row]:
+    sound, broken = (exchanged(config or ParallelConfig(), run, misordered) for misordered in (False, True))
+    return [
+        ("largest difference between the weights of the two processes", sound[1], broken[1]),
+        ("loss of the last step, nats per token", sound[0], broken[0]),
+    ]
+
+
+PARALLEL_BREAKS: dict[str, Callable[[RunConfig], list[Row]]] = {
+    "restart-address": restart_address,
+    "parameter-order": parameter_order,
+}
 
 
 # The measurements of the chapter. Each takes the lead module's FiguresConfig, which knows where results go

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 
 from data_parallel import Team
-from manual_parallel import check_alike
+from manual_parallel import check_alike, check_counted, check_norm
 from modern_llm_architectures import CausalLM
 from optimizers import AdamW, parameter_groups, state_bytes
 from packing import IGNORE, Batch
@@ -192,7 +192,7 @@ class Pipeline:
             raise ValueError("a pipeline needs at least 2 processes; use torchrun --nproc-per-node 2")
         check_alike(model, team)
         team.start_alike(model)
-        self.config, self.team, self.n_micro = config, team, n_micro
+        self.config, self.team, self.n_micro, self.n_steps = config, team, n_micro, 0
         self.model = Stage(model, team.rank, team.size)
         device = next(self.model.parameters()).device
         self.stage = RecordedStage(self.model, team.rank, team.size, device)
@@ -209,14 +209,14 @@ class Pipeline:
 
     def train_on(self, batch: Batch) -> float:
         """One optimizer step on a batch that all processes know; returns its loss, nats per token."""
-        batch = self.padded(batch)
+        batch, counted = self.padded(batch), int((batch["targets"] != IGNORE).sum())
+        check_counted(counted)
         first, last = self.team.rank == 0, self.team.rank == self.team.size - 1
         self.stage.events.clear()
         losses: list[Tensor] = []
         inputs = (batch["inputs"],) if first else ()
         wanted = {"target": batch["targets"], "losses": losses} if last else {}
         self.schedule.step(*inputs, **wanted)
-        counted = int((batch["targets"] != IGNORE).sum())
         self.take_step(counted)
         return self.team.add_up(float(sum(loss.detach() for loss in losses)) if last else 0.0)[0] / counted
 
@@ -240,16 +240,18 @@ class Pipeline:
         if self.ends is not None and (first or last):  # the tied matrix lives at both ends: each has half its gradient
             tied = self.model.token_emb if first else self.model.lm_head
             dist.all_reduce(tied.weight.grad, group=self.ends)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, 1 / counted)
         squares = sum(float(grad.square().sum()) for grad in gradients)
         if self.ends is not None and last:
             squares -= float(self.model.lm_head.weight.grad.square().sum())  # counted at the first stage
         norm = math.sqrt(self.team.add_up(squares)[0])
+        check_norm(norm, self.n_steps)
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(gradients, self.config.grad_clip / (norm + 1e-6))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.n_steps += 1
 
     def state_bytes(self) -> int:
         return state_bytes(self.optimizer)

@@ -20,12 +20,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from corpus_experiments import CORPUS_EXPERIMENTS, CorpusFiguresConfig
+from corpus_failures import CORPUS_BREAKS
 from course_model import FOLDER, LONG_RUN, REPORT, complete, load_course_model, make_shards
 from gpt2 import SamplingConfig
 from llm_calculators import forward_flops
 from optimizers import build_optimizer
 from packing import language_model_loss
 from parallel_experiments import EXPERIMENTS as PARALLEL_EXPERIMENTS
+from parallel_experiments import PARALLEL_BREAKS
 from shards import PACKINGS, ShardBatches, ShardConfig
 from tiny_world import World, join, words
 from workbench import (
@@ -70,10 +72,9 @@ def save_runs(folder: Path, report: dict) -> None:
     others = json.loads((FIGURES / "other_runs.json").read_text(encoding="utf-8"))
     longest = json.loads((LONG_RUN / REPORT).read_text(encoding="utf-8"))
     asked = ("story", "scene", "new sums", "unasked")
-    columns = [Column("Run"), Column("Weights", digits=",d"), Column("Positions seen", "millions", ".1f")]
-    columns += [Column("Gap, all documents", "nats per token", ".4f")]
-    columns += [Column(f"Right: {topic}", digits=".1%") for topic in asked]
-    columns += [Column("Possible documents of its own", digits=".1%")]
+    columns = [Column("Run"), Column("weights", digits=",d"), Column("positions", "millions", ".1f")]
+    columns += [Column("gap", "nats per token", ".4f"), *(Column(topic, digits=".1%") for topic in asked)]
+    columns += [Column("possible", digits=".1%")]
     runs = {"half the steps": others[0], "**the course model**": report}
     runs |= {"GPU, four blocks": others[1], "GPU, long_run/": longest}
     rows = [
@@ -145,6 +146,14 @@ def packing(config, run: RunConfig) -> None:
     save_results(config.folder / "results.json", "packing", columns, rows, [run.seed], command)
 
 
+def breaks(config, run: RunConfig) -> None:
+    """Every failure that --break switches on: the right value beside the broken one."""
+    shows = {name: show for name, (show, _) in CORPUS_BREAKS.items()} | PARALLEL_BREAKS
+    rows = [[f"`{name}`", *row] for name, show in shows.items() for row in show(run)]
+    columns = [Column("`--break`"), Column("What is measured"), Column("sound"), Column("broken")]
+    config.save("breaks", columns, rows, "breaks", n_seeds=1)
+
+
 # The verbs
 
 
@@ -152,6 +161,7 @@ EXPERIMENTS: dict[str, tuple[Callable, float]] = {
     "course": (course, 2),
     "scenes": (scenes, 15),
     "packing": (packing, 5),
+    "breaks": (breaks, 150),
     **CORPUS_EXPERIMENTS,
     **PARALLEL_EXPERIMENTS,
 }

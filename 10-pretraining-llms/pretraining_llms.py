@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from corpus_failures import CORPUS_BREAKS
+from corpus_failures import CORPUS_BREAKS, show_failure
 from corpus_pipeline import CorpusConfig, clean_pages, corpus, print_scores, render_report, scores
 from course_model import (
     FOLDER,
@@ -41,7 +41,7 @@ from tiny_world import World
 from training_cost import EstimateConfig, estimate
 from workbench import RunConfig, announce, check_range, largest_difference, run_verbs
 
-BREAKS = {**CORPUS_BREAKS}
+BREAKS = CORPUS_BREAKS  # those of `parallel` stand in parallel_experiments
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ class DemoConfig:
 def demo(config: DemoConfig, run: RunConfig) -> None:
     """Clean a crawl with planted dirt, train on shards, compare with the course model, and share one step."""
     if config.break_ != "none":
-        show, seconds = BREAKS[config.break_]
-        announce(f"showing the failure {config.break_!r}", seconds)
-        for what, sound, broken in show(run):
-            print(f"{what}: {sound:.4f} as it should be, {broken:.4f} with --break {config.break_}")
+        announce(f"showing the failure {config.break_!r}", BREAKS[config.break_][1])
+        show_failure(config.break_, run)
         return
     announce("clean a crawl, train a small model, examine the course model", 110)
     show_cleaning(config, run)
@@ -88,7 +86,7 @@ def show_training(config: DemoConfig, run: RunConfig) -> None:
     training = PretrainConfig(max_steps=config.max_steps, warmup_steps=10, cooldown_steps=config.max_steps // 2)
     training = dataclasses.replace(training, eval_every=0, save_every=config.max_steps, learning_rate=1e-2)
     with tempfile.TemporaryDirectory() as folder:
-        sizes, source = ModelSizes(d_model=64, d_ff=176), SourceConfig(n_documents=10_000)
+        sizes, source = ModelSizes(d_model=64, d_ff=176), SourceConfig(n_documents=min(10_000, 50 * config.max_steps))
         out = dataclasses.replace(run, out=Path(folder))
         small, tokenizer, made, _ = pretrain_model(sizes, source, training, out)
         print_corpus(made)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from data_parallel import Team
 from llm_config import ModelConfig
-from manual_parallel import Ring, check_alike
+from manual_parallel import Ring, check_alike, check_counted, check_norm
 from modern_llm_architectures import CausalLM
 from optimizers import AdamW, parameter_groups, state_bytes
 from packing import IGNORE, Batch, language_model_loss
@@ -82,6 +82,18 @@ class SumOfAll(torch.autograd.Function):
         return grad, None
 
 
+def share_of(whole: nn.Linear, team: Team, dim: int) -> nn.Parameter:
+    """This process's rows (dim 0) or columns (dim 1) of a weight; ValueError for a bias and for unequal shares."""
+    n_features = whole.weight.shape[dim]
+    if whole.bias is not None or n_features % team.size:
+        raise ValueError(
+            f"a layer is split without bias and into equal shares; got bias={whole.bias is not None} and {n_features} "
+            f"features for {team.size} processes"
+        )
+    share = whole.weight.detach().chunk(team.size, dim)[team.rank].clone()
+    return nn.Parameter(share, requires_grad=whole.weight.requires_grad)
+
+
 class ColumnParallelLinear(nn.Module):
     """A share of a linear layer's output features. Shapes: (..., d_in) to (..., d_out / size).
 
@@ -90,7 +102,7 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, whole: nn.Linear, team: Team) -> None:
         super().__init__()
-        self.weight = nn.Parameter(whole.weight.detach().chunk(team.size, dim=0)[team.rank].clone())
+        self.weight = share_of(whole, team, dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -104,8 +116,8 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, whole: nn.Linear, ring: Ring) -> None:
         super().__init__()
-        self.ring, team = ring, ring.team
-        self.weight = nn.Parameter(whole.weight.detach().chunk(team.size, dim=1)[team.rank].clone())
+        self.ring = ring
+        self.weight = share_of(whole, ring.team, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return SumOfAll.apply(F.linear(x, self.weight), self.ring)
@@ -148,19 +160,24 @@ class TensorByHand:
         self.optimizer = AdamW(
             parameter_groups(model, config.weight_decay), config.learning_rate, config.beta1, config.beta2
         )
+        self.n_steps = 0
 
     def train_on(self, batch: Batch) -> float:
         total, n_counted = backward_in_parts(self.model, batch, self.loss_fn, self.config, 1.0)
+        check_counted(n_counted)
         whole, shares = [], []
         for name, parameter in self.model.named_parameters():
-            parameter.grad /= n_counted
-            (shares if kind_of(name) else whole).append(parameter.grad)
+            if parameter.grad is not None:  # a frozen one has none
+                parameter.grad /= n_counted
+                (shares if kind_of(name) else whole).append(parameter.grad)
         squares = [sum(float(grad.square().sum()) for grad in grads) for grads in (whole, shares)]
         norm = math.sqrt(squares[0] + self.team.add_up(squares[1])[0])  # what all hold alike counts once
+        check_norm(norm, self.n_steps)
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(whole + shares, self.config.grad_clip / (norm + 1e-6))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.n_steps += 1
         return total / n_counted
 
     def state_bytes(self) -> int:
@@ -272,6 +289,7 @@ class Sharded:
             {"params": [self.locals[name] for name in members], "weight_decay": decay} for decay, members in names
         ]
         self.optimizer = AdamW(groups, config.learning_rate, config.beta1, config.beta2)
+        self.n_steps = 0
 
     def train_on(self, batch: Batch) -> float:
         """One optimizer step on a batch that all processes know; returns its loss, nats per token."""
@@ -284,6 +302,7 @@ class Sharded:
         if not len(rows["inputs"]):  # every process must take part in the collectives: a row that counts nothing
             rows = {"inputs": batch["inputs"][:1], "targets": torch.full_like(batch["targets"][:1], IGNORE)}
         counted = int((batch["targets"] != IGNORE).sum())
+        check_counted(counted)
         sharing = loss_parallel() if self.share_loss and self.tensor_size > 1 else contextlib.nullcontext()
         with sharing, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes it in place
@@ -299,6 +318,8 @@ class Sharded:
         squares, gradients = 0.0, []
         for name, weight in self.weights.items():
             grad, copies = weight.grad, self.team.size
+            if grad is None:  # frozen
+                continue
             if isinstance(weight, DTensor):
                 grad = grad.redistribute(weight.device_mesh, weight.placements)  # a norm's gain has a partial sum
                 copies = math.prod(
@@ -311,11 +332,13 @@ class Sharded:
             squares += float(grad.square().sum()) / copies
             gradients.append(grad)
         norm = math.sqrt(self.team.add_up(squares)[0])
+        check_norm(norm, self.n_steps)
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(gradients, self.config.grad_clip / (norm + 1e-6))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
+        self.n_steps += 1
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state in this process."""

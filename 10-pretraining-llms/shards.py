@@ -106,7 +106,9 @@ def write_shard(folder: Path, number: int, documents: list[Sequence[int]], vocab
     lengths = np.array([len(document) for document in documents], dtype="<u4")
     if lengths.min() < 2:
         raise ValueError(f"document {int(lengths.argmin())} of shard {number} has fewer than two ids: nothing to learn")
-    ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
+    ids = np.concatenate([np.asarray(document) for document in documents])
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"ids must be whole numbers, got {ids.dtype} in shard {number}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise ValueError(f"id {bad} in shard {number} is outside the vocabulary 0..{vocab_size - 1}")
@@ -220,6 +222,8 @@ class ShardBatches:
 
     def __init__(self, shards: Shards, batch_size: int, seq_len: int, seed: int, packing: str = "best-fit") -> None:
         check_name("packing", packing, PACKINGS)
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be >= 1, got {seq_len}")
         self.shards, self.seq_len = shards, seq_len
         self.rows = [
             (shard, row)

@@ -128,7 +128,7 @@ def test_failures_show_the_difference_they_claim(monkeypatch) -> None:
     assert (sound, wrong) == (70, 100)
     monkeypatch.setattr(corpus_failures, "MODEL", TINY)
     monkeypatch.setattr(corpus_failures, "SETTINGS", replace(corpus_failures.SETTINGS, max_steps=12, warmup_steps=2))
-    share, logged, _ = padding_in_labels(run)
+    logged, share, _ = padding_in_labels(run)
     assert 0.1 < share[2] < 0.9 and logged[2] < logged[1]
     assert set(CORPUS_BREAKS) == {"padding-in-labels", "below-the-floor", "search-by-letters", "dedup-before-repair"}
 

@@ -236,3 +236,24 @@ def test_random_numbers_pass_the_checks_as_rarely_as_stated() -> None:
 def test_masking_is_linear_in_hostile_text() -> None:
     for text in ("a" * 20_000 + "@", "1" * 20_000, "DE12 " * 4000, "1.2." * 5000, "a.b@" * 5000):
         assert len(mask_private(text)[0]) <= len(text)  # a pattern that backtracks would run into the test's timeout
+
+
+def test_what_is_invisible_does_not_hide_damage_and_a_soft_hyphen_may_be_half_a_letter() -> None:
+    assert normalise("x\u200b\u00c3\u00a9 y") == "x\u00e9 y" == normalise(normalise("x\u200b\u00c3\u00a9 y"))
+    assert normalise("\u00c3\u00ad") == "\u00ed" and normalise("so\u00adft") == "soft"
+
+
+def test_scores_and_thresholds_have_no_edge_to_fall_from() -> None:
+    for weight, wanted in ((-1e5, 0.0), (1e5, 1.0)):
+        model = QualityClassifier(torch.full((4,), weight, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+        assert model.score("a b") == wanted
+    with pytest.raises(ValueError, match="a threshold needs trusted texts, got none"):
+        model.threshold([], 0.9)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_somebodys"),
+    [("8.8.4.4", True), ("192.168.1.20", False), ("172.16.0.9", False), ("172.32.0.9", True), ("10.1.2.3", False)],
+)
+def test_addresses_of_private_networks_stay(address: str, is_somebodys: bool) -> None:
+    assert (mask_private(f"It came from {address} again.")[0] == "It came from [ip] again.") == is_somebodys

@@ -194,3 +194,13 @@ def test_short_evaluation_texts_are_looked_for_whole_or_counted() -> None:
 def test_the_figure_has_the_measured_points() -> None:
     figure = plot_s_curve(MinHashConfig(), [(0.2, 0.0), (0.9, 1.0)], {0.05: 0.6})
     assert len(figure.axes[0].lines) == 7 and figure.axes[0].get_xlabel()
+
+
+def test_spans_are_found_in_arrays_and_tuples_alike() -> None:
+    rows = [[7, 8, 9, 7, 8, 9], (7, 8, 9), [1, 7, 8, 9]]
+    wanted = [mark.tolist() for mark in repeated_spans([list(row) for row in rows], 3)]
+    assert wanted == [[False] * 3 + [True] * 3, [True] * 3, [False, True, True, True]]
+    for kind in (list, tuple, lambda row: np.array(row, dtype=np.uint16)):
+        assert [mark.tolist() for mark in repeated_spans([kind(row) for row in rows], 3)] == wanted
+    with pytest.raises(ValueError, match="a run needs at least one token, got length=0"):
+        repeated_spans(rows, 0)

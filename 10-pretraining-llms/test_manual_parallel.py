@@ -21,7 +21,7 @@ from transformer_architecture import ModelConfig as EarlierConfig
 VOCAB = 53
 MODEL = ModelConfig(VOCAB, d_model=24, n_layers=2, n_heads=8, n_kv_heads=4, d_head=6, d_ff=40, max_seq_len=32)
 TRAINING = TrainConfig(
-    max_steps=10, batch_size=8, warmup_steps=2, learning_rate=3e-3, micro_batch_size=2, grad_clip=0.5, log_every=1
+    max_steps=6, batch_size=8, warmup_steps=2, learning_rate=3e-3, micro_batch_size=2, grad_clip=0.5, log_every=1
 )
 N_WEIGHTS = sum(parameter.numel() for parameter in CausalLM(MODEL).parameters())
 
@@ -119,7 +119,7 @@ def test_every_scheme_trains_as_one_process_and_costs_what_the_formulas_say(size
     losses, weights = alone()
     exact_losses, exact_weights = alone(double=True)
     results = run_processes(train_all, LaunchConfig(size))
-    n_turns = sum(math.ceil(math.ceil((8, 3, 5)[step % 3] / size) / 2) for step in range(10))  # micro-batches
+    n_turns = sum(math.ceil(math.ceil((8, 3, 5)[step % 3] / size) / 2) for step in range(6))  # micro-batches
     for name in MANUAL:
         first, what = results[0][name], f"{name} by hand, {size} processes"
         parity(what, "one process", "trajectory", first["losses"], losses, 1e-6)
@@ -127,7 +127,7 @@ def test_every_scheme_trains_as_one_process_and_costs_what_the_formulas_say(size
         parity(what, "each other", "invariant", [r[name]["weights"] for r in results], [first["weights"]] * size, 0.0)
         assert first["n_buckets"] >= 5
         if size > 1:
-            n_passes = n_turns + 10 if name == "zero2" else 20  # reduce-scatters, and all-gathers of weights
+            n_passes = n_turns + 6 if name == "zero2" else 12  # reduce-scatters, and all-gathers of weights
             expected = n_passes * ring_bytes(4 * first["padded"], size, "all_gather")
             parity(f"{what}: bytes sent", "formula", "invariant", first["sent"], expected, 0.0)
         stage = list(MANUAL).index(name)

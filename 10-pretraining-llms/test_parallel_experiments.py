@@ -13,14 +13,19 @@ import pytest
 import torch
 
 import parallel_experiments
+import pretraining_experiments
+from corpus_failures import CORPUS_BREAKS
 from llm_calculators import count_parameters
 from parallel_experiments import (
-    EXPERIMENTS,
+    BREAKS,
+    PARALLEL_BREAKS,
     ParallelConfig,
     expected_bytes,
     measure_all_reduce,
     parallel,
+    parameter_order,
     published_budgets,
+    restart_address,
     show_parameter_order,
     train_in_team,
     zero_table,
@@ -66,10 +71,30 @@ def test_a_folder_in_use_and_other_settings_are_refused(tmp_path) -> None:
         ParallelConfig(d_model=12)
 
 
-def test_exchanged_weights_train_apart_without_an_error(tmp_path, capsys) -> None:
-    show_parameter_order(dataclasses.replace(TINY, scheme="ddp", save_every=0), RunConfig(out=tmp_path))
-    same, wrong = re.findall(r"differ by (\S+)", capsys.readouterr().out)
-    assert float(same) == 0.0 and float(wrong) > 1e-3
+def test_exchanged_weights_train_apart_without_an_error(tmp_path, capsys, monkeypatch) -> None:
+    config, run = dataclasses.replace(TINY, scheme="ddp", save_every=0), RunConfig(out=tmp_path)
+    (_, same, wrong), (_, *losses) = parameter_order(run, config)
+    assert same == 0.0 and wrong > 1e-3 and abs(losses[0] - losses[1]) < 0.1
+    monkeypatch.setattr(parallel_experiments, "exchanged", lambda *_: (1.25, 0.5))
+    show_parameter_order(config, run)
+    assert "exchanged in process 1: loss 1.2500, weights of the two processes differ by 0.5" in capsys.readouterr().out
+
+
+def test_every_failure_has_a_row_with_its_sound_and_its_broken_value(tmp_path, monkeypatch) -> None:
+    assert (*PARALLEL_BREAKS,) == BREAKS[1:]
+    calls = []
+    monkeypatch.setattr(
+        parallel_experiments, "restarts_that_end", lambda *args: calls.append(args[2:]) or (2 if args[2] else 1, "")
+    )
+    assert restart_address(RunConfig(out=tmp_path), 2)[0][1:] == (1.0, 0.5) and calls == [(True, 2), (False, 2)]
+    recorder, run = Recorder(), RunConfig(out=tmp_path, device="cpu")
+    cheap = {name: CORPUS_BREAKS[name] for name in ("search-by-letters", "dedup-before-repair")}
+    monkeypatch.setattr(pretraining_experiments, "CORPUS_BREAKS", cheap)
+    monkeypatch.setattr(pretraining_experiments, "PARALLEL_BREAKS", {"restart-address": restart_address})
+    pretraining_experiments.breaks(recorder, run)
+    rows = recorder.tables["breaks"]
+    assert [row[0] for row in rows] == ["`search-by-letters`", "`dedup-before-repair`", "`restart-address`"]
+    assert all(row[2] != row[3] for row in rows)
 
 
 def as_torchrun_would(rank: int, port: int, config: ParallelConfig, out: Path) -> None:
@@ -133,7 +158,7 @@ class Recorder:
         self.tables: dict[str, list] = {}
 
     def save(self, name: str, columns: list, rows: list, experiment: str, n_seeds: int = 0) -> None:
-        assert experiment in EXPERIMENTS and all(len(row) == len(columns) for row in rows)
+        assert experiment in pretraining_experiments.EXPERIMENTS and all(len(row) == len(columns) for row in rows)
         self.tables[name] = rows
 
 

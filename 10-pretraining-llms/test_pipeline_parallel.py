@@ -16,7 +16,7 @@ from process_launch import LaunchConfig, run_processes
 from training_transformers import TrainConfig, fit
 
 MODEL = ModelConfig(51, d_model=24, n_layers=4, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, max_seq_len=32)
-TRAINING = TrainConfig(max_steps=10, batch_size=8, warmup_steps=2, learning_rate=3e-3, grad_clip=0.5, log_every=1)
+TRAINING = TrainConfig(max_steps=5, batch_size=8, warmup_steps=2, learning_rate=3e-3, grad_clip=0.5, log_every=1)
 
 
 def uneven_batch(step: int) -> Batch:

@@ -1,6 +1,7 @@
 """Proofs for sharded_parallel: layers split by hand or by PyTorch train as one process; bytes are the formula's."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,12 +13,21 @@ from manual_parallel import Ring, train_with
 from modern_llm_architectures import CausalLM
 from packing import IGNORE, Batch, language_model_loss
 from process_launch import LaunchConfig, run_processes
-from sharded_parallel import CopyToAll, Sharded, SumOfAll, TensorByHand, check_splits, split_by_hand
+from sharded_parallel import (
+    ColumnParallelLinear,
+    CopyToAll,
+    RowParallelLinear,
+    Sharded,
+    SumOfAll,
+    TensorByHand,
+    check_splits,
+    split_by_hand,
+)
 from training_cost import tensor_parallel_bytes
 from training_transformers import TrainConfig, fit
 
 MODEL = ModelConfig(56, d_model=24, n_layers=2, n_heads=8, n_kv_heads=4, d_head=6, d_ff=40, max_seq_len=32)
-TRAINING = TrainConfig(max_steps=10, batch_size=8, warmup_steps=2, learning_rate=3e-3, grad_clip=0.5, log_every=1)
+TRAINING = TrainConfig(max_steps=5, batch_size=8, warmup_steps=2, learning_rate=3e-3, grad_clip=0.5, log_every=1)
 
 
 def uneven_batch(step: int) -> Batch:
@@ -61,9 +71,9 @@ def train_all(team: Team, names: tuple[str, ...], training: TrainConfig, tied: b
 @pytest.mark.parametrize(
     ("size", "names", "n_steps", "tied"),
     [
-        (1, ("fsdp",), 10, True),
-        (2, ("tensor by hand", "fsdp"), 10, True),
-        (2, ("tensor",), 4, False),
+        (1, ("fsdp",), 5, True),
+        (2, ("tensor by hand", "fsdp"), 5, True),
+        (2, ("tensor",), 3, False),
         (4, ("tensor by hand", "fsdp+sequence+loss"), 3, True),
     ],
 )
@@ -106,13 +116,55 @@ def test_a_split_network_gives_the_whole_ones_gradients(parity) -> None:
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     out = whole(x)
     out.square().sum().backward()
-    results = run_processes(split_network, LaunchConfig(2))
-    for rank, result in enumerate(results):
-        parity("column and row parallel SwiGLU", "SwiGLU", "output", result["out"], out, 1e-10)
-        parity("column and row parallel SwiGLU", "SwiGLU", "gradient", result["x"], x.grad, 1e-10)
-        share = whole.up_proj.weight.grad.chunk(2)[rank]
-        parity("column and row parallel SwiGLU", "SwiGLU", "gradient", result["up"], share, 1e-10)
-        assert result["sent"] == 2 * 3 * 5 * 6 * 8, "one all-reduce forward and one backward, of 8-byte numbers"
+    for size, results in ((1, [split_network(Team())]), (2, run_processes(split_network, LaunchConfig(2)))):
+        for rank, result in enumerate(results):
+            parity("column and row parallel SwiGLU", "SwiGLU", "output", result["out"], out, 1e-10)
+            parity("column and row parallel SwiGLU", "SwiGLU", "gradient", result["x"], x.grad, 1e-10)
+            share = whole.up_proj.weight.grad.chunk(size)[rank]
+            parity("column and row parallel SwiGLU", "SwiGLU", "gradient", result["up"], share, 1e-10)
+            n_sent = 2 * 3 * 5 * 6 * 8 if size == 2 else 0  # an all-reduce forward, one backward, 8-byte numbers
+            assert result["sent"] == n_sent
+
+
+def test_shares_of_a_layer_together_are_the_layer(parity) -> None:
+    whole, x = torch.nn.Linear(12, 9, bias=False).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    parts = [ColumnParallelLinear(whole, Team(rank, 3))(x) for rank in range(3)]
+    parity("ColumnParallelLinear, 3 shares", "nn.Linear", "output", torch.cat(parts, dim=-1), whole(x), 1e-12)
+    rows = [RowParallelLinear(whole, Ring(Team(rank, 3))) for rank in range(3)]
+    terms = sum(part @ row.weight.T for part, row in zip(x.chunk(3, dim=-1), rows, strict=True))
+    parity("RowParallelLinear, 3 shares", "nn.Linear", "output", terms, whole(x), 1e-12)
+    whole.weight.requires_grad_(False)
+    assert not ColumnParallelLinear(whole, Team(1, 3)).weight.requires_grad
+    with pytest.raises(ValueError, match="got bias=True and 9 features for 3 processes"):
+        ColumnParallelLinear(torch.nn.Linear(12, 9), Team(0, 3))
+    with pytest.raises(ValueError, match="got bias=False and 12 features for 5 processes"):
+        RowParallelLinear(whole, Ring(Team(0, 5)))
+
+
+@pytest.mark.parametrize("kind", [TensorByHand, Sharded])
+def test_a_batch_without_targets_and_a_gradient_without_bounds_are_refused(kind: type) -> None:
+    scheme, batch = kind(fresh(0, True), TRAINING, Team()), uneven_batch(0)
+    before = {name: tensor.clone() for name, tensor in scheme.full_state().items()}
+    with pytest.raises(ValueError, match="no token of this batch is counted"):
+        scheme.train_on({**batch, "targets": torch.full_like(batch["targets"], IGNORE)})
+    next(scheme.model.parameters()).data[3] = math.inf
+    with pytest.raises(ValueError, match="the gradient's norm is nan at step 1; lower --learning-rate"):
+        scheme.train_on(batch)
+    assert all(torch.equal(scheme.full_state()[name][-1], tensor[-1]) for name, tensor in before.items())
+
+
+def test_frozen_weights_stay_as_they_are() -> None:
+    for kind in (TensorByHand, Sharded):
+        model = fresh(0, False)
+        frozen = [model.blocks[0].ffn.up_proj.weight, model.token_emb.weight]
+        for weight in frozen:
+            weight.requires_grad_(False)
+        scheme, before = kind(model, TRAINING, Team()), [weight.clone() for weight in frozen]
+        head = model.lm_head.weight.clone()
+        train_with(scheme, uneven_batch)
+        after = scheme.full_state()
+        kept = (after["blocks.0.ffn.up_proj.weight"], after["token_emb.weight"])
+        assert all(map(torch.equal, kept, before)) and not torch.equal(after["lm_head.weight"], head)
 
 
 def test_the_two_collectives_are_each_others_transpose() -> None:

@@ -232,3 +232,11 @@ def test_a_corpus_may_be_larger_than_memory(corpus: Shards) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6  # 9.6 MB are the batch itself
+
+
+def test_ids_that_are_no_whole_numbers_and_empty_rows_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="ids must be whole numbers, got float64 in shard 0"):
+        write_shards([[1.5, 2.0]], tmp_path / "a", 9, "x", "test")
+    corpus = write_shards([[1, 2, 3]], tmp_path / "b", 9, "x", "test")
+    with pytest.raises(ValueError, match="seq_len must be >= 1, got 0"):
+        ShardBatches(corpus, 1, 0, seed=0)

@@ -95,6 +95,8 @@ def test_bytes_of_messages() -> None:
     assert tensor_parallel_bytes(config, n_tokens=10, size=2, bytes_per_number=4) == 4 * 3 * 10 * 8 * 4
     with pytest.raises(ValueError, match="unknown collective 'broadcast'"):
         ring_bytes(1, 2, "broadcast")
+    with pytest.raises(ValueError, match="size must be >= 1 process, got 0"):
+        data_parallel_bytes(1, 0)
 
 
 def test_estimate_prints_what_the_functions_say(capsys, tmp_path) -> None:

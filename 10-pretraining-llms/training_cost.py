@@ -97,6 +97,8 @@ def zero_bytes(n_parameters: float, n_gpus: int, stage: int, weight_bytes: float
 
 def ring_bytes(n_bytes: float, size: int, kind: str = "all_reduce") -> float:
     """Bytes that each of `size` processes sends for a message of n_bytes by ring (Patarasuk and Yuan 2009)."""
+    if size < 1:
+        raise ValueError(f"size must be >= 1 process, got {size}")
     turns = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
     return turns[check_name("collective", kind, turns)] * (size - 1) / size * n_bytes
 
