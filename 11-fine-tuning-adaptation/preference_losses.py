@@ -213,7 +213,7 @@ def orpo_loss(pairs: Pairs, orpo_weight: float) -> Tensor:
     Without a reference: the first term is ordinary fine-tuning. The odds are those of the mean per token.
     """
     means = pairs.per_token()
-    odds = [value - torch.log1p(-value.exp()) for value in (means.chosen, means.rejected)]
+    odds = [value - torch.log(-torch.expm1(value)) for value in (means.chosen, means.rejected)]  # exact near p = 1 too
     return -means.chosen - orpo_weight * F.logsigmoid(odds[0] - odds[1])  # (batch)
 
 

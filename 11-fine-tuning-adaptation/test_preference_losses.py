@@ -161,6 +161,15 @@ def test_orpo_equals_trl(parity) -> None:
     parity("orpo_loss", "trl ORPOTrainer", "output", orpo_loss(pairs, 0.3) + means.chosen, -theirs, 1e-6)
 
 
+def test_orpo_is_finite_where_both_answers_are_nearly_certain() -> None:
+    """log(1 - p) of p = 1 - 1e-9 is -20.7 and not -inf, as float32 has it: the gradient of what is likelier remains."""
+    chosen, rejected = (torch.tensor([-value], requires_grad=True) for value in (1e-9, 3e-9))
+    one = torch.ones(1)
+    loss = orpo_loss(Pairs(chosen, rejected, 0 * one, 0 * one, one, one), 0.3)
+    assert loss.item() == pytest.approx(0.3 * math.log(1 + 1 / 3), rel=1e-4)  # the odds are as 3 to 1
+    assert all(torch.isfinite(slope).all() for slope in torch.autograd.grad(loss, (chosen, rejected)))
+
+
 @pytest.fixture(scope="module")
 def trl_folder(tmp_path_factory):
     """A tiny Llama with the course tokenizer, as a folder that transformers and ours load."""

@@ -122,7 +122,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.config, self.match = model.eval().requires_grad_(False), config, match
         self.step = 0
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(device_of(model)).manual_seed(0)
 
     def train(self, mode: bool = True) -> "Teacher":
         return self  # never
