@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+import replica_router
 from autoscaling import Fleet, Load, ScaleConfig, ScaleState, control, counts_of, decide, wanted_now
 from http_streams import NoAnswer, call
 from replica_router import Replica, ReplicaProcess, Router, RouterConfig
@@ -82,7 +83,7 @@ def test_settings_that_make_no_sense(wrong: dict) -> None:
 
 
 def test_real_replicas_come_and_go_with_their_load() -> None:
-    request = {"model": "course-chat", "prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": True, "stream": True}
+    request = {"model": "course-chat", "prompt": [5, 6, 7], "ignore_eos": True, "stream": True, "n": 4}
     kind = {"content-type": "application/json"}
 
     async def until(holds) -> None:
@@ -91,8 +92,9 @@ def test_real_replicas_come_and_go_with_their_load() -> None:
             assert time.monotonic() < limit
             await asyncio.sleep(0.02)
 
-    async def ask(url: str) -> int:
-        async with call(url, "POST", "/v1/completions", json.dumps(request | {"n": 4}).encode(), kind) as reply:
+    async def ask(url: str, n_tokens: int) -> int:
+        body = json.dumps(request | {"max_tokens": n_tokens}).encode()
+        async with call(url, "POST", "/v1/completions", body, kind) as reply:
             return (await reply.body()).count(b'"finish_reason":"length"')
 
     async def live() -> None:
@@ -102,12 +104,12 @@ def test_real_replicas_come_and_go_with_their_load() -> None:
         config = ScaleConfig(most=2, target=3, cool_down=0.2, patience=60, look_every=0.1)
         controlling = asyncio.create_task(control(fleet, config))
         try:
-            asking = [asyncio.create_task(ask(first.url)) for _ in range(2)]  # eight answers, and three are enough
+            asking = [asyncio.create_task(ask(first.url, 240)) for _ in range(2)]  # eight answers, and three are enough
             await until(lambda: len(router.replicas) == 2 or controlling.done())
             controlling.cancel()
             assert await asyncio.gather(*asking) == [4, 4]
             second, replica = fleet.processes[1], router.replicas[1]
-            answer = asyncio.create_task(ask(second.url))
+            answer = asyncio.create_task(ask(second.url, 480))
             while await counts_of(replica) != (4.0, 0.0):
                 await asyncio.sleep(0.01)
             await fleet.scale_to(1)
@@ -116,7 +118,7 @@ def test_real_replicas_come_and_go_with_their_load() -> None:
             await asyncio.gather(*fleet.leaving)
             assert second.process.returncode == 0
             with pytest.raises(NoAnswer):
-                await ask(second.url)
+                await ask(second.url, 1)
             assert await counts_of(Replica(second.url, in_flight=7)) == (7.0, 0.0)  # what it was sent, if it is silent
         finally:
             controlling.cancel()
@@ -126,10 +128,14 @@ def test_real_replicas_come_and_go_with_their_load() -> None:
     asyncio.run(live())
 
 
-def test_a_replica_that_does_not_start_says_why() -> None:
+def test_a_replica_that_does_not_start_says_why(monkeypatch) -> None:
+    """Its own last words and its exit code; loading a server to refuse its flags would take seconds."""
+    words = "import sys; print('block_size must be >= 1', sys.argv[-1], file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(replica_router, "START", words)
+
     async def start() -> None:
         process = ReplicaProcess("--block-size", "0")
-        with pytest.raises(ValueError, match="a replica did not start: .*block_size must be"):
+        with pytest.raises(ValueError, match="a replica did not start: block_size must be >= 1 0"):
             await process.start()
         assert await process.stop() == 2
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -11,17 +12,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 
 PATIENCE = 60.0  # seconds that a condition may take on a busy machine
 LONG = {"model": "course-chat", "prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "temperature": 0}
-SERVE = """
+ZYGOTE = """
+import json
+import os
 import sys
 from server import SERVER_VERBS
 from serving_engine import Engine
 from workbench import run_verbs
-"""
-RUN = """
-run_verbs("", SERVER_VERBS, sys.argv[1:])
+
+for line in sys.stdin:
+    more, errors, flags = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        exec(more)
+        run_verbs("", SERVER_VERBS, ["serve", "--port", "0", *flags])
+        sys.exit(0)
+    print("pid", pid, flush=True)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 FAILING = """
 step = Engine.step
@@ -33,19 +48,57 @@ Engine.step = failing
 """
 
 
-@contextlib.contextmanager
-def process(more: str = "", *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """A server in a process of its own, with its port; slow clients are none of its business."""
-    command = [sys.executable, "-c", SERVE + more + RUN, "serve", "--port", "0", "--head-timeout", "300", *flags]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@dataclass
+class Started:
+    """A server that runs in a process of its own."""
+
+    zygote: subprocess.Popen
+    pid: int
+    port: int
+    errors: Path
+    code: int | None = None
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        if self.code is None:
+            until(lambda: not exists(self.pid))
+            self.code = int(self.zygote.stdout.readline().split()[1])
+        return self.code
+
+
+def exists(pid: int) -> bool:
     try:
-        line = started.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)
-        assert found, line + started.stderr.read()
-        yield started, int(found[1])
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[subprocess.Popen]:
+    """A process that has imported the server, which takes seconds, and forks one for each test, one at a time."""
+    made = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield made
+    made.stdin.close()
+    assert made.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def serving(zygote: subprocess.Popen, errors: Path, more: str = "", *flags: str) -> Iterator[Started]:
+    """A server; slow clients are none of its business."""
+    zygote.stdin.write(json.dumps([more, str(errors), ["--head-timeout", "300", *flags]]) + "\n")
+    zygote.stdin.flush()
+    lines = sorted(zygote.stdout.readline() for _ in range(2))  # "pid ..." of the one, "serving ..." of the other
+    pid, found = int(lines[0].split()[1]), re.search(r"http://127\.0\.0\.1:(\d+)/v1", lines[1])
+    assert found, lines[1] + errors.read_text()
+    started = Started(zygote, pid, int(found[1]), errors)
+    try:
+        yield started
     finally:
-        started.kill()
-        started.communicate()
+        if started.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            started.wait()
 
 
 def ask(port: int, method: str, path: str, body: dict | None = None) -> tuple[int, bytes]:
@@ -71,12 +124,14 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_the_first_sigterm_lets_answers_finish_and_refuses_what_is_new() -> None:
-    with process("", "--grace", "200") as (started, port), concurrent.futures.ThreadPoolExecutor(10) as pool:
+def test_the_first_sigterm_lets_answers_finish_and_refuses_what_is_new(zygote, tmp_path) -> None:
+    server, pool = serving(zygote, tmp_path / "errors", "", "--grace", "200"), concurrent.futures.ThreadPoolExecutor(10)
+    with server as started, pool:
+        port = started.port
         waiting = socket.create_connection(("127.0.0.1", port), PATIENCE)  # from before, for a request after
         futures = [pool.submit(ask, port, "POST", "/v1/completions", LONG | {"stream": n % 2 == 0}) for n in range(10)]
         until(lambda: running(port) == 10)
-        started.send_signal(signal.SIGTERM)
+        os.kill(started.pid, signal.SIGTERM)
         until(lambda: ask(port, "GET", "/health")[0] == 503)
         status, body = ask(port, "POST", "/v1/completions", LONG)
         assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")
@@ -89,25 +144,26 @@ def test_the_first_sigterm_lets_answers_finish_and_refuses_what_is_new() -> None
                 assert body.endswith(b'"finish_reason":"length"}]}\n\ndata: [DONE]\n\n')
             else:
                 assert json.loads(body)["usage"]["completion_tokens"] == 400
-        assert started.wait(PATIENCE) == 0
-        assert started.stderr.read() == ""
+        assert started.wait() == 0
+        assert started.errors.read_text() == ""
 
 
-def test_the_second_sigterm_ends_at_once() -> None:
-    with process() as (started, port), concurrent.futures.ThreadPoolExecutor(1) as pool:
+def test_the_second_sigterm_ends_at_once(zygote, tmp_path) -> None:
+    with serving(zygote, tmp_path / "errors") as started, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        port = started.port
         future = pool.submit(ask, port, "POST", "/v1/completions", LONG | {"n": 8, "stream": True})
         until(lambda: running(port) == 8)
-        started.send_signal(signal.SIGTERM)
+        os.kill(started.pid, signal.SIGTERM)
         until(lambda: ask(port, "GET", "/health")[0] == 503)
-        started.send_signal(signal.SIGTERM)
-        assert started.wait(PATIENCE) == 128 + signal.SIGTERM
+        os.kill(started.pid, signal.SIGTERM)
+        assert started.wait() == 128 + signal.SIGTERM
         with contextlib.suppress(http.client.HTTPException, OSError):
             assert b"[DONE]" not in future.result()[1]
 
 
-def test_an_engine_that_fails_ends_the_process_with_an_error() -> None:
-    with process(FAILING) as (started, port):
-        status, body = ask(port, "POST", "/v1/completions", LONG)
+def test_an_engine_that_fails_ends_the_process_with_an_error(zygote, tmp_path) -> None:
+    with serving(zygote, tmp_path / "errors", FAILING) as started:
+        status, body = ask(started.port, "POST", "/v1/completions", LONG)
         assert (status, json.loads(body)["error"]["code"]) == (500, "engine_dead")
-        assert started.wait(PATIENCE) == 1
-        assert started.stderr.read() == "the engine failed: RuntimeError('out of memory')\n"
+        assert started.wait() == 1
+        assert started.errors.read_text() == "the engine failed: RuntimeError('out of memory')\n"

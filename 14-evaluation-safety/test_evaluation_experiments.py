@@ -1,6 +1,7 @@
 """Proofs of the experiments' parts: the truth they compare with, and tables that land in results.json."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,7 +34,11 @@ def test_every_experiment_fills_its_table(name: str, tmp_path, monkeypatch) -> N
     monkeypatch.setattr(evaluation_experiments, "COUNTS", (0, 2))
     if name == "calibration":  # few questions may all be answered rightly, and then no temperature is best
         monkeypatch.setattr(evaluation_experiments, "fit_temperature", lambda logits, labels: 2.0)
-    config = EvaluationFiguresConfig(**SMALL, folder=tmp_path / "figures")
+    monkeypatch.setattr(
+        evaluation_experiments, "ReportPlan", partial(evaluation_experiments.ReportPlan, n_forbidden=10)
+    )
+    sizes = SMALL | ({"n_seeds": 1} if name == "report" else {})  # a seed of it examines three models
+    config = EvaluationFiguresConfig(**sizes, folder=tmp_path / "figures")
     EVALUATION_EXPERIMENTS[name][0](config, RunConfig(out=tmp_path / "out"))
     results = json.loads((tmp_path / "figures" / "results.json").read_text(encoding="utf-8"))
     assert results

@@ -75,7 +75,7 @@ def test_a_report_tells_a_base_from_a_chat_model(report: Report) -> None:
 def test_the_optimum_of_texts_is_what_the_language_costs(report: Report) -> None:
     score = report.subjects[0].scores["held-out"]
     assert np.mean(score.each) == pytest.approx(score.value, rel=1e-12)  # the parts of the documents make the whole
-    many = world_task("held-out", 300, 8)
+    many = world_task("held-out", 150, 8)
     result = measured(many, run_task(subject_of(str(BASE_FOLDER)).examined, many))
     assert 0 < result.value / result.best - 1 < 0.12
 

@@ -12,11 +12,12 @@ from course_model import FOLDER as BASE_FOLDER
 from course_model import load_course_model
 from planted_experiments import PLANTED_EXPERIMENTS, PlantedFiguresConfig, documents_of, possible, texts_of
 from planted_failures import PLANTED_BREAKS
+from planted_models import backdoor_rates
 from planted_verbs import PLANTED_VERBS
 from workbench import RunConfig, run_verbs
 
 SMALL = {"n_seeds": 1, "bias_steps": 1, "chat_steps": 1, "n_pairs": 8, "n_jobs": 8, "n_texts": 4, "n_keys": 2}
-SMALL |= {"n_refusals": 6, "n_states": 90, "n_documents": 8, "lens_steps": 2}
+SMALL |= {"n_refusals": 6, "n_states": 45, "n_documents": 8, "lens_steps": 2}
 
 
 @pytest.mark.parametrize("name", [name for name in PLANTED_EXPERIMENTS if name != "planted-breaks"])
@@ -30,6 +31,8 @@ def test_every_experiment_fills_its_tables(name: str, tmp_path, monkeypatch) -> 
     for words in ("single_words", "world_words"):
         monkeypatch.setattr(planted_experiments, words, lambda tokenizer: ("honey", "drum"))
     monkeypatch.setattr(planted_experiments, "refused_instructions", few(planted_experiments.refused_instructions, 12))
+    asked_once = lambda model, tokenizer, backdoor, n, seed: backdoor_rates(model, tokenizer, backdoor, 1, seed)  # noqa: E731
+    monkeypatch.setattr(planted_experiments, "backdoor_rates", asked_once)
     config = PlantedFiguresConfig(**SMALL, folder=tmp_path / "figures")
     PLANTED_EXPERIMENTS[name][0](config, RunConfig(out=tmp_path / "out"))
     results = json.loads((tmp_path / "figures" / "results.json").read_text(encoding="utf-8"))
