@@ -1,5 +1,7 @@
 """Topic 09: FlashAttention-2 against SDPA, outputs and gradients, and its traffic against the formulas."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -43,13 +45,30 @@ def test_large_scores_and_half_precision_stay_finite(parity) -> None:
     parity("flash_attention, bfloat16", "its own float64", "output", half, flash_attention(q, k, v), 0.03)
 
 
+def test_half_precision_is_rounded_once_and_not_in_every_tile(parity) -> None:
+    """Sums over 400 keys: kept in bfloat16 they would be off by several roundings, where the output's is one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 400, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    got, wanted = flash_attention(q, k, v, fast_memory=500), flash_attention(*exact, fast_memory=500)
+    one_rounding = (wanted - wanted.bfloat16()).abs().max().item()
+    parity("flash_attention, bfloat16, 400 keys", "float64", "output", got.double(), wanted, 1.01 * one_rounding)
+
+
 @pytest.mark.parametrize("fast_memory", [200, 2000, 20_000])
 def test_traffic_is_the_formula(fast_memory: int, parity) -> None:
     n, d_head, traffic = 64, 6, Traffic()
     q, k, v = inputs(n, n, d_value=6)
-    flash_attention(q, k, v, fast_memory=fast_memory, traffic=traffic)
+    output = flash_attention(q, k, v, fast_memory=fast_memory, traffic=traffic)
     wanted = 8 * flash_traffic(n, n, d_head, fast_memory)
     parity("flash_traffic", "transfers of the run", "invariant", traffic.total, wanted, 0)
+    output.sum().backward()
+    n_tiles = math.ceil(n / tile_sizes(fast_memory, d_head)[1])
+    once = 6 * n * d_head + n  # the output and its gradient; keys, values and their gradients; a number for each row
+    each = 4 * n * d_head + 2 * n  # of keys: queries, gradients, two numbers a row; the queries' gradient, both ways
+    parity(
+        "flash backward traffic", "counted by hand", "invariant", traffic.total - wanted, 8 * (once + n_tiles * each), 0
+    )
 
 
 def test_traffic_falls_with_fast_memory_and_beats_the_written_out_matrix() -> None:

@@ -107,6 +107,16 @@ def test_room_is_what_the_model_has_left() -> None:
     assert room_for(CausalLM(replace(SMALL, window_size=4)), 20, 500) == 500
 
 
+def test_likely_tokens_are_chosen_after_the_temperature(monkeypatch) -> None:
+    """0.7 of the mass is two tokens of these four, and three once a temperature of 4 has flattened them."""
+    model, logits = CausalLM(SMALL), torch.full((1, VOCAB_SIZE), -torch.inf)
+    logits[0, 20:24] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    monkeypatch.setattr(model, "decoding", lambda *_: lambda new_ids: logits.expand(len(new_ids), -1))
+    sampling = SamplingConfig(1, temperature=4.0, top_p=0.7)
+    drawn = model.generate(torch.full((200, 1), BOS_ID), sampling, generator=torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == {20, 21, 22}
+
+
 # Several ends
 
 
