@@ -122,10 +122,12 @@ def test_experiments_run_small() -> None:
 SMALL_BREAK = LadderConfig(n_documents=600, n_eval=60, d_model=32, batch_size=8, seq_len=32, max_steps=100)
 
 
-@pytest.mark.parametrize(("name", "max_steps"), [("no-shift", 100), ("pad-in-loss", 50)])
-def test_a_spoiled_loss_looks_far_better_than_the_sound_one(name, max_steps) -> None:
+@pytest.mark.parametrize("name", ["no-shift", "pad-in-loss"])
+def test_a_spoiled_loss_looks_far_better_than_the_sound_one(name) -> None:
     """With more steps both fall below the floor, which no sound loss can (the chapter's table)."""
-    (_, sound, broken), (_, same, true_loss) = BREAKS[name](replace(SMALL_BREAK, max_steps=max_steps), 0)
+    (_, sound, broken), (_, same, true_loss) = BREAKS[name](
+        replace(SMALL_BREAK, n_documents=300, max_steps=50, learning_rate=0.06), 0
+    )
     assert sound == same > 0.2 and broken < sound - 0.5 and true_loss > broken + 0.5
     assert name != "no-shift" or broken < 0 < 3 < true_loss
 
