@@ -119,7 +119,7 @@ def pass_over(
     p: Tensor, q: Tensor | None, params: RequestParams, n_draft: int, n_rows: int = N_DRAWS, check=verify
 ) -> tuple[Tensor, float]:
     """Counts (vocab, vocab) of the first two tokens after a 1, and the share of first guesses that were kept."""
-    rows = [new_row(RequestParams(**vars(params) | {"seed": seed}), [1]) for seed in range(n_rows)]
+    rows = [RowState(params, [1], generator=torch.Generator().manual_seed(seed)) for seed in range(n_rows)]
 
     def next_logits(newest: list[int] | None) -> Tensor:
         return q[newest or [1] * n_rows]
