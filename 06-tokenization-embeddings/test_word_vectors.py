@@ -54,6 +54,15 @@ def test_shifted_pmi_by_hand() -> None:
     assert pmi[0, 0].item() == -math.inf
 
 
+def test_words_that_met_nobody_have_no_pmi_and_finite_vectors() -> None:
+    counts, vocab = cooccurrences([["a", "b"], ["c"], ["b", "a", "a"]], 2)
+    table = shifted_pmi(counts)
+    assert not table.isnan().any() and table[vocab.index("c")].tolist() == [-math.inf] * 3
+    assert pmi_vectors(counts, 2).isfinite().all()
+    with pytest.raises(ValueError, match="no two words met; give longer documents"):
+        shifted_pmi(cooccurrences([["a"], ["b"]], 2)[0])
+
+
 def test_pmi_vectors_rebuild_the_matrix_at_full_width() -> None:
     counts, _ = cooccurrences([list("abcabdacd"), list("dcba")], 2)
     positive = shifted_pmi(counts).clamp(min=0)

@@ -112,6 +112,8 @@ def noise_shares(counts: Tensor, power: float) -> Tensor:
     Shapes:
         counts: (vocab, vocab) -> (vocab)
     """
+    if not counts.any():
+        raise ValueError("no two words met; give longer documents or a wider window")
     weights = counts.sum(0) ** power  # (vocab)
     return weights / weights.sum()
 
@@ -126,7 +128,8 @@ def shifted_pmi(counts: Tensor, n_negatives: int = 1, power: float = 1.0) -> Ten
         counts: (vocab, vocab) -> the same
     """
     expected = counts.sum(1, keepdim=True) * noise_shares(counts, power)  # (vocab, vocab)
-    return (counts / expected).log() - math.log(n_negatives)
+    ratio = torch.where(counts > 0, counts / expected, 0.0)  # (vocab, vocab); 0 / 0 for words that met nobody
+    return ratio.log() - math.log(n_negatives)
 
 
 # Three ways to vectors
