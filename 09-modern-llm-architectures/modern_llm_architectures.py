@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from attention_mechanisms import causal_mask, document_mask
 from fast_decoding import DecodePlan, can_plan
 from gpt2 import SamplingConfig, check_prompt, init_weights, keep_likely
-from huggingface_folders import CONFIG, WEIGHTS, joined, load_weights, read_config, read_weights
+from huggingface_folders import CONFIG, WEIGHTS, check_fit, joined, load_weights, read_config, read_weights
 from latent_attention import LatentAttention
 from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout, with_generation_ends
 from llm_generation import PromptConfig, encode_prompt, load_tokenizer, room_for, save_word_tokenizer, text_pieces
@@ -41,6 +41,7 @@ from llm_layers import (
     soft_cap,
 )
 from mixture_of_experts import MixtureOfExperts, SigmoidRouter, SoftmaxRouter, load_balance_loss
+from optimizers import shapes_alone
 from packing import language_model_loss
 from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, check_token_ids, sample_ids
 from tiny_world import join
@@ -286,8 +287,11 @@ class CausalLM(nn.Module):
         if isinstance(n_layers, int) and n_layers > 10_000:  # before blocks are built that no weights can fill
             raise ValueError(f"num_hidden_layers={n_layers} is above 10,000; config.json of {folder} is damaged")
         config = config_from_folder(with_generation_ends(settings, folder))
+        tensors, layout = read_weights(folder), folder_layout(config)
+        with shapes_alone():  # sizes that no weights fill are refused before they take memory
+            check_fit(cls(config), tensors, layout)
         model = cls(config)
-        load_weights(model, read_weights(folder), folder_layout(config))
+        load_weights(model, tensors, layout)
         return model.eval()
 
     def save_pretrained(self, folder: Path | str) -> None:
