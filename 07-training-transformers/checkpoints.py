@@ -318,7 +318,7 @@ class CsvLog:
             self.columns += new
             self.rewrite()
         elif self.path:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
+            with named_failure(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(self.line(row))
 
     def line(self, row: dict[str, float]) -> str:
@@ -327,13 +327,26 @@ class CsvLog:
     def rewrite(self) -> None:
         if self.path:
             text = ",".join(self.columns) + "\n" + "".join(map(self.line, self.rows))
-            write_atomically(self.path, text.encode())
+            with named_failure(self.path):
+                write_atomically(self.path, text.encode())
 
     def sync(self) -> None:
         """Bring the rows to the disk: a checkpoint must never be ahead of its log."""
         if self.path:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def named_failure(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what helps: the system says neither."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write {shown(path)}: {error.strerror or error}; make room, or choose another --out; a run that "
+            "has checkpoints goes on with --resume"
+        ) from error
 
 
 def read_log(path: Path) -> Iterator[dict[str, float]]:

@@ -188,6 +188,19 @@ def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path) -> No
     assert folder.steps() == [1] and folder.load()["step"] == 1
     assert not list(tmp_path.glob(".step-*")), "what did not fit is removed at once"
 
+    def log_too_much() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        log = CsvLog(tmp_path / "log.csv")
+        try:
+            for step in range(99):
+                log.add({"step": step, "loss": 0.1})
+        except OSError as error:
+            raise SystemExit(
+                3 if "cannot write" in str(error) and "log.csv: File too large; make room" in str(error) else 4
+            ) from None
+
+    assert exit_code_of(in_child(log_too_much)) == 3
+
 
 def test_the_command_line_reports_a_full_disk_in_one_line(tmp_path) -> None:
     """CK3 from outside: an optimizer part of 1.5 MB does not fit, the earlier checkpoint does not suffer."""

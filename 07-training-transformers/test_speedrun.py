@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -298,6 +299,7 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 
 def test_command_line_trains_and_compares(corpus, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(speedrun, "load_corpus", lambda: corpus)
+    monkeypatch.setitem(speedrun.CLOCKS, "cpu", lambda: 5 * time.process_time())  # a second of it is soon over
     flags = "--budget 1s --clock cpu --d-model 16 --n-layers 1 --seq-len 12 --batch-size 3 --n-bytes 5"
     speedrun.main([*flags.split(), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -320,8 +322,8 @@ def test_the_chapters_tables_have_a_row_for_each_recipe(corpus, tmp_path, monkey
         monkeypatch.setattr(speedrun, name, replace(getattr(speedrun, name), **small))
     ablations = {name: replace(recipe, **small) for name, recipe in list(speedrun.ABLATIONS.items())[:2]}
     monkeypatch.setattr(speedrun, "ABLATIONS", ablations)
-    speedrun.speedrun_table(tmp_path, n_seeds=2, budget=0.2)
-    speedrun.speedrun_ablation(tmp_path, n_seeds=2, budget=0.2, n_removal_seeds=1)
+    speedrun.speedrun_table(tmp_path, n_seeds=2, budget=0.1)
+    speedrun.speedrun_ablation(tmp_path, n_seeds=2, budget=0.1, n_removal_seeds=1)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row[-1] for row in results["speedrun"]["rows"][:-3]] == 4 * ["-"]
     assert [row[0] for row in results["speedrun"]["rows"][-3:]] == [NANOGPT.name, "nanoGPT, tuned", "ours"]

@@ -139,6 +139,7 @@ class BertTrunk(nn.Module):
         if not token_ids.is_meta:
             check_token_ids(token_ids, self.config.vocab_size)
             check_token_ids(segment_ids, self.config.n_segments)
+        mask = None if real is None else real[:, None, None, :]  # none is quicker than one that is True everywhere
         if real is None:
             real = torch.ones_like(token_ids, dtype=torch.bool)  # (batch, seq)
         check_real(real, tuple(token_ids.shape))
@@ -146,7 +147,7 @@ class BertTrunk(nn.Module):
         x = self.dropout(self.emb_norm(self.add_positions(x, real)))  # (batch, seq, d_embedding)
         x = self.emb_proj(x)  # (batch, seq, d_model)
         for block in self.layers():
-            x = block(x, real[:, None, None, :])  # (batch, seq, d_model)
+            x = block(x, mask)  # (batch, seq, d_model)
         return x
 
 
