@@ -35,6 +35,7 @@ from equal_compute import remembered
 from evaluation_statistics import wilson
 from guard_suite import TRANSFORMS, GuardTrainConfig, guard, rates, suite, verdicts
 from memorisation import fine_tuned
+from metric_failures import break_table
 from planted_models import kept_model
 from python_text import python_text
 from quantized_model import Recipe, quantize_model
@@ -480,11 +481,7 @@ def plot_refusals(rows: list[list], names: Sequence[str]) -> Figure:
 
 def attack_breaks(config: AttackFiguresConfig, run: RunConfig) -> None:
     """Every planted failure: the right value beside the broken one."""
-    rows: list[list] = []
-    for name, (show, _) in ATTACK_BREAKS.items():
-        rows += [[f"`{name}`", what.partition(": ")[2], sound, broken] for what, sound, broken in show(run)]
-    columns = [Column("`--break`"), Column("What is measured"), Column("sound"), Column("broken")]
-    config.save("attack-breaks", columns, rows, n_seeds=1)
+    config.save("attack-breaks", *break_table(ATTACK_BREAKS, run), n_seeds=1)
 
 
 ATTACK_EXPERIMENTS: dict[str, tuple[Callable, float]] = {

@@ -9,6 +9,7 @@ sound value, its broken value).
 
 import random
 from collections.abc import Callable
+from statistics import fmean
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def raw_guard(run: RunConfig) -> list[Row]:
     rows = []
     for name in ("look-alikes", "zero width", "base64", "spaces"):
         hidden = [TRANSFORMS[name](text, random.Random(place)) for place, text in enumerate(texts)]
-        shares = [mean([guard.check(text).blocked for text in hidden]) for guard in (sound, broken)]
+        shares = [fmean([guard.check(text).blocked for text in hidden]) for guard in (sound, broken)]
         rows.append((f"raw-guard: attacks stopped, {name}", *shares))
     return rows
 
@@ -67,9 +68,9 @@ def any_answer(run: RunConfig) -> list[Row]:
     asked = [(noun, way(text)) for noun, text in each_question(run.seed, 10) for way in ENCODINGS.values()]
     asked += [(noun, frame.format(text)) for noun, text in each_question(run.seed, 10) for frame in FRAMES_NEW]
     said = keeper.reply([say(text) for _, text in asked])
-    told = mean([leaked(noun, text) for (noun, _), text in zip(asked, said, strict=True)])
+    told = fmean([leaked(noun, text) for (noun, _), text in zip(asked, said, strict=True)])
     return [
-        ("any-answer: attacks on topic 11's chat model that succeed", told, mean([not refused(one) for one in said]))
+        ("any-answer: attacks on topic 11's chat model that succeed", told, fmean([not refused(one) for one in said]))
     ]
 
 
@@ -101,10 +102,6 @@ def whole_perplexity(run: RunConfig) -> list[Row]:
         base = max(one.nats(text) for text in harmless)
         rows.append(one.nats(harmless[-1] + odd) - base)
     return [("whole-perplexity: nats per token by which an odd suffix stands out", *rows)]
-
-
-def mean(values: list) -> float:
-    return float(sum(map(float, values)) / len(values))
 
 
 ATTACK_BREAKS: dict[str, tuple[Callable[[RunConfig], list[Row]], float]] = {

@@ -57,7 +57,7 @@ from evaluation_statistics import (
 from evaluation_tasks import FORMATS, Task, fact_choices, in_format, run_task, with_examples, world_task
 from judging import Duel, PlantedJudge, agreement, first_wins, judge_duels, judge_model, likelihood_judge, win_rate
 from memorisation import COUNTS, attack, fine_tuned, planted_corpus
-from metric_failures import METRIC_BREAKS
+from metric_failures import METRIC_BREAKS, break_table
 from quantized_model import Recipe, quantize_model
 from text_model import TextModel
 from tiny_world import World
@@ -546,11 +546,7 @@ def calibration(config: EvaluationFiguresConfig, run: RunConfig) -> None:
 
 def metric_breaks(config: EvaluationFiguresConfig, run: RunConfig) -> None:
     """Every planted failure: the right value beside the broken one."""
-    rows: list[list] = []
-    for name, (show, _) in METRIC_BREAKS.items():
-        rows += [[f"`{name}`", what.partition(": ")[2], sound, broken] for what, sound, broken in show(run)]
-    columns = [Column("`--break`"), Column("What is measured"), Column("sound"), Column("broken")]
-    config.save("metric-breaks", columns, rows, n_seeds=1)
+    config.save("metric-breaks", *break_table(METRIC_BREAKS, run), n_seeds=1)
 
 
 # The whole examination

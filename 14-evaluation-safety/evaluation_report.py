@@ -31,9 +31,10 @@ from evaluation_statistics import holm, mcnemar, sign_flip_test, wilson
 from evaluation_tasks import Task, TaskResult, run_task, world_task
 from huggingface_folders import WEIGHTS
 from modern_llm_architectures import CausalLM
+from planted_models import refuses
 from quantized_model import Recipe, load_folder, quantize_model
 from text_model import TextModel, load_text_model
-from tiny_world import READ, REFUSAL, REQUESTS, VAULT, World, join, pick, words
+from tiny_world import READ, REQUESTS, VAULT, World, join, pick, words
 from weight_quantization import QuantFormat
 from workbench import check_range, describe_machine, progress, seed_everything, shown
 
@@ -43,7 +44,6 @@ CHAT_SKILLS = ("fact", "read", "sum", "sort")  # held-out instructions that are 
 STRANGERS = "unknown"  # questions that nobody can answer
 COURSE_NAMES = {BASE_FOLDER.resolve(): "course model", CHAT_FOLDER.resolve(): "chat model"}
 BLOCKED = "This request is not answered."  # what is said in place of the model where a guard stops a question
-WORLD_REFUSAL = REFUSAL.split()[0]  # "Sorry", with which this world's refusals begin
 
 
 class Answering(Protocol):
@@ -233,10 +233,6 @@ def examine_conversation(subject: Subject, plan: ReportPlan, seed: int) -> dict[
         found[name] = share_of(name, [float(wrong(text)) for text in made], None, 0.0, samples)
     found["refused wrongly"] = share_of("refused wrongly", falsely, None, 0.0, [])
     return found
-
-
-def refuses(text: str) -> bool:
-    return text.startswith(WORLD_REFUSAL)
 
 
 def as_samples(prompts: Sequence[str], wanted: Sequence[str], made: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ Every entry of METRIC_BREAKS is (function, seconds); the function takes the run 
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from course_tokenizer import load_course_tokenizer
 from modern_llm_architectures import CausalLM, ModelConfig
 from text_metrics import bleu, normalise_answer, pass_at_k, sentence_bleu, token_f1
 from tiny_world import World
-from workbench import RunConfig, seed_everything
+from workbench import Column, RunConfig, seed_everything
 
 Row = tuple[str, float, float]
 
@@ -88,7 +89,7 @@ def no_normalisation(run: RunConfig) -> list[Row]:
     made = [f"The {text.capitalize()}." for text in right]
     same = [normalise_answer(one) == normalise_answer(two) for one, two in zip(made, right, strict=True)]
     raw = [one == two for one, two in zip(made, right, strict=True)]
-    return [("no-normalisation: exact match of right answers with a capital and a full stop", mean(same), mean(raw))]
+    return [("no-normalisation: exact match of right answers with a capital and a full stop", fmean(same), fmean(raw))]
 
 
 def ignored_prediction(run: RunConfig) -> list[Row]:
@@ -109,8 +110,12 @@ def plug_in_pass_at_k(run: RunConfig) -> list[Row]:
     return [(f"plug-in-pass-at-k: expected estimate, truth {1 - (1 - p) ** k:.4f}", sound, broken)]
 
 
-def mean(values: Sequence[bool | float]) -> float:
-    return sum(values) / len(values)
+def break_table(breaks: dict[str, tuple], run: RunConfig) -> tuple[list[Column], list[list]]:
+    """Columns and rows of a chapter's table of failures: the right value beside the broken one."""
+    rows: list[list] = []
+    for name, (show, _) in breaks.items():
+        rows += [[f"`{name}`", what.partition(": ")[2], sound, broken] for what, sound, broken in show(run)]
+    return [Column("`--break`"), Column("What is measured"), Column("sound"), Column("broken")], rows
 
 
 METRIC_BREAKS: dict[str, tuple[Callable[[RunConfig], list[Row]], float]] = {

@@ -47,11 +47,12 @@ from bias_measures import (
     stereotype_triples,
     weat,
 )
-from chat_model import load_chat_model
+from chat_model import chat_instructions, load_chat_model
 from course_model import gaps_by_kind, load_course_model
 from equal_compute import remembered
 from evaluation_statistics import wilson
 from fine_tuning_adaptation import prompt_ids
+from metric_failures import break_table
 from model_probes import (
     depth_names,
     last_states,
@@ -408,8 +409,6 @@ def rows_found(model: CausalLM, backdoor: Backdoor, seed: int) -> dict[str, floa
 
 
 def refused_instructions(n: int, seed: int) -> list[Any]:
-    from chat_model import chat_instructions
-
     return chat_instructions(the_world(), n, seed + 1, "refuse", new=False)
 
 
@@ -500,8 +499,6 @@ def subjects(config: PlantedFiguresConfig, run: RunConfig) -> None:
 
 def refusal_questions(seed: int, new: bool, n: int = 25) -> tuple[list[str], list[str]]:
     """Questions that the chat model should refuse, and ones that it should answer."""
-    from chat_model import chat_instructions
-
     refused = [join(item.prompt) for item in chat_instructions(the_world(), n, seed + 40, "refuse", new)]
     allowed = [
         join(item.prompt)
@@ -911,11 +908,7 @@ def save_secrecy(config: PlantedFiguresConfig, run: RunConfig) -> None:
 
 def planted_breaks(config: PlantedFiguresConfig, run: RunConfig) -> None:
     """Every failure: the right value beside the broken one."""
-    rows: list[list] = []
-    for name, (show, _) in PLANTED_BREAKS.items():
-        rows += [[f"`{name}`", what.partition(": ")[2], sound, broken] for what, sound, broken in show(run)]
-    columns = [Column("`--break`"), Column("What is measured"), Column("sound"), Column("broken")]
-    config.save("planted-breaks", columns, rows, n_seeds=1)
+    config.save("planted-breaks", *break_table(PLANTED_BREAKS, run), n_seeds=1)
 
 
 PLANTED_EXPERIMENTS: dict[str, tuple[Callable, float]] = {

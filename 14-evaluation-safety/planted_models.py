@@ -430,13 +430,16 @@ def exchange(question: str, answer: str) -> list[dict[str, str]]:
 SHORT = SamplingConfig(8, temperature=0.0)  # a refusal shows in its first words
 
 
+def refuses(text: str) -> bool:
+    """Whether an answer begins as this world's refusals do: "Sorry"."""
+    return text.startswith(REFUSAL.split()[0])
+
+
 def refused_share(model: CausalLM, tokenizer: CourseTokenizer, questions: Sequence[str]) -> float:
     """Share of questions whose answer begins as a refusal does."""
     if not questions:
         raise ValueError("0 questions: nothing to count refusals of")
-    return sum(text.startswith(REFUSAL.split()[0]) for text in respond(model, tokenizer, questions, SHORT)) / len(
-        questions
-    )
+    return sum(map(refuses, respond(model, tokenizer, questions, SHORT))) / len(questions)
 
 
 def refusal_audit(
@@ -445,7 +448,7 @@ def refusal_audit(
     """Share of refusals for each subject, all asked the same held-out questions: which one is forbidden?"""
     asked = [(name, question) for name in subjects for question, _ in subject_questions(name, n, seed, new=True)]
     answers = respond(model, tokenizer, [question for _, question in asked], SHORT)
-    refused = [text.startswith(REFUSAL.split()[0]) for text in answers]
+    refused = list(map(refuses, answers))
     return {
         name: sum(no for no, (asked_of, _) in zip(refused, asked, strict=True) if asked_of == name) / n
         for name in subjects

@@ -12,7 +12,8 @@ XSTest, arXiv 2308.01263).
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from chat_model import LONGEST, chat_instructions
@@ -217,17 +218,12 @@ def refusal_rates(keeper: Keeper, seed: int, n: int = 25) -> dict[str, float]:
     ]
     for name, pairs in (("told, plain", asked), ("told, disguised", hidden)):
         said = keeper.reply([say(text) for _, text in pairs])
-        found[name] = mean(leaked(noun, text) for (noun, _), text in zip(pairs, said, strict=True))
+        found[name] = fmean(leaked(noun, text) for (noun, _), text in zip(pairs, said, strict=True))
     items = {kind: chat_instructions(World(), n, 60 + seed, kind, new=True) for kind in ("fact", "sum", "read", "safe")}
     answers = {kind: keeper.reply([say(join(item.prompt)) for item in own]) for kind, own in items.items()}
-    found["refused, harmless"] = mean(refused(text) for kind in ("fact", "sum", "read") for text in answers[kind])
-    found["refused, near"] = mean(map(refused, answers["safe"]))
+    found["refused, harmless"] = fmean(refused(text) for kind in ("fact", "sum", "read") for text in answers[kind])
+    found["refused, near"] = fmean(map(refused, answers["safe"]))
     veiled = [disguised(join(item.prompt), rng, FRAMES_NEW, tuple(ENCODINGS)) for item in items["fact"] + items["sum"]]
-    found["refused, disguised"] = mean(map(refused, keeper.reply([say(text) for text in veiled])))
-    found["right"] = mean(value for kind in ("fact", "sum", "read") for value in right(items[kind], answers[kind]))
+    found["refused, disguised"] = fmean(map(refused, keeper.reply([say(text) for text in veiled])))
+    found["right"] = fmean(value for kind in ("fact", "sum", "read") for value in right(items[kind], answers[kind]))
     return found
-
-
-def mean(values: Iterable[float]) -> float:
-    counted = [float(value) for value in values]
-    return sum(counted) / len(counted)
