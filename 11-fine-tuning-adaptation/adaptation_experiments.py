@@ -486,14 +486,6 @@ EXPERIMENTS: dict[str, tuple[Callable[[FiguresConfig, RunConfig], None], float]]
 }
 
 
-def every_trial() -> list[Trial]:
-    """All trainings that the tables compare, each once."""
-    groups = (SFT_TRIALS, METHOD_TRIALS, KEPT_TRIALS, TASK_TRIALS)
-    trials = [trial for group in groups for trial in group.values()]
-    trials += [rank_trial(rank) for rank in RANKS] + [rank_trial(rank, True) for rank in STABLE_RANKS]
-    return [trial for index, trial in enumerate(trials) if trial not in trials[:index]]
-
-
 def figures(config: FiguresConfig, run: RunConfig) -> None:
     """Run the chapter's experiments; write their figures, results.json and the chapter's tables."""
     run_experiments(EXPERIMENTS, config.only, config.folder, config, run)

@@ -12,7 +12,7 @@ same question, arXiv 2406.19146). Losses are nats per token, FLOPs those of a wh
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -71,12 +71,6 @@ def need_runs(runs: Runs, n_unknown: int, what: str) -> None:
 
 
 # The laws
-
-
-class FittedLaw(Protocol):
-    """What every law can do."""
-
-    def loss(self, n_parameters: Any, n_tokens: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
