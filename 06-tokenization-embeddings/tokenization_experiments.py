@@ -1033,7 +1033,7 @@ def breaks(config: FiguresConfig, run: RunConfig) -> None:
         for (trap, measured), cells in found.items():
             if trap == name:  # a value that never varies has no spread to report
                 rows.append([f"`{name}`", measured, *(cell[0] if len({*cell}) == 1 else cell for cell in cells)])
-    columns = [Column("`--break`"), Column("measured"), Column("as it should be", "", ".3g")]
+    columns = [Column("`--break`"), Column("measured", digits="s"), Column("as it should be", "", ".3g")]
     config.save("breaks", [*columns, Column("with the failure", "", ".3g")], rows, "breaks")
 
 
