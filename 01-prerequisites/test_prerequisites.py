@@ -835,13 +835,20 @@ def test_same_seed_same_run() -> None:
     assert largest_difference(first, second) == 0 < largest_difference(first, other)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_xor_is_solved(seed: int) -> None:
+    """Ten more seeds are solved in test_prerequisites_experiments.py, beside a planted bug."""
     assert topic.solve_xor(TrainConfig(), seed) == 1
 
 
-def test_two_spirals_are_solved_on_held_out_points() -> None:
-    assert topic.solve_spirals(TrainConfig(), 0)[1] >= 0.98
+@pytest.fixture(scope="module")
+def spirals() -> tuple:
+    """The chapter's network after training, its accuracy on held-out points, and those points."""
+    return topic.solve_spirals(TrainConfig(), 0)
+
+
+def test_two_spirals_are_solved_on_held_out_points(spirals) -> None:
+    assert spirals[1] >= 0.98
 
 
 def test_a_line_cannot_solve_xor() -> None:
@@ -863,8 +870,8 @@ def test_demo_learns_and_writes_its_figure(tmp_path, capsys) -> None:
     assert (tmp_path / "two_spirals.svg").read_bytes().startswith(b"<?xml")
 
 
-def test_spirals_figure_is_small(tmp_path) -> None:
-    model, _, held_out = topic.solve_spirals(TrainConfig(max_steps=300), 0)
+def test_spirals_figure_is_small(tmp_path, spirals) -> None:
+    model, _, held_out = spirals
     topic.save_figure(topic.plot_spirals(model, *held_out), tmp_path / "spirals.svg")
     assert (tmp_path / "spirals.svg").stat().st_size < 120_000
 
