@@ -35,6 +35,7 @@ VARIANTS = {
         latent=LatentConfig(20, 16, 12, 8, 10),
         experts=ExpertConfig(6, 2, 20, 20, 1, "sigmoid"),
     ),
+    "more dense layers than layers": ModelConfig(67, 48, 2, experts=ExpertConfig(6, 2, 20, 20, 5, "sigmoid")),
     "latent, plain queries": ModelConfig(67, 48, 3, 4, 4, 12, 56, latent=LatentConfig(0, 16, 12, 8, 10)),
 }
 

@@ -18,6 +18,7 @@ from context_extension import (
     WINDOWS,
     StreamingAttention,
     gap_by_place,
+    gaps_by_length,
     long_rows,
     stretched,
     stretched_model,
@@ -77,6 +78,16 @@ def test_each_rung_changes_what_its_name_says() -> None:
     assert shrunk == {f"blocks.{i}.self_attn.{n}_proj.weight" for i in (0, 1) for n in "kv"}
     assert come[5] == {f"blocks.{i}.self_attn.{n}_norm.weight" for i in (0, 1) for n in "qk"}
     assert come[6] == {"lm_head.weight"} and not gone[4] | gone[5] | gone[6] | come[3] | come[4]
+
+
+@pytest.mark.parametrize("n_changes", [0, 3])
+def test_all_rungs_start_from_one_distribution(n_changes: int) -> None:
+    torch.manual_seed(0)
+    for name, parameter in rung(n_changes).named_parameters():
+        if parameter.dim() > 1:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.08), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
 
 
 def test_the_last_rung_is_the_modern_model() -> None:
@@ -178,6 +189,15 @@ def test_a_collapsed_router_is_seen_as_one() -> None:
     assert load["entropy"] == pytest.approx(math.log(2) / math.log(8)) and load["dead"] == 0.75
 
 
+def test_an_expert_is_dead_below_a_tenth_of_its_share(monkeypatch) -> None:
+    def visit(model: CausalLM, _: torch.Tensor) -> None:
+        for layer in expert_layers(model):
+            layer.counts = torch.tensor([40, 1, 20, 3, 30, 10, 30, 26])  # 20 each would be even
+
+    monkeypatch.setattr(CausalLM, "forward", visit)
+    assert held_out_load(CausalLM(CONDITIONS["softmax router, no cure"][0]))["dead"] == 1 / 8
+
+
 def test_one_active_expert_keeps_its_gate_and_two_are_weighed_against_each_other() -> None:
     for name in ("Switch router, no cure", "softmax router, no cure"):
         torch.manual_seed(0)
@@ -218,6 +238,15 @@ def test_gap_of_a_uniform_guess_is_known() -> None:
     assert torch.equal(counts, counted.sum(dim=0))
     wanted = ((math.log(N_KINDS) - surprisal) * counted).sum(dim=0)
     assert torch.allclose(nats, wanted, atol=1e-4)
+
+
+def test_long_rows_are_examined_in_their_last_half(monkeypatch) -> None:
+    def place_by_place(model: object, rows: object, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2.0 * torch.arange(seq_len), torch.full((seq_len,), 2.0)  # the gap of a place is its number
+
+    monkeypatch.setattr(context_extension, "gap_by_place", place_by_place)
+    gaps = gaps_by_length(CausalLM(SHORT), (torch.zeros(0),) * 3)
+    assert gaps["64"] == 31.5 and gaps["128"] == 95.5 and gaps["512"] == 383.5 and gaps["curve"][1] == 47.5
 
 
 def test_stretches_slow_what_they_should() -> None:
