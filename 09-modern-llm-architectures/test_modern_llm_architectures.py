@@ -236,6 +236,18 @@ def test_folders_go_both_ways(pair, parity, tmp_path) -> None:
         CausalLM.from_pretrained(tmp_path)
 
 
+def test_half_precision_is_saved_as_it_is_and_read_in_full(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12)).bfloat16()
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    back = CausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16 and back.token_emb.weight.dtype == torch.float32
+    assert (tmp_path / "model.safetensors").stat().st_size < 2 * sum(p.numel() for p in model.parameters()) + 2000
+    for ours, saved in zip(back.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, saved.float())
+
+
 def test_float32_logits_are_as_close(pair, parity) -> None:
     name, _, _, folder = pair
     token_ids = some_ids(seed=4)
@@ -523,6 +535,10 @@ def test_null_is_not_absent() -> None:
     assert read("mistral", num_key_value_heads=None, sliding_window=None).window_size == 0
     assert read("mistral", num_key_value_heads=None).n_kv_heads == 4
     assert read("llama", pad_token_id=-1).pad_id == read("llama").eos_id == 2
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+    types = Qwen3Config(**SIZES, **window).layer_types
+    assert [kind == "full_attention" for kind in types] == [True, True, False]
+    assert read("qwen3", **window, num_key_value_heads=4).full_layers == (0, 1)
     for kind, latent in ((None, 0), (24, 24)):
         assert read("deepseek_v3", q_lora_rank=kind).latent.q_rank == latent
     assert (
