@@ -31,6 +31,11 @@ KINDS = ("choice", "generate", "text")
 CHOICE_SCORES = ("acc", "acc_token", "acc_char", "acc_byte", "acc_pmi")
 
 
+def is_texts(values: Any) -> bool:
+    """Whether these are texts, none of them empty; none at all will do."""
+    return isinstance(values, list | tuple) and all(isinstance(value, str) and value for value in values)
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions of one kind, and how they are asked."""
@@ -47,9 +52,15 @@ class Task:
 
     def __post_init__(self) -> None:
         check_name("kind of task", self.kind, KINDS)
-        object.__setattr__(self, "until", tuple(self.until))
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        for name in ("task", "template", "delimiter", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r:.60}")
+        until = [self.until] if isinstance(self.until, str) else self.until  # a text is not to be read as its letters
+        if not is_texts(until):
+            raise ValueError(f"until must be texts, none of them empty, got {self.until!r:.60}")
+        object.__setattr__(self, "until", tuple(until))
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r:.60} must be a whole number, at least 1")
         if not self.questions:
             raise ValueError(f"task {self.task!r} has no questions; a score needs at least 1")
         for number, question in enumerate(self.questions, start=2):  # the lines of the file
@@ -64,9 +75,23 @@ class Task:
         missing = [name for name in needed if name not in question]
         if missing:
             raise ValueError(f"a question of kind {self.kind!r} needs {', '.join(missing)}")
+        if not isinstance(question.get("group", ""), str | int):
+            raise ValueError(f"group must be a number or a name, got {question['group']!r:.60}")
+        if self.kind == "text" and not is_texts([question["text"]]):
+            raise ValueError(f"text must be a text that is not empty, got {question['text']!r:.60}")
+        if self.kind == "generate" and not isinstance(question["answer"], str):
+            answers = question["answer"]
+            if (
+                not isinstance(answers, list | tuple)
+                or not answers
+                or not all(isinstance(right, str) for right in answers)
+            ):
+                raise ValueError(
+                    f"answer must be a text, or a list of texts of which each is right, got {answers!r:.60}"
+                )
         if self.kind == "choice":
             choices, answer = question["choices"], question["answer"]
-            if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            if not isinstance(choices, list) or len(choices) < 2 or not is_texts(choices):
                 raise ValueError("choices must be at least 2 texts, none of them empty")
             if len(set(choices)) < len(choices):
                 raise ValueError(f"choices must differ, got {choices}")

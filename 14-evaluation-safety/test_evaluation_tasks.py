@@ -274,6 +274,10 @@ def test_formats_ask_the_same_questions() -> None:
         with_examples(task, task.questions[:1])
 
 
+def test_one_stop_string_is_not_read_as_its_letters() -> None:
+    assert Task("t", "generate", until="end", questions=({"prompt": "p", "answer": "a"},)).until == ("end",)
+
+
 def test_stop_strings_end_an_answer_at_the_first_of_them() -> None:
     assert cut("one. two\nthree", ["\n", "."]) == "one" and cut("one", ["x", ""]) == "one"
 
@@ -299,6 +303,15 @@ GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 1}
             ['{"task": "t", "kind": "choice"}', json.dumps(GOOD | {"choices": ["a", "a"]})],
             "line 2: choices must differ",
         ),
+        (['{"task": "t", "kind": "text"}', '{"text": ""}'], "line 2: text must be a text that is not empty, got ''"),
+        (['{"task": "t", "kind": "text"}', '{"text": 5}'], "that is not empty, got 5"),
+        (['{"task": "t", "kind": "text"}', '{"text": "a", "group": [1]}'], "group must be a number or a name"),
+        (['{"task": "t", "kind": "generate"}', '{"prompt": "p", "answer": 5}'], "answer must be a text, or a list"),
+        (['{"task": "t", "kind": "generate"}', '{"prompt": "p", "answer": []}'], "answer must be a text, or a list"),
+        (['{"task": 5, "kind": "text"}', '{"text": "a"}'], "task must be a text, got 5"),
+        (['{"task": "t", "kind": "text", "template": 5}', '{"text": "a"}'], "template must be a text, got 5"),
+        (['{"task": "t", "kind": "text", "until": [""]}', '{"text": "a"}'], "until must be texts, none of them empty"),
+        (['{"task": "t", "kind": "text", "max_new_tokens": "5"}', '{"text": "a"}'], "'5' must be a whole number"),
         (['{"task": "t", "kind": "choice"}', json.dumps(GOOD | {"choices": ["a", ""]})], "none of them empty"),
         (
             ['{"task": "t", "kind": "generate"}', '{"prompt": "x"}'],
