@@ -434,7 +434,8 @@ def schedule_factor(
 
     Every schedule rises in a straight line, (step + 1) / warmup_steps, then
     constant stays; linear, cosine and polynomial (power 2) fall from 1 to min_lr_ratio, which they would reach at step
-    max_steps; inverse_sqrt is sqrt(warmup_steps / (step + 1)), topic 05's `noam_factor` (a warm-up of 0 counts as 1);
+    max_steps; inverse_sqrt is sqrt(warmup_steps / (step + 1)), topic 05's `noam_factor` (a warm-up of 0 counts as 1),
+    lifted like the others to min_lr_ratio + (1 - min_lr_ratio) of it;
     wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays, and falls in a straight line in the last
     cooldown_steps. A cooldown can be asked of the others as well: their value is multiplied by that fall.
     A run that is measured in seconds may ask for steps between the whole ones.
