@@ -25,10 +25,19 @@ from channel_scaling import awq, smooth
 from course_model import CheckpointConfig, load_course_model, row_nats
 from course_tokenizer import CourseTokenizer, load_course_tokenizer
 from gptq import Batch, GPTQConfig, block_linears, calibration_batches, gptq_model, input_statistics
-from huggingface_folders import CONFIG, WEIGHTS, FileTensor, Layout, load_weights, read_config, read_weights
+from huggingface_folders import (
+    CONFIG,
+    WEIGHTS,
+    FileTensor,
+    Layout,
+    load_weights,
+    read_config,
+    read_weights,
+)
 from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout, with_generation_ends
 from llm_layers import KVCache
 from modern_llm_architectures import CausalLM
+from optimizers import shapes_alone
 from packing import language_model_loss
 from quantized_layers import (
     Int8Linear,
@@ -164,8 +173,10 @@ class QuantisedLM(CausalLM):
     def from_pretrained(cls, folder: Path | str) -> Self:
         """The model of such a folder. Raises ValueError for another kind of folder and for tensors that do not fit."""
         words = with_generation_ends(read_config(folder), folder)
-        model = cls(config_from_folder(words), recipe_from(words, Path(folder)))
-        tensors, layout = read_weights(folder), quantised_layout(model)
+        config, recipe, tensors = config_from_folder(words), recipe_from(words, Path(folder)), read_weights(folder)
+        check_room(config, tensors, Path(folder))
+        model = cls(config, recipe)
+        layout = quantised_layout(model)
         ours = dict(model.named_parameters()) | dict(model.named_buffers())
         for entry in layout.tensors:
             found, wanted = tensors.get(entry.key), ours[entry.parts[0]]
@@ -173,6 +184,20 @@ class QuantisedLM(CausalLM):
                 raise ValueError(f"{entry.key} has type {found.dtype}, expected {wanted.dtype}")
         load_weights(model, tensors, layout)
         return model.eval()
+
+
+def check_room(config: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise ValueError for sizes that no weights fill, before they take memory: a weight has at least one bit."""
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if config.n_layers > 10_000:
+        raise ValueError(f"num_hidden_layers={config.n_layers} is above 10,000; {CONFIG} of {shown(folder)} is damaged")
+    with shapes_alone():
+        n_weights = sum(parameter.numel() for parameter in CausalLM(config).parameters())
+    if n_weights > 8 * held:
+        raise ValueError(
+            f"{CONFIG} of {shown(folder)} asks for {n_weights:,} weights, its files hold {held:,} bytes, which is less "
+            "than one bit each; it is damaged, write the folder again"
+        )
 
 
 def recipe_from(words: dict[str, Any], folder: Path) -> Recipe:
