@@ -235,15 +235,15 @@ def check_broadcast(name: str, tensor: Tensor, scores_shape: torch.Size) -> None
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the keys that may be attended; a row with none is 0, and so is the gradient through it.
 
-    The plain softmax of a row of -inf is 0 / 0 = NaN. Such a row attends everywhere in the softmax and is erased after
+    The plain softmax of a row of -inf is 0 / 0 = NaN. Such a row gets scores of 0 for the softmax and is erased after
     it, so that no NaN arises on the way either, forward or backward, for a NaN finder to stumble over.
     """
     if mask is None:
         return scores.softmax(dim=-1)
     check_mask(mask, scores.shape)
-    nowhere = ~mask.any(dim=-1, keepdim=True)
-    weights = torch.where(mask | nowhere, scores, -math.inf).softmax(dim=-1)
-    return torch.where(nowhere, 0.0, weights)
+    somewhere = mask.any(dim=-1, keepdim=True)
+    blocked = torch.zeros_like(somewhere, dtype=scores.dtype).masked_fill(somewhere, -math.inf)
+    return torch.where(mask, scores, blocked).softmax(dim=-1) * somewhere
 
 
 def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:

@@ -148,6 +148,9 @@ def test_rows_without_keys_are_zero() -> None:
         assert all(torch.isfinite(grad).all() for grad in (grad_q, grad_k, grad_v))
     nowhere = scaled_dot_product_attention(*inputs, torch.zeros(QUERY, KEY, dtype=torch.bool))[0]
     assert all((grad == 0).all() for grad in gradients(nowhere, inputs))
+    inputs[0].data[:, :, 2] = math.nan  # such a row does not look at its scores
+    output, _ = scaled_dot_product_attention(*inputs, mask)
+    assert (output[:, :, 2] == 0).all() and output.isfinite().all()
 
 
 @pytest.mark.parametrize("sizes", [(0, QUERY, KEY), (BATCH, 0, KEY), (BATCH, QUERY, 0), (BATCH, 1, 1)])
@@ -1010,6 +1013,18 @@ def test_a_bool_bias_is_refused() -> None:
         scaled_dot_product_attention(*qkv(), bias=causal_mask(QUERY, KEY))
     with pytest.raises(ValueError, match=re.escape("bias has shape (7, 5), expected")):
         scaled_dot_product_attention(*qkv(), bias=normal(KEY, QUERY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16])
+def test_a_bias_takes_the_type_of_the_scores(dtype: torch.dtype) -> None:
+    """Distances are whole numbers and tables often float64; neither may change the type of what comes out."""
+    q, k, v = (tensor.detach().float() for tensor in qkv(BATCH, HEADS))
+    bias = -key_distance(QUERY, KEY).abs()
+    ours = scaled_dot_product_attention(q, k, v, bias=bias.to(dtype))
+    expected = scaled_dot_product_attention(q, k, v, bias=bias.float())
+    assert all(
+        torch.equal(mine, other) and mine.dtype == torch.float32 for mine, other in zip(ours, expected, strict=True)
+    )
 
 
 def test_a_mask_of_three_axes_is_refused_by_multi_head() -> None:

@@ -702,6 +702,18 @@ def start_as_identity(model: nn.Module) -> None:
 # PyTorch's layers: the same numbers under other names
 
 
+def affine_pairs(ours: nn.Module, theirs: nn.Linear | nn.LayerNorm) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weight and bias of both; raises ValueError if only one layer has them, or for another epsilon."""
+    if isinstance(theirs, nn.LayerNorm) and ours.norm_eps != theirs.eps:
+        raise ValueError(f"norm_eps={ours.norm_eps} does not fit eps={theirs.eps}")
+    for name in ("weight", "bias"):
+        pair = getattr(ours, name), getattr(theirs, name)
+        if (pair[0] is None) != (pair[1] is None):
+            raise ValueError(f"only one of {type(ours).__name__} and {type(theirs).__name__} has a {name}")
+        if pair[0] is not None:
+            yield pair
+
+
 def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each of our parameters with the tensor that holds the same numbers in PyTorch's module of the same kind.
 
@@ -712,14 +724,7 @@ def torch_pairs(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Te
     children: list[tuple[nn.Module, nn.Module]] = []
     match theirs:
         case nn.Linear() | nn.LayerNorm():
-            for name in ("weight", "bias"):
-                pair = getattr(ours, name), getattr(theirs, name)
-                if (pair[0] is None) != (pair[1] is None):
-                    raise ValueError(f"only one of {type(ours).__name__} and {type(theirs).__name__} has a {name}")
-                if pair[0] is not None:
-                    yield pair
-            if isinstance(theirs, nn.LayerNorm) and ours.norm_eps != theirs.eps:
-                raise ValueError(f"norm_eps={ours.norm_eps} does not fit eps={theirs.eps}")
+            yield from affine_pairs(ours, theirs)
         case nn.MultiheadAttention():
             check_same_attention(ours, theirs)
             projections = (ours.q_proj, ours.k_proj, ours.v_proj)
