@@ -122,6 +122,10 @@ def rotary_frequencies(
         raise ValueError(f"rotary positions turn pairs of features: d_head must be even and >= 2, got {d_head}")
     scaling = scaling or RopeScaling()
     if scaling.kind == "dynamic":
+        if max_seq_len < 1:
+            raise ValueError(
+                f"dynamic scaling compares with the trained length: max_seq_len={max_seq_len} must be >= 1"
+            )
         stretched = scaling.factor * max(seq_len, max_seq_len) / max_seq_len - (scaling.factor - 1)
         rope_theta = rope_theta * stretched ** (d_head / max(1, d_head - 2))
     exponents = torch.arange(0, d_head, 2, dtype=torch.float32, device="cpu") / d_head  # (half)

@@ -191,6 +191,8 @@ def load_balance_loss(routings: list[Routing], counted: Tensor | None = None) ->
 
     Shapes: logits (tokens, experts) each; counted (tokens), bool: the tokens that are no padding
     """
+    if not routings:
+        raise ValueError("there is no routing to balance; run a model with experts first")
     n_experts = routings[0].logits.shape[-1]
     visits, probabilities, n_rows = 0.0, 0.0, 0
     for routing in routings:
@@ -200,6 +202,7 @@ def load_balance_loss(routings: list[Routing], counted: Tensor | None = None) ->
         visits = visits + keep @ chosen  # (experts)
         probabilities = probabilities + keep @ share  # (experts)
         n_rows = n_rows + keep.sum()
+    n_rows = n_rows.clamp(min=1)  # padding alone: 0, as of no token
     return n_experts * (visits / n_rows * (probabilities / n_rows)).sum()
 
 

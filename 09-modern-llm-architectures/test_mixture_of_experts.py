@@ -155,6 +155,12 @@ def test_the_balance_loss_is_the_number_of_active_experts_when_even_and_more_whe
     assert 2 < halves < 6
 
 
+def test_padding_alone_has_nothing_to_balance() -> None:
+    assert load_balance_loss([even_routing(24, 6, 2)], torch.zeros(24, dtype=torch.bool)).item() == 0
+    with pytest.raises(ValueError, match="there is no routing to balance"):
+        load_balance_loss([])
+
+
 def test_the_gradient_of_the_balance_loss_pushes_popular_experts_down() -> None:
     weight = (0.1 * torch.randn(6, 12, generator=torch.Generator().manual_seed(0))).requires_grad_()
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1)) + 1

@@ -610,6 +610,8 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         ExpertConfig(n_active_experts=9)
     with pytest.raises(ValueError, match="d_rope must be even, got 7"):
         LatentConfig(d_rope=7)
+    with pytest.raises(ValueError, match="max_seq_len=0 must be >= 1"):
+        llm_layers.rotary_frequencies(8, 1e4, RopeScaling("dynamic", 2.0))
     with pytest.raises(ValueError, match="unknown rotary scaling 'yarm'"):
         RopeScaling("yarm")
     with pytest.raises(ValueError, match="low_freq_factor=4.0 must be above 0 and below high_freq_factor=4.0"):
