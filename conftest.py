@@ -42,7 +42,7 @@ def parity(request) -> Iterator[Callable]:
     topic, rows, called = Path(request.node.path).parent.name, [], set()
 
     def note(module, inputs) -> None:
-        called.add(type(module).__name__)
+        called.update(cls.__name__ for cls in type(module).__mro__)
 
     def compare(component: str, oracle: str, level: str, actual, expected, tolerance: float) -> None:
         assert level in LEVELS, f"unknown level {level!r}; use one of {LEVELS}"
@@ -57,8 +57,7 @@ def parity(request) -> Iterator[Callable]:
     hook = register_module_forward_pre_hook(note)
     yield compare
     hook.remove()
-    for row in rows:  # which of the course's layers this proof ran
-        LEDGER.append(row | {"layers": sorted(called & course_layers().keys())})
+    LEDGER.extend(row | {"layers": sorted(called)} for row in rows)  # which layers this proof ran
 
 
 def pytest_sessionfinish(session) -> None:
@@ -72,7 +71,9 @@ def pytest_sessionfinish(session) -> None:
     path = ROOT / "parity.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["proofs"] if path.exists() else []
     kept = [row for row in kept if row["test"] not in RAN and (ROOT / row["test"].partition("::")[0]).exists()]
-    path.write_text(json.dumps({"proofs": kept + LEDGER}, indent=1) + "\n", encoding="utf-8")
+    course = course_layers().keys()
+    proofs = [row | {"layers": sorted(course & set(row["layers"]))} for row in kept + LEDGER]
+    path.write_text(json.dumps({"proofs": proofs}, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.hookimpl(optionalhook=True)

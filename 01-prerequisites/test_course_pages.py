@@ -274,6 +274,7 @@ def test_layers_without_a_proof_are_named() -> None:
     layers = course_layers()
     assert layers["LayerNorm"] == "04-transformer-architecture" and layers["CausalLM"] == "09-modern-llm-architectures"
     assert "Module" not in layers and "TransformerConfig" not in layers
+    assert "MLP" not in layers  # a layer of topic 1's own Module, in NumPy
     assert layers["UnscaledTransformer"] == "05-building-from-scratch"  # a layer made from a layer of ours
     rows = [{"layers": sorted(layers.keys() - {"LayerNorm", "Bart"})}, {"error": 0.0}]
     left = {"04-transformer-architecture": ["LayerNorm"], "08-transformer-variants": ["Bart"]}

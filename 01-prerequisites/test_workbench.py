@@ -438,6 +438,7 @@ def test_an_exercise_accepts_its_solution_and_says_what_is_wrong_with_the_rest()
     assert DOUBLE.verdict(None) == "not yet: define double(x)"
     assert DOUBLE.verdict(lambda x: 1 / 0) == "not yet: it raised ZeroDivisionError: division by zero"
     assert DOUBLE.verdict(lambda: 0).startswith("not yet: it raised TypeError")
+    assert DOUBLE.verdict(lambda x: sys.exit(3)) == "not yet: it raised SystemExit: 3"
 
 
 @pytest.mark.parametrize(
@@ -462,9 +463,11 @@ def test_answers_are_graded_from_the_command_line(answers, code, printed, tmp_pa
 
 def test_grading_names_a_missing_or_broken_file(tmp_path: Path, capsys) -> None:
     (tmp_path / "broken.py").write_text("1 +")
-    for name, message in (("none.py", "no such file"), ("broken.py", "does not run: SyntaxError")):
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    messages = {"none": "no such file", "broken": "does not run: SyntaxError", "ends": "does not run: SystemExit: 0"}
+    for name, message in messages.items():
         with pytest.raises(SystemExit) as exit_info:
-            grade([DOUBLE], [str(tmp_path / name)])
+            grade([DOUBLE], [str(tmp_path / f"{name}.py")])
         assert exit_info.value.code == 2 and message in capsys.readouterr().err
     grade([DOUBLE], [])
     assert "double(x)\n    Return twice the number.\n    Hint: Add it to itself." in capsys.readouterr().out

@@ -567,7 +567,7 @@ class Exercise:
             return f"not yet: define {self.signature}"
         try:
             advice = self.check(answer)
-        except Exception as error:  # a learner's function may fail in any way; the way is the advice
+        except (Exception, SystemExit) as error:  # a learner's function may fail in any way; the way is the advice
             advice = f"it raised {type(error).__name__}: {error}"
         return "correct" if advice is None else f"not yet: {advice}"
 
@@ -588,7 +588,7 @@ def grade(exercises: list[Exercise], argv: list[str] | None = None) -> None:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         parser.error(f"{path} does not run: {type(error).__name__}: {error}")
     verdicts = {exercise.name: exercise.verdict(getattr(module, exercise.name, None)) for exercise in exercises}
     for name, verdict in verdicts.items():
