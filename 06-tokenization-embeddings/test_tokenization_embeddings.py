@@ -246,11 +246,11 @@ def test_copies_and_pickles_work_and_long_words_stay_out_of_the_cache(kind: str)
     tokenizer = topic.KINDS[kind].train(CORPORA["tiny-world"][:20], 320)
     cache = tokenizer.short_word_ids if kind == "bpe" else tokenizer.short_cut
     ids = tokenizer.encode("the garden" + "x" * 300)
-    assert 0 < cache.cache_info().currsize < 3
+    assert cache.cache_info().currsize == 1  # the second word is longer than 256 bytes
     for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
         assert copied.encode("the garden" + "x" * 300) == ids and type(copied) is type(tokenizer)
         copied.encode("another text")
-    assert cache.cache_info().currsize < 3
+    assert cache.cache_info().currsize == 1
 
 
 def test_a_megabyte_of_one_character_and_100k_marks_are_cut_and_come_back() -> None:
