@@ -167,9 +167,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         data = (folder / MANIFEST).read_bytes()
         manifest = json.loads(data.partition(b"\n")[0])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise DamagedCheckpoint(f"{folder.name} has no readable manifest") from None
-    if render_manifest(manifest) != data or manifest["step"] != int(folder.name.removeprefix("step-")):
+    try:
+        sound = manifest["step"] == int(folder.name.removeprefix("step-"))
+        sound &= all(set(entry) == {"bytes", "sha256"} for entry in manifest["files"].values())
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound or render_manifest(manifest) != data:
         raise DamagedCheckpoint(f"the manifest of {folder.name} is damaged")
     return manifest
 

@@ -26,6 +26,7 @@ from checkpoints import (
     check_header,
     load_weights,
     read_checkpoint,
+    render_manifest,
     rng_state,
     set_rng_state,
 )
@@ -360,6 +361,28 @@ def test_the_same_step_can_be_saved_again(tmp_path) -> None:
     assert folder.steps() == [3] and set(folder.load()) == {"model", "step"}
     assert folder.load()["model"]["weight"].tolist() == [1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_a_manifest_that_says_something_else_is_no_traceback(tmp_path) -> None:
+    """Its own hash is right, so somebody wrote it on purpose, or another program."""
+    train_tiny(tmp_path, INTERVAL)
+    path = tmp_path / "step-000003" / "manifest.json"
+    for body in (
+        3,
+        [],
+        {},
+        {"step": 3},
+        {"step": 3, "files": {"model.pt": 5}},
+        {"files": {}},
+        {"step": 3, "files": []},
+        {"step": 3, "files": {"model.pt": {}}},
+    ):
+        path.write_bytes(render_manifest(body))
+        with pytest.raises(ValueError, match="no whole checkpoint in .*the manifest of step-000003 is damaged"):
+            train_tiny(tmp_path, INTERVAL, resume=True)
+    path.write_bytes(render_manifest({"step": 3, "files": {}}))
+    with pytest.raises(ValueError, match="step 3 in .* has no part model, optimizer, run; train again"):
+        train_tiny(tmp_path, INTERVAL, resume=True)
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path, capsys) -> None:

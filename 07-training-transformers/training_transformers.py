@@ -540,6 +540,10 @@ class Keeper:
             if not self.checkpoints:
                 raise ValueError("resume needs a folder with checkpoints; give --out")
             parts = self.checkpoints.load()
+            if absent := [name for name in ("model", "optimizer", "run") if name not in parts]:
+                raise ValueError(
+                    f"step {parts['step']} in {shown(self.out)} has no part {', '.join(absent)}; train again"
+                )
             check_header(parts["run"]["header"], self.header, MAY_CHANGE)
             state.load_state_dict(parts)
             if not callable(batches):
