@@ -7,7 +7,6 @@ Papers: Elhage et al. 2021, the two links of recall; Katharopoulos et al. 2020 (
 """
 
 import math
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -66,6 +65,7 @@ from workbench import (
     save_figure,
     save_results,
     seed_everything,
+    time_in_turns,
 )
 
 
@@ -233,18 +233,6 @@ def peak_memory(work: Callable[[], object]) -> int:
     return memory.peak
 
 
-def fastest(work: Callable[[], object], n_repeats: int, device: torch.device) -> float:
-    """Seconds of the fastest of n_repeats runs, after one that does not count."""
-    seconds = []
-    for _ in range(n_repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
 KINDS = ("naive", "tiled", "PyTorch", "linear")
 Measure = TypeVar("Measure")
 
@@ -254,7 +242,7 @@ def measure_cost(
 ) -> dict[str, dict[int, Measure]]:
     """`measure(work)` for forward and backward of each of KINDS, unmasked, one sequence, at doubling lengths.
 
-    Returns {kind: {length: result}}. `peak_memory` measures bytes beyond the inputs, `fastest` seconds.
+    Returns {kind: {length: result}}. `peak_memory` measures bytes beyond the inputs; `time_costs` takes seconds.
     """
     functions = (
         lambda q, k, v: scaled_dot_product_attention(q, k, v)[0],
@@ -275,6 +263,12 @@ def measure_cost(
             costs[kind][seq_len] = measure(work)
         seq_len *= 2
     return costs
+
+
+def time_costs(config: CostConfig, run: RunConfig) -> dict[tuple[str, int], list[float]]:
+    """Seconds of every timed run of `measure_cost`'s work, by kind and length, all kinds and lengths in turns."""
+    works = measure_cost(config, run, lambda work: work)
+    return time_in_turns({(kind, n): work for kind in works for n, work in works[kind].items()}, config.n_repeats)
 
 
 def multi_head_works(config: CostConfig, run: RunConfig) -> dict[str, Callable[[], None]]:
@@ -486,10 +480,9 @@ def run_memory(study: Study) -> None:
 
 def run_time(study: Study) -> None:
     """Time of forward and backward against length: the fastest of some runs."""
-    device = pick_device("cpu")
-    costs = measure_cost(
-        study.cost, study.runs[0], lambda work: 1e3 * fastest(work, study.cost.n_repeats, device)
-    )  # milliseconds
+    costs: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    for (kind, seq_len), seconds in time_costs(study.cost, study.runs[0]).items():
+        costs[kind][seq_len] = 1e3 * min(seconds)  # milliseconds
     columns, rows = cost_rows(costs, Column("", "ms", ".1f"))
     rows = [[*row, row[-1] / row[-2]] for row in rows]
     study.save("time", [*columns, Column("last doubling", "×", ".1f")], rows, n_seeds=1)

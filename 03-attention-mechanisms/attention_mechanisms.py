@@ -1085,12 +1085,11 @@ def token_names(token_ids: Tensor) -> list[str]:
 
 def bench(config: CostConfig, run: RunConfig) -> None:
     """Ours beside PyTorch's in one run: time as a ratio, and peak memory against length; forward and backward."""
-    from attention_experiments import KINDS, growth, measure_cost, multi_head_works, peak_memory
+    from attention_experiments import KINDS, growth, measure_cost, multi_head_works, peak_memory, time_costs
 
     announce(f"time attention at {config.shortest} to {config.longest} tokens", 15)
     print(f"{describe_machine()}; {config.n_heads} heads of {config.d_head}, tiles of {config.tile_size}, float32")
-    works = measure_cost(config, run, lambda work: work)
-    seconds = time_in_turns({(kind, n): work for kind in works for n, work in works[kind].items()}, config.n_repeats)
+    seconds = time_costs(config, run)
     n_bytes = measure_cost(config, run, peak_memory)
     for (kind, n), times in seconds.items():
         spent = f"{1e3 * min(times):.2f} ms, {n_bytes[kind][n] / 2**20:.2f} MiB"
