@@ -247,6 +247,10 @@ def test_scores_and_thresholds_have_no_edge_to_fall_from() -> None:
     for weight, wanted in ((-1e5, 0.0), (1e5, 1.0)):
         model = QualityClassifier(torch.full((4,), weight, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
         assert model.score("a b") == wanted
+    ten = [" ".join(["good"] * n + ["bad"] * (10 - n)) for n in range(10)]
+    graded = QualityClassifier.train(["good good"], ["bad bad"])
+    for kept, n_kept in ((1.0, 10), (0.9, 9), (0.5, 5), (0.05, 1)):
+        assert sum(graded.score(text) >= graded.threshold(ten, kept) for text in ten) == n_kept
     with pytest.raises(ValueError, match="a threshold needs trusted texts, got none"):
         model.threshold([], 0.9)
 

@@ -25,6 +25,7 @@ from course_model import (
     row_nats,
     save_course_model,
     tokenizer_sha256,
+    upto,
 )
 from course_tokenizer import load_course_tokenizer
 from sequence_modeling import document_losses
@@ -245,3 +246,7 @@ def test_mistakes_get_one_line(flags: list[str], message: str, tmp_path, capsys)
         pretraining_llms.main([*flags, "--out", str(tmp_path)])
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and message in errors and errors.count("\n") == 1
+
+
+def test_an_answer_ends_before_its_first_end() -> None:
+    assert upto([5, 3, 9, 3], 3) == [5] and upto([5, 9], 3) == [5, 9] and upto([3], 3) == []

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+import deduplication
 from deduplication import (
     Decontaminator,
     MinHashConfig,
@@ -204,3 +205,13 @@ def test_spans_are_found_in_arrays_and_tuples_alike() -> None:
         assert [mark.tolist() for mark in repeated_spans([kind(row) for row in rows], 3)] == wanted
     with pytest.raises(ValueError, match="a run needs at least one token, got length=0"):
         repeated_spans(rows, 0)
+
+
+def test_a_collision_of_hashes_never_invents_a_duplicate(monkeypatch) -> None:
+    rng = random.Random(3)
+    documents = [[rng.randrange(4) for _ in range(30)] for _ in range(6)]
+    wanted = repeated_spans(documents, 5)
+    monkeypatch.setattr(deduplication, "MODULUS", 11)  # eleven hashes for more than a hundred different runs
+    found = repeated_spans(documents, 5)
+    assert not any((mark & ~right).any() for mark, right in zip(found, wanted, strict=True))
+    assert sum(mark.sum() for mark in found) < sum(right.sum() for right in wanted), "collisions hide some"
