@@ -31,6 +31,7 @@ GATHER = 48  # characters from which on no further group of digits is taken in
 RUN = re.compile(r"[A-Za-z0-9À-ɏ._%+\-@/=:~#()&?!*$^\\]+")
 PLAIN = re.compile(r"[^\W\d_]{1,19}")  # a word: no digit, no sign, too short for a token
 GROUP = re.compile(r"[+(]?[\w().\-/]{1,34}")
+WORD = re.compile(r"\w")
 ACCOUNT_START = re.compile(r"[^\W\d_]{2}\d{2}\w{0,30}\Z")
 INVISIBLE = dict.fromkeys(
     [0xAD, 0x34F, 0x61C, 0x180E, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
@@ -165,6 +166,11 @@ def matches(name: str, detector: Detector, zone: str, reach: int) -> Iterable[Fo
                 break
 
 
+def checked(zone: str, reach: int) -> bool:
+    """Whether a number with a check digit begins in the zone before `reach`: what is one by chance is rare."""
+    return any(True for name in ("IBAN", "CARD") for _ in matches(name, DETECTORS[name], zone, reach))
+
+
 # The stream
 
 
@@ -255,6 +261,9 @@ class Redactor:
             if run.end() == len(self.plain) and not final and run.end() - end <= 35:
                 return None
             group = run[0].rstrip(".:?!)")
+            cut = end + 1 + len(GROUP.match(run[0])[0]) if GROUP.match(run[0]) else end
+            if cut < run.end() and checked(self.plain[place:cut], len(first)) and not WORD.match(self.plain, cut):
+                return cut  # the last digits of a number stand before another sign: 1111=12/27
             if not GROUP.fullmatch(group) or not (re.search(r"\d", group) or (account and len(group) <= 4)):
                 return end
             end = run.end()

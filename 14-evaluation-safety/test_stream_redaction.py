@@ -56,6 +56,17 @@ def test_no_secret_leaks_at_any_cut(secret: str) -> None:
     assert in_pieces(text, list(range(len(text)))) == whole  # character by character
 
 
+@pytest.mark.parametrize("number", [number for number, kind in SECRETS.items() if kind in ("CARD", "IBAN")])
+def test_a_number_with_a_check_digit_is_found_before_any_sign(number: str) -> None:
+    """Its last group shares a run with what follows, as in forms and addresses."""
+    for sign in ("=12/27", ":123", "&cvv=123", "@x", "?", "#1 2 3", "%"):
+        text = f"pay {number}{sign}"
+        assert redact(text) == f"pay [{SECRETS[number]}]{sign}"
+        for cut in range(len(text)):
+            assert in_pieces(text, [cut]) == redact(text), (text, cut)
+    assert redact("0 10 20 30 40%") == "0 10 20 30 40%"  # no check digit: the last group is not joined
+
+
 def test_random_texts_in_random_pieces_show_what_the_whole_shows() -> None:
     rng, parts = random.Random(0), [*SECRETS, *HARMLESS, "a", "7", " ", ", ", "\n", "@", "+", "x" * (LIMIT - 3), "漢字"]
     for _ in range(150):
