@@ -229,6 +229,15 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=f"do not fit QuantisedLM: missing {key}"):
         load_folder(tmp_path)
     words = json.loads((tmp_path / "config.json").read_text())
+    for name, value, reason in (
+        ("vocab_size", 10**8, "asks for .* weights, its files hold .* less than one bit each"),
+        ("hidden_size", 2**63, "has hidden_size=9223372036854775808, above 1,000,000,000"),
+        ("head_dim", 10**40, "has head_dim=a number of 41 digits, above"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers=1000000 is above 10,000"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(words | {name: value}))
+        with pytest.raises(ValueError, match=reason):
+            load_folder(tmp_path)
     words["quantization_config"]["n_bit"] = 4
     (tmp_path / "config.json").write_text(json.dumps(words))
     with pytest.raises(ValueError, match="does not describe a recipe: .*n_bit"):
