@@ -679,10 +679,10 @@ def build_on_meta(size: TransformerSize) -> nn.ModuleDict:
 def count_on_meta(model: nn.ModuleDict, src_len: int, tgt_len: int) -> int:
     """FLOPs of one forward pass of build_on_meta's model, as torch.utils.flop_counter sees them."""
     d_model = model["token_emb"].embedding_dim
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x = model["encoder"](torch.empty(1, src_len, d_model))
+    with FlopCounterMode(display=False) as counter:
+        x = model["encoder"](torch.empty(1, src_len, d_model, device="meta"))
         if "decoder" in model:
-            x = model["decoder"](torch.empty(1, tgt_len, d_model), x)
+            x = model["decoder"](torch.empty(1, tgt_len, d_model, device="meta"), x)
         F.linear(x, model["token_emb"].weight)
     return counter.get_total_flops()
 
