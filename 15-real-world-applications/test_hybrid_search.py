@@ -6,7 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from contrastive import TextEncoder
+from dense_search import PassageEncoder
 from document_loaders import document_of
 from hybrid_search import (
     CrossConfig,
@@ -23,6 +27,7 @@ from hybrid_search import (
 )
 from lexical_search import Hit
 from text_chunks import cut_documents
+from transformer_architecture import copy_to_torch
 
 TINY = CrossConfig(
     d_model=20, n_heads=2, d_shared=12, batch_size=5, max_steps=40, warmup_steps=5, max_tokens=40, n_negatives=2
@@ -151,3 +156,28 @@ def test_one_passage_for_each_section() -> None:
     chunks = dict(enumerate(cut_documents([document_of("a.md", "markdown", text)])))
     assert [chunk.headings for chunk in chunks.values()] == [("A",), ("A",), ("A",), ("B",)]
     assert [hit.id for hit in one_per_section(hits(1, 0, 3, 2), chunks)] == [1, 3]
+
+
+def pooled_by_torch(text: TextEncoder, token_ids: torch.Tensor) -> torch.Tensor:
+    """The mean over the real tokens of PyTorch's own encoder with our weights."""
+    d_model, block = text.token_emb.embedding_dim, text.encoder.blocks[0]
+    settings = {"batch_first": True, "norm_first": True, "activation": "gelu", "dropout": 0.0}
+    layer = nn.TransformerEncoderLayer(d_model, block.self_attn.n_heads, 2 * d_model, dtype=torch.float64, **settings)
+    norm = nn.LayerNorm(d_model, dtype=torch.float64)
+    theirs = nn.TransformerEncoder(layer, len(text.encoder.blocks), norm, enable_nested_tensor=False)
+    copy_to_torch(text.encoder, theirs)
+    x = nn.functional.embedding(token_ids, text.token_emb.weight) + text.pos_emb.weight[: token_ids.shape[1]]
+    x = theirs(x, src_key_padding_mask=token_ids == 0)  # (batch, seq, d_model)
+    return torch.stack([row[ids != 0].mean(dim=0) for row, ids in zip(x, token_ids, strict=True)])
+
+
+@pytest.mark.parametrize("kind", [CrossEncoder, PassageEncoder])
+def test_the_encoders_compute_what_pytorchs_encoder_does(kind: type, parity) -> None:
+    torch.manual_seed(4)
+    model = kind(TINY).double().eval()
+    token_ids = torch.tensor([[7, 300, 41, 8, 9, 77, 1, 12], [5, 0, 0, 0, 0, 0, 0, 0], [88, 9, 4, 61, 0, 0, 0, 0]])
+    last = model.head if kind is CrossEncoder else model.proj
+    theirs = nn.functional.linear(pooled_by_torch(model.text, token_ids), last.weight, last.bias)
+    theirs = theirs[:, 0] if kind is CrossEncoder else theirs
+    assert theirs.std() > 0.01
+    parity(kind.__name__, "nn.TransformerEncoder", "output", model(token_ids), theirs, 1e-10)

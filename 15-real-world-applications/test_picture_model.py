@@ -17,6 +17,7 @@ from fine_tuning_adaptation import answer_loss
 from gpt2 import SamplingConfig
 from low_rank_adapters import adapted_layers
 from modern_llm_architectures import CausalLM, ModelConfig
+from picture_experiments import LastLayerPictureLM
 from picture_model import (
     DESCRIBED,
     FOLDER,
@@ -107,6 +108,34 @@ def library_model(ours: PictureLM, folder):
     theirs.linear_1.load_state_dict(ours.projector.up.state_dict())
     theirs.linear_2.load_state_dict(ours.projector.down.state_dict())
     return model
+
+
+def test_the_last_layers_patches_go_the_same_way(parity, tmp_path):
+    plain = tiny()
+    ours = LastLayerPictureLM(plain.vision, plain.projector, plain.language, PLACE)
+    theirs = library_model(ours, tmp_path)
+    token_ids, shown = rows(2, 3, 36, 11), pictures(2)
+    patches = theirs.model.vision_tower(2 * shown - 1).last_hidden_state[:, 1:]  # without the class token
+    x = theirs.model.language_model.embed_tokens(token_ids)
+    x[token_ids == PLACE] = theirs.model.multi_modal_projector(patches).flatten(0, 1)
+    library = theirs.lm_head(theirs.model.language_model(inputs_embeds=x).last_hidden_state)
+    made = ours(shown, token_ids)
+    assert (made - plain(shown, token_ids)).abs().max() > 0.1
+    parity("LastLayerPictureLM", "transformers ViTModel, LlamaModel", "output", made, library, 1e-10)
+
+
+def test_both_encoders_of_a_pair_are_those_of_their_libraries(parity, tmp_path):
+    from transformers import ViTForImageClassification
+
+    torch.manual_seed(5)
+    pair = PairEncoders(PictureConfig(d_vision=24, vision_layers=3, vision_heads=3, d_shared=7)).eval()
+    pair.vision.save_pretrained(tmp_path)
+    theirs = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    shown, texts = pictures(3, torch.float32), ["a small red circle", "2 dots", "no dots and a large blue square"]
+    made = pair(shown, description_ids(texts))
+    parity("PairEncoders", "ViTForImageClassification", "exchange", made[0], theirs(2 * shown - 1).logits, 1e-5)
+    alone = torch.cat([pair.text_proj(pair.text(description_ids([text]))) for text in texts])
+    parity("PairEncoders, texts", "one text at a time", "invariant", made[1], alone, 1e-5)
 
 
 def test_the_assembly_computes_what_transformers_llava_does(parity, tmp_path):
