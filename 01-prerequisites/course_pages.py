@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from workbench import ROOT, chapter_folders, describe_machine, fill_blocks, shown, write_atomically
 
 LEVELS = ("output", "gradient", "trajectory", "invariant", "exchange")  # of a proof; see conftest.py
@@ -151,9 +153,13 @@ def ledger_summary(table: str) -> str:
 
 @functools.cache
 def course_layers() -> dict[str, str]:
-    """Public layers of the course, read from the source: name -> topic folder. A layer is a class made from another
-    layer, in the end from torch's nn.Module; topic 1 builds a Module of its own, whose layers no hook of torch sees."""
+    """Public layers of the course, read from the source: name -> topic folder.
+
+    A layer is a class made from one of torch.nn, directly or by way of another layer, that can be called: some class of
+    the chain defines `forward`. Topic 1 builds a Module of its own, whose layers no hook of torch sees.
+    """
     bases: dict[str, tuple[str, set[str]]] = {}
+    calls = {name for name, value in vars(nn).items() if isinstance(value, type)} - {"Module"}
     for path in sorted(ROOT.glob("[0-9][0-9]-*/*.py")):
         if not path.name.startswith(("test_", "exercises_")):
             body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -161,10 +167,12 @@ def course_layers() -> dict[str, str]:
             for name, node in classes.items() if "Module" not in classes else ():
                 above = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
                 bases[name] = path.parent.name, above
-    layers = {"Module"}
-    while more := {name for name, (_, above) in bases.items() if above & layers} - layers:
-        layers |= more
-    return {name: topic for name, (topic, _) in bases.items() if name in layers - {"Module"} and name[0] != "_"}
+                calls |= {name for item in node.body if getattr(item, "name", "") == "forward"}
+    layers = calls - bases.keys() | {"Module"}
+    for chain in (layers, calls):  # what is made from a layer is one; what is made from one with a forward has one
+        while more := {name for name, (_, above) in bases.items() if above & chain} - chain:
+            chain |= more
+    return {name: topic for name, (topic, _) in bases.items() if name in layers & calls and name[0] != "_"}
 
 
 def unproven_layers(rows: list[dict]) -> dict[str, list[str]]:

@@ -327,6 +327,13 @@ def test_results_become_the_table_of_the_chapter(tmp_path: Path) -> None:
     assert {"seeds", "hardware", "date", "command", "rows", "columns"} == set(stored)
 
 
+def test_columns_of_words_stand_left_and_columns_of_numbers_right() -> None:
+    columns = [{"name": name, "unit": "", "digits": ".1f"} for name in ("a", "what", "code", "shown", "value")]
+    rows = [["x", "loss", "`f`", "12 ± 3", 1.0], ["y", "gap", "`g`", "nearly 4", [1.0, 2.0]], ["z", "", "-", "-", 3]]
+    result = {"columns": columns, "rows": rows, "seeds": [0], "hardware": "", "date": "", "command": ""}
+    assert render_table(result).splitlines()[1] == "|:--|:--|:--|--:|--:|"
+
+
 def test_results_refuse_ragged_rows_and_keep_other_tables(tmp_path: Path) -> None:
     write_example(tmp_path)
     path = tmp_path / "figures" / "results.json"

@@ -361,7 +361,10 @@ def render_table(result: dict) -> str:
     """Render one entry of results.json as a Markdown table with a line that says where it comes from."""
     columns = [Column(**column) for column in result["columns"]]
     heads = [f"{column.name} ({column.unit})" if column.unit else column.name for column in columns]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "|".join([":--"] + ["--:"] * (len(columns) - 1)) + "|"]
+    sides = [
+        ":--" if index == 0 or words([row[index] for row in result["rows"]]) else "--:" for index in range(len(heads))
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "|".join(sides) + "|"]
     for row in result["rows"]:
         cells = (render_cell(cell, column.digits) for cell, column in zip(row, columns, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
@@ -371,6 +374,11 @@ def render_table(result: dict) -> str:
     noun += ", mean ± standard deviation" if spread else ""
     lines += ["", f"*{noun} · {result['hardware']} · {result['date']} · `{result['command']}`*"]
     return "\n".join(lines)
+
+
+def words(cells: list[str | float | list[float]]) -> bool:
+    """Whether a column is read rather than compared: most of its cells begin with a letter, or with code."""
+    return 2 * sum(isinstance(cell, str) and bool(re.match(r"`|[^\W\d_]", cell)) for cell in cells) > len(cells)
 
 
 def render_cell(cell: str | float | list[float], digits: str) -> str:
