@@ -346,3 +346,45 @@ def test_training_lowers_the_loss_and_every_run_ends(tmp_path):
 def test_limits_that_make_no_sense(field, value):
     with pytest.raises(ValueError, match=field):
         AgentLimits(**{field: value})
+
+
+# The edges of the limits, where one turn more or less is the whole difference
+
+
+class Repeating:
+    """An endpoint that asks for another friend each time, at ten tokens a turn."""
+
+    def chat_all(self, asked: Sequence, **settings: object) -> list[Reply]:
+        people = [VILLAGE.people[len(messages) // 2] for messages in asked]
+        return [Reply(lookup(person), "stop", 6, 4, 0.0) for person in people]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "n_turns"),
+    [(AgentLimits(3, 1000), STEPS, 3), (AgentLimits(9, 20), TOKENS, 2), (AgentLimits(9, 21), TOKENS, 3)],
+)
+def test_limits_hold_to_the_turn_one_by_one_and_in_step(limits: AgentLimits, reason: str, n_turns: int) -> None:
+    agent = Agent(EndpointPolicy(Repeating()), TOOLS, limits)
+    for run in (agent.run(QUESTION), *run_together(agent, [QUESTION, "Who is next?"])):
+        assert (run.reason, len(run.steps), run.n_tokens) == (reason, n_turns, 10 * n_turns)
+
+
+def test_what_a_turn_may_hold() -> None:
+    longest = write_turn("x" * (4000 - len(write_turn("x", answer="yes")) + 1), answer="yes")
+    assert len(longest) == 4000 and read_turn(longest)[2] == "yes"
+    for text, message in (
+        (longest + " ", "at most 4000 characters"),
+        ('{"answer": "yes", "note": 1}', "a turn has no 'note'"),
+        ('{"thought": 1, "answer": "yes"}', "thought and answer are texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_turn(text)
+    assert write_turn("Zoë", answer="né") == '{"thought": "Zoë", "answer": "né"}'
+    assert messages_of("Who?", [], "Be kind.")[0] == {"role": "system", "content": "Be kind."}
+
+
+def test_a_list_of_tools_that_grows_later_allows_no_more() -> None:
+    tools = dict(TOOLS)
+    agent = Agent(Script(write_turn("", call_of("late")), write_turn("", answer="none")), tools)
+    tools["late"] = Tool("late", "Comes later.", object_of(), lambda: "ran")
+    assert agent.run(QUESTION).tools == []
