@@ -207,12 +207,16 @@ class CourseSpeaker:
 
 
 def read_call(text: str) -> dict[str, Any]:
-    """A call that a constraint let a model write; one that was cut off has no name, and no tool runs for it."""
+    """A call that a model wrote; one that was cut off, or that a server without constraints let pass, has no name.
+
+    No tool runs for a call without a name.
+    """
     try:
         call = json.loads(text)
-    except ValueError:
-        return {"name": "", "arguments": {}}
-    return call if isinstance(call, dict) else {"name": "", "arguments": {}}
+    except (ValueError, RecursionError):
+        call = None
+    fits = isinstance(call, dict) and isinstance(call.get("name"), str)
+    return call if fits else {"name": "", "arguments": {}}
 
 
 NO_CALL = {

@@ -425,3 +425,9 @@ def test_a_result_is_cut_to_the_room_there_is():
     [*bot.reply(Conversation().ask("All of it"))]
     read = bot.speaker.asked[1][0]
     assert 100 < len(read[-1]["content"]) < 1000 and bot.speaker.count(read) <= 1000 - bot.config.max_tokens
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"name": ["calculator"]}', '{"name": null}', "[" * 100_000])
+def test_what_is_no_call_has_no_name(text: str) -> None:
+    """A server may ignore the schema; its words then run no tool and raise nothing."""
+    assert read_call(text) == {"name": "", "arguments": {}}
