@@ -274,8 +274,11 @@ class Translator:
 def load_translator_folder(folder: Path = TRANSLATOR) -> Translator:
     """The committed translator, or another folder of `Translator.save`. Raises ValueError for one that does not fit."""
     about, tensors = read_json(folder / "translator.json"), read_safetensors(folder / WEIGHTS)
-    codec = Codec(Vocabulary(about["src_tokens"]), Vocabulary(about["tgt_tokens"]), about["unit"])
-    model = Transformer(ModelConfig(**about["model_config"]), len(codec.src), len(codec.tgt))
+    try:
+        codec = Codec(Vocabulary(about["src_tokens"]), Vocabulary(about["tgt_tokens"]), about["unit"])
+        model = Transformer(ModelConfig(**about["model_config"]), len(codec.src), len(codec.tgt))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{shown(folder)}/translator.json is no translator's: {error}") from None
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except RuntimeError as error:

@@ -512,7 +512,11 @@ def load_picture_model(folder: Path = FOLDER) -> tuple[PictureLM, PairEncoders, 
     Raises ValueError for a folder that does not fit together, or to the course model.
     """
     folder = Path(folder)
-    config = PictureConfig(**read_json(folder / "picture_config.json"))
+    settings = read_json(folder / "picture_config.json")
+    try:
+        config = PictureConfig(**settings)
+    except TypeError as error:
+        raise ValueError(f"{shown(folder)}/picture_config.json is no picture model's: {error}") from None
     pair, tensors = PairEncoders(config), read_safetensors(folder / PARTS)
     model = attach(pair, config, 0)
     model.vision = VisionTransformer.from_pretrained(folder / "vision").requires_grad_(False)

@@ -264,3 +264,13 @@ def test_the_committed_summariser_reaches_its_card():
     score = mean_score([score_summary(text, article) for text, article in zip(made, exam, strict=True)])
     assert abs(score.coverage - card["coverage"]) < 0.25  # 16 stories, whose coverages spread by about 0.33
     assert score.coverage > mean_score([score_summary(lead(article, 1), article) for article in exam]).coverage - 0.1
+
+
+@pytest.mark.parametrize("about", ["{}", '{"src_tokens": 1, "tgt_tokens": 2, "unit": "word"}'])
+def test_a_folder_that_is_no_translators_is_refused_in_one_line(about, tmp_path):
+    weights = (TRANSLATOR / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "translator.json").write_text(about)
+    with pytest.raises(ValueError, match="translator.json is no translator's") as error:
+        load_translator_folder(tmp_path)
+    assert "\n" not in str(error.value)

@@ -393,3 +393,11 @@ def test_the_committed_model_reaches_its_card():
     told = sum(report["seen"][kind] for kind in asked) / len(asked)
     assert abs(mean - told) < 0.17  # 72 questions: three standard errors
     assert recall_at(pair, "seen", exam)["text@5"] >= 0.9
+
+
+@pytest.mark.parametrize("settings", [{"colour": 1}, {"d_vision": "x"}, {"rank": None}])
+def test_a_folder_with_other_settings_is_refused_in_one_line(settings, tmp_path):
+    (tmp_path / "picture_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="picture_config.json is no picture model's|must be") as error:
+        load_picture_model(tmp_path)
+    assert "\n" not in str(error.value)
