@@ -28,6 +28,7 @@ from workbench import shown, write_atomically
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_NAMED = 6  # names that one error message lists
 MOST_LAYERS = 10_000  # more than any model has; blocks that no weights can fill would be built until memory ends
+MOST = 10**9  # of any whole number in a config.json: no model has as many of anything, and an id is below that
 
 
 # What a folder looks like
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path | str, model_type: str = "") -> dict:
-    """config.json of a folder. Raises ValueError if it is missing, malformed, or of another model_type than given."""
+    """config.json of a folder. Raises ValueError for one that is missing, malformed, of another kind, or absurd."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{shown(folder)} is not a folder; give one that holds {CONFIG} and {WEIGHTS}")
@@ -93,7 +94,18 @@ def read_config(folder: Path | str, model_type: str = "") -> dict:
     found = config.get("model_type")
     if model_type and found != model_type:
         raise ValueError(f"{shown(folder / CONFIG)} has model_type {found!r}, expected {model_type!r}")
+    check_sizes(config, folder / CONFIG)
     return config
+
+
+def check_sizes(config: dict, path: Path) -> None:
+    """Raise ValueError for a whole number that no size or id of a model can be, before anything is made of it."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, path)
+        elif isinstance(value, int) and value > MOST:
+            told = value if value < 10**20 else f"a number of {len(str(value))} digits"
+            raise ValueError(f"{shown(path)} has {name}={told}, above {MOST:,}; it is damaged, write it again")
 
 
 def read_weights(folder: Path | str) -> dict[str, Tensor]:
