@@ -528,8 +528,9 @@ def test_the_n_best_segmentations_are_those_of_the_enumeration(parity) -> None:
     assert len(ranked) == 27  # 9 ways for the first word, 3 for the second
     for n in (1, 7, 27, 100):
         found = ours.n_best("abab bab", n)
-        assert [tuple(ids) for _, ids in found] == [ids for ids, _ in ranked[:n]]
-        wanted = [score for _, score in ranked[:n]]
+        assert len({tuple(ids) for _, ids in found}) == len(found)
+        assert [score for score, _ in found] == pytest.approx([ways[tuple(ids)] for _, ids in found], abs=1e-10)
+        wanted = [score for _, score in ranked[:n]]  # ways of one score stand in any order
         parity("Unigram.n_best", "enumeration", "invariant", [score for score, _ in found], wanted, 1e-10)
     assert ours.n_best("abab bab", 1)[0][1] == ours.encode("abab bab")
     with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
