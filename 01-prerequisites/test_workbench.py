@@ -425,6 +425,15 @@ def check_double(answer) -> str | None:
     return None
 
 
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("an error whose words fail")
+
+
+def raises_without_words(x: float) -> float:
+    raise Wordless
+
+
 DOUBLE = Exercise(
     name="double",
     statement="Return twice the number.",
@@ -445,6 +454,7 @@ def test_an_exercise_accepts_its_solution_and_says_what_is_wrong_with_the_rest()
     assert DOUBLE.verdict(None) == "not yet: define double(x)"
     assert DOUBLE.verdict(lambda x: 1 / 0) == "not yet: it raised ZeroDivisionError: division by zero"
     assert DOUBLE.verdict(lambda: 0).startswith("not yet: it raised TypeError")
+    assert DOUBLE.verdict(raises_without_words) == "not yet: it raised Wordless"
     assert DOUBLE.verdict(lambda x: sys.exit(3)) == "not yet: it raised SystemExit: 3"
 
 
@@ -471,10 +481,12 @@ def test_answers_are_graded_from_the_command_line(answers, code, printed, tmp_pa
 def test_grading_names_a_missing_or_broken_file(tmp_path: Path, capsys) -> None:
     (tmp_path / "broken.py").write_text("1 +")
     (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
-    messages = {"none": "no such file", "broken": "does not run: SyntaxError", "ends": "does not run: SystemExit: 0"}
+    (tmp_path / "answers.txt").write_text("")
+    messages = {"none.py": "no such file", "broken.py": "does not run: SyntaxError"}
+    messages |= {"ends.py": "does not run: SystemExit: 0", "answers.txt": "not a Python file (.py)"}
     for name, message in messages.items():
         with pytest.raises(SystemExit) as exit_info:
-            grade([DOUBLE], [str(tmp_path / f"{name}.py")])
+            grade([DOUBLE], [str(tmp_path / name)])
         assert exit_info.value.code == 2 and message in capsys.readouterr().err
     grade([DOUBLE], [])
     assert "double(x)\n    Return twice the number.\n    Hint: Add it to itself." in capsys.readouterr().out

@@ -576,8 +576,16 @@ class Exercise:
         try:
             advice = self.check(answer)
         except (Exception, SystemExit) as error:  # a learner's function may fail in any way; the way is the advice
-            advice = f"it raised {type(error).__name__}: {error}"
+            advice = f"it raised {told(error)}"
         return "correct" if advice is None else f"not yet: {advice}"
+
+
+def told(error: BaseException) -> str:
+    """An exception in words, even one whose own words fail."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def grade(exercises: list[Exercise], argv: list[str] | None = None) -> None:
@@ -590,14 +598,14 @@ def grade(exercises: list[Exercise], argv: list[str] | None = None) -> None:
         for exercise in exercises:
             print(f"{exercise.signature}\n    {exercise.statement}\n    Hint: {exercise.hint}\n")
         return
-    if not path.is_file():
-        parser.error(f"no such file: {path}")
+    if not path.is_file() or path.suffix != ".py":
+        parser.error(f"{'not a Python file (.py)' if path.is_file() else 'no such file'}: {path}")
     spec = importlib.util.spec_from_file_location("answers", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        parser.error(f"{path} does not run: {type(error).__name__}: {error}")
+        parser.error(f"{path} does not run: {told(error)}")
     verdicts = {exercise.name: exercise.verdict(getattr(module, exercise.name, None)) for exercise in exercises}
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict}")
