@@ -129,6 +129,7 @@ def test_flags_come_from_the_fields(capsys) -> None:
         (["--width", "x"], "argument --width: invalid int value: 'x'"),
         (["--width", "0"], "width must be finite and >= 1 and <= 9, got 0"),
         (["--width", "10"], "width must be finite and >= 1 and <= 9, got 10"),
+        (["--width", "9" * 400], "width must be within 9,223,372,036,854,775,807, got a number of 400 digits"),
         (["--rate", "nan"], "rate must be finite and > 0 and < 1, got nan"),
         (["--rate", "1"], "rate must be finite and > 0 and < 1, got 1.0"),
         (["--kind", "odd"], "invalid choice: 'odd'"),
@@ -139,7 +140,7 @@ def test_flags_come_from_the_fields(capsys) -> None:
         (["--threads", "999999"], f"<= {4 * os.cpu_count()}, got 999999"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["demo", "explode"], "cannot explode on two lines"),
-        (["demo", "full"], "No space left on device: 'model.pt'"),
+        (["demo", "full"], "the disk is full ([Errno 28] No space left on device: 'model.pt'); free some space"),
         (["--out", "/dev/null/sub"], "/dev/null is a file; choose another --out"),
     ],
 )

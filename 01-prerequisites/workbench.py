@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import importlib.util
 import inspect
@@ -126,6 +127,8 @@ def check_range(
     wanted = " and ".join(f"{sign} {limit:g}" for sign, _, limit in tests)
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, int) and abs(value) > sys.maxsize:
+            raise ValueError(f"{name} must be within {sys.maxsize:,}, got a number of {len(str(abs(value)))} digits")
         if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in tests):
             raise ValueError(f"{name} must be finite and {wanted}, got {value}")
 
@@ -219,7 +222,9 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; what was saved stays\n")
     except (ValueError, OSError) as error:
-        commands.choices[args.verb].error(str(error))
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = f"the disk is full ({error}); free some space or choose a folder on another disk, as with --out"
+        commands.choices[args.verb].error(advice if full else str(error))
     except Exception as error:
         if not is_too_large(error):
             raise
