@@ -330,7 +330,7 @@ def test_lessons_train_the_turns_alone():
 
 
 def test_training_lowers_the_loss_and_every_run_ends(tmp_path):
-    config = AgentTrainConfig(n_tasks=4, agent_steps=12, agent_batch=2)
+    config = AgentTrainConfig(n_tasks=4, agent_steps=6, agent_batch=6)
     model, tokenizer, log = train_agent(config, RunConfig(out=tmp_path, device="cpu"))
     assert log[-1]["loss"] < 7  # guessing costs ln 2048 = 7.6 nats, and it begins above
     policy = agent_policy(fold(model), tokenizer, turn_schema(TOOLS, thoughts=False))
