@@ -1,4 +1,5 @@
 # make run · make test · make notebooks · make figures · make parity · make bench · make lint
+# TOPICS=3,7 lets figures and bench run for these topics only.
 # On Linux without a GPU, `make run CPU=1` fetches PyTorch's CPU wheels and spares gigabytes of CUDA packages.
 
 PYTHON ?= python3
@@ -19,10 +20,10 @@ notebooks: $(VENV)/installed
 	$(BIN)/python 01-prerequisites/workbench.py notebooks
 
 figures: $(VENV)/installed
-	$(BIN)/python 01-prerequisites/workbench.py every figures
+	$(BIN)/python 01-prerequisites/workbench.py every figures $(if $(TOPICS),--topics $(TOPICS))
 
 bench: $(VENV)/installed
-	$(BIN)/python 01-prerequisites/workbench.py bench
+	$(BIN)/python 01-prerequisites/workbench.py bench $(if $(TOPICS),--topics $(TOPICS))
 
 parity: $(VENV)/installed
 	rm -f parity.json

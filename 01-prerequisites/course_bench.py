@@ -24,11 +24,13 @@ from workbench import (
     RunConfig,
     announce,
     check_range,
+    chosen_topics,
     describe_machine,
     fill_blocks,
     progress,
     shown,
     shown_ratio,
+    topic_script,
     write_atomically,
 )
 
@@ -52,21 +54,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "limit", above=0)
-        self.chosen(ROOT)
-
-    def chosen(self, root: Path) -> list[Path]:
-        """The folders of the topics. Raises ValueError for a number that no topic has."""
-        folders = {int(folder.name[:2]): folder for folder in sorted(root.glob("[0-9][0-9]-*")) if folder.is_dir()}
-        words = [word.strip() for word in self.topics.split(",") if word.strip()]
-        wrong = [word for word in words if not word.isdecimal() or int(word) not in folders]
-        if wrong:
-            raise ValueError(f"topics={self.topics!r}: there is no topic {wrong[0]!r}; give numbers from 1 to 15")
-        return [folders[number] for number in sorted({int(word) for word in words} or folders)]
-
-
-def topic_script(folder: Path) -> Path:
-    """The topic's own module: 03-attention-mechanisms/attention_mechanisms.py."""
-    return folder / f"{folder.name[3:].replace('-', '_')}.py"
+        chosen_topics(self.topics)
 
 
 def read_ratios(text: str) -> list[dict[str, Any]]:
@@ -119,7 +107,7 @@ def render_bench(results: dict[str, dict[str, Any]]) -> str:
 
 def bench(config: BenchConfig, run: RunConfig) -> None:
     """Run the bench of every topic, and print one table of how fast ours is beside the field's own libraries."""
-    folders, path = config.chosen(ROOT), run.out / "bench.json"
+    folders, path = chosen_topics(config.topics), run.out / "bench.json"
     announce(
         f"benches of {len(folders)} topic{'s' * (len(folders) > 1)}",
         sum(SECONDS[int(folder.name[:2])] for folder in folders),

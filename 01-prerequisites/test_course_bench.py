@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import course_bench
-from course_bench import BenchConfig, read_ratios, render_bench, time_topic, topic_script
-from workbench import ROOT, RunConfig, main, speed_line
+import workbench
+from course_bench import read_ratios, render_bench, time_topic
+from workbench import RunConfig, chosen_topics, main, speed_line, topic_script
 
 GOOD = """
 import sys
@@ -30,12 +31,12 @@ def course(tmp_path: Path, monkeypatch) -> Path:
     for name, program in programs.items():
         (tmp_path / name).mkdir()
         topic_script(tmp_path / name).write_text(textwrap.dedent(program))
-    monkeypatch.setattr(course_bench, "ROOT", tmp_path)
+    monkeypatch.setattr(workbench, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_every_topic_has_a_bench() -> None:
-    folders = BenchConfig().chosen(ROOT)
+    folders = chosen_topics("")
     assert len(folders) == 15 and set(course_bench.SECONDS) == set(range(1, 16))
     for folder in folders:
         text = topic_script(folder).read_text(encoding="utf-8")

@@ -241,7 +241,31 @@ def test_other_errors_keep_their_traceback() -> None:
         run_verbs("Toy.", {"demo": (demo,)}, [])
 
 
-def test_every_refuses_a_verb_that_no_topic_has() -> None:
+def test_every_goes_on_after_a_failure_and_names_it(tmp_path: Path, monkeypatch, capfd) -> None:
+    programs = {
+        "01-good-one": 'print("good", sys.argv[1:])  # "figures": (',
+        "02-bad-one": 'raise ValueError  # "figures": (',
+        "03-without": "print('without')",
+        "04-last-one": 'print("last")  # "figures": (',
+    }
+    for name, program in programs.items():
+        script = tmp_path / name / f"{name[3:].replace('-', '_')}.py"
+        script.parent.mkdir()
+        script.write_text(f"import sys\n{program}\n")
+    monkeypatch.setattr(workbench, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="figures failed: 02-bad-one; once mended"):
+        workbench.every(workbench.EveryConfig(("figures",)))
+    shown = capfd.readouterr().out
+    assert "good ['figures']" in shown and "last\n" in shown and "without" not in shown
+    workbench.every(workbench.EveryConfig(("figures",), topics="4"))
+    assert "good" not in capfd.readouterr().out
+
+
+def test_every_refuses_a_verb_or_a_topic_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="there is no topic '16'; give numbers from 1 to 15"):
+        workbench.EveryConfig(("figures",), topics="3,16")
+    with pytest.raises(ValueError, match="exactly one verb"):
+        workbench.EveryConfig()
     with pytest.raises(ValueError, match="no topic has the verb 'figurs'"):
         workbench.every(workbench.EveryConfig(("figurs",)))
 

@@ -767,24 +767,50 @@ def without_own_folders(text: str) -> str:
     return re.sub(r"/[\w./~-]*site-packages/", "site-packages/", text.replace(f"{ROOT}/", ""))
 
 
+def chosen_topics(topics: str) -> list[Path]:
+    """The folders of the topics in `topics`, numbers with commas between; "" means all.
+
+    Raises ValueError for a number that no topic has.
+    """
+    folders = {int(folder.name[:2]): folder for folder in sorted(ROOT.glob("[0-9][0-9]-*")) if folder.is_dir()}
+    words = [word.strip() for word in topics.split(",") if word.strip()]
+    wrong = [word for word in words if not word.isdecimal() or int(word) not in folders]
+    if wrong:
+        raise ValueError(f"topics={topics!r}: there is no topic {wrong[0]!r}; give numbers from 1 to 15")
+    return [folders[number] for number in sorted({int(word) for word in words} or folders)]
+
+
+def topic_script(folder: Path) -> Path:
+    """The topic's own module: 03-attention-mechanisms/attention_mechanisms.py."""
+    return folder / f"{folder.name[3:].replace('-', '_')}.py"
+
+
 @dataclasses.dataclass(frozen=True)
 class EveryConfig:
-    verbs: tuple[str, ...] = ()  # the verb, such as figures or bench
+    verbs: tuple[str, ...] = ()  # the verb, such as figures or demo
+    topics: str = ""  # numbers of topics with commas between, such as 3,7; none means all
+
+    def __post_init__(self) -> None:
+        if len(self.verbs) != 1:
+            raise ValueError(f"every needs exactly one verb, such as figures or demo; got {list(self.verbs)}")
+        chosen_topics(self.topics)
 
 
 def every(config: EveryConfig) -> None:
-    """Run one verb of every topic that has it, one after the other."""
-    if len(config.verbs) != 1:
-        raise ValueError(f"every needs exactly one verb, such as figures or bench; got {list(config.verbs)}")
-    scripts = [folder / f"{folder.name[3:].replace('-', '_')}.py" for folder in sorted(ROOT.glob("[0-9][0-9]-*"))]
-    having = [path for path in scripts if f'"{config.verbs[0]}": (' in path.read_text(encoding="utf-8")]
+    """Run one verb of every topic that has it, one after the other; a topic that fails does not end the rest."""
+    verb, failed = config.verbs[0], []
+    scripts = [topic_script(folder) for folder in chosen_topics(config.topics)]
+    having = [path for path in scripts if f'"{verb}": (' in path.read_text(encoding="utf-8")]
     if not having:
-        raise ValueError(f"no topic has the verb {config.verbs[0]!r}; choose one such as figures or bench")
+        raise ValueError(f"no topic has the verb {verb!r}; choose one such as figures or demo")
     for script in having:
-        print(f"\n{script.name} {config.verbs[0]}", flush=True)
-        done = subprocess.run([sys.executable, str(script), config.verbs[0]], check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
+        print(f"\n{script.name} {verb}", flush=True)
+        before = time.perf_counter()
+        code = subprocess.run([sys.executable, str(script), verb], check=False).returncode
+        print(f"{script.name} {verb}: {time.perf_counter() - before:.0f} s", flush=True)
+        failed += [script.parent.name] if code else []
+    if failed:
+        sys.exit(f"{verb} failed: {', '.join(failed)}; once mended: every {verb} --topics N,N")
 
 
 def main(argv: list[str] | None = None) -> None:
