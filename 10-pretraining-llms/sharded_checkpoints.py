@@ -141,6 +141,8 @@ class MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # what Python 3.13 wrote; 3.11, 3.12 and 3.14 know the same class as pathlib's
+            module = "pathlib"
         known = module in self.modules or (module, name) in self.others
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")

