@@ -60,7 +60,11 @@ class ScriptedSpeaker:
             self.gate.wait(30)
             yield Piece("The rest.")
         elif last in HOSTILE:
-            yield Piece(HOSTILE[last])
+            half = len(HOSTILE[last]) // 2
+            yield Piece(HOSTILE[last][:half])
+            yield Piece(HOSTILE[last][half:])
+        elif last == "nothing":
+            return
         elif last == "secret":
             yield Piece("Write to ann@exa")
             yield Piece("mple.org today.")
@@ -300,6 +304,14 @@ def test_hostile_text_is_text(page):
     page.open()
     check_harmless(page)
     assert len(page.texts()) == 4 * len(HOSTILE)
+    hostile = HOSTILE["script"] + HOSTILE["handler"] + HOSTILE["escape"] + HOSTILE["turned"]
+    for kind in ("token", "refusal", "call", "result", "citation", "notice"):
+        data = dict.fromkeys(("name", "number", "passage"), hostile)
+        page.run("(showEvents(bubble('assistant'), [arguments[0]]), 1)", {"kind": kind, "text": hostile, "data": data})
+    page.run("(state.memory = {[arguments[0]]: arguments[0]}, showMemory(), showProblem(arguments[0]), 1)", hostile)
+    shown = page.run("document.body.textContent")
+    assert shown.count("</script><script>") >= 6 + 6 and not {"\x1b", "\x07", "\u202e", "\u2066"} & set(shown)
+    check_harmless(page)
 
 
 def check_harmless(page) -> None:
@@ -343,6 +355,66 @@ def test_a_server_that_dies_is_an_error_with_a_way_back(driver, speaker):
         assert page.last() == "The first part. The rest." and not page.run("document.querySelector('.problem')")
 
 
+def test_a_long_conversation_goes_on_with_its_end(page, speaker):
+    said = [{"role": role, "content": f"{role} {i}"} for i in range(130) for role in ("user", "assistant")]
+    page.run("(state.messages = arguments[0], save(), 1)", said)
+    page.open()
+    page.ask("and now?")
+    assert page.last() == "Heard: and now?" and len(page.texts()) == 262
+    sent = speaker.asked[-1][1:]  # 261 messages; of the last 200 the first is an answer, and is left out too
+    assert len(sent) == 199 and sent[0] == said[62] and sent[-1]["content"] == "and now?"
+    status = "document.getElementById('status').textContent"
+    assert page.run(status) == "Answered, without the oldest 62 messages."
+    # Sizes: what the server takes of one message and of a request, an emoji at the edge, half of one in the question.
+    page.run("(state.messages = arguments[0], showAll(), 1)", [{"role": "user", "content": "\u20ac" * 20_000}] * 40)
+    page.run("(state.messages.splice(-1, 1, {role: 'assistant', content: 'w'.repeat(19999) + '\\u{1f600}'}), 1)")
+    page.run("(ask('half \\ud83d'), 1)")
+    page.until("!running")
+    assert page.last() == "Heard: half \ufffd"
+    assert len(speaker.asked[-1]) > 2 and speaker.asked[-1][-2]["content"] == "w" * 19_999 + "\ufffd"
+
+
+def test_what_is_too_much_to_keep_is_cut_and_what_was_erased_stays_erased(page):
+    page.ask("remember it")
+    page.run("(state.messages = Array(300).fill(0).map((_, i) => ({role: 'user', content: i + 'x'.repeat(40000)})), 1)")
+    page.driver.find_element("css selector", "#memory summary").click()
+    page.driver.find_element("id", "memory-clear").click()
+    assert page.run("document.getElementById('status').textContent").startswith("Only the end of this long")
+    page.open()
+    assert page.run("state.memory") == {} and 1 <= len(page.texts()) < 300
+    assert page.run("state.messages.at(-1).content").startswith("299x")
+    for kept in (
+        '{"messages": [null]}',
+        '{"messages": [{"role": "user", "content": "x"}], "memory": null}',
+        "[[",
+        "null",
+    ):
+        page.run("(sessionStorage.setItem('chat', arguments[0]), 1)", kept)
+        page.open()
+        assert len(page.texts()) == kept.count("user") and page.run("Object.keys(state.memory).length") == 0
+
+
+def test_a_message_that_is_too_long_stays_in_the_box(page):
+    page.ask("x" * 20_001, wait=False)
+    status = page.run("document.getElementById('status').textContent")
+    assert status == "A message has at most 20,000 characters, this one has 20,001."
+    assert page.texts() == [] and page.run("document.getElementById('question').value.length") == 20_001
+    page.ask("x " * 9_999 + "xx")
+    assert page.last() == "Heard: " + "x " * 9_999 + "xx"
+
+
+def test_a_question_without_an_answer_can_be_put_in_other_words(page, speaker):
+    page.ask("first")
+    page.ask("nothing", wait=False)
+    assert page.problem() == "The answer is empty."
+    page.type("and more")
+    page.driver.find_element("css selector", ".problem button + button").click()
+    assert page.run("document.getElementById('question').value") == "nothing\nand more"
+    assert len(page.texts()) == 2 and page.run("document.activeElement.id") == "question"
+    page.ask("something")
+    assert [message["content"] for message in speaker.asked[-1]][1:] == ["first", "Heard: first", "something"]
+
+
 def test_everything_has_a_name_and_works_from_the_keyboard(page):
     page.ask("the sum")
     nameless = page.run(
@@ -354,8 +426,24 @@ def test_everything_has_a_name_and_works_from_the_keyboard(page):
     assert page.run("document.querySelector('#status').getAttribute('role')") == "status"
     assert page.run("document.querySelectorAll('article h2').length") == 2  # who speaks
     assert page.run("document.documentElement.lang") == "en"
-    order = page.run("[...document.querySelectorAll('button, textarea, summary')].every(e => e.tabIndex === 0)")
+    order = page.run("[...document.querySelectorAll('main, button, textarea, summary')].every(e => e.tabIndex === 0)")
     assert order is True
+    from selenium.webdriver import ActionChains, Keys
+
+    def press(*keys: str) -> str:
+        ActionChains(page.driver).send_keys(*keys).perform()
+        return page.run("document.activeElement.id || document.activeElement.localName")
+
+    page.run("(document.getElementById('question').focus(), 1)")
+    assert press("by keys", Keys.TAB) == "send"
+    press(Keys.SPACE)
+    page.until("document.querySelectorAll('article').length === 4 && !running")
+    assert page.run("document.activeElement.id") == "question"  # the button is gone, the place is not lost
+    page.run("(document.querySelector('#memory summary').focus(), 1)")
+    press(Keys.ENTER)
+    assert page.run("document.getElementById('memory').open") is True
+    assert press(Keys.ESCAPE) == "summary" and page.run("document.getElementById('memory').open") is False
+    assert press(Keys.TAB, Keys.TAB) == "main"  # which can be scrolled by keys
 
 
 def test_phone_and_dark(page):
@@ -369,6 +457,11 @@ def test_phone_and_dark(page):
             assert page.run("document.documentElement.scrollWidth") <= 360
             assert page.run("document.getElementById('send').getBoundingClientRect().bottom") <= 700
             assert min(contrasts(page)) >= 4.5, scheme
+        size = {"width": 320, "height": 256, "deviceScaleFactor": 4, "mobile": False}  # at a zoom of 400 %
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert page.run("document.documentElement.scrollWidth") <= 320
+        assert page.run("document.getElementById('send').getBoundingClientRect().bottom") <= 256
+        assert page.run("document.querySelector('main').clientHeight") >= 128  # half of it is for reading
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from chat_endpoint import EndpointError
+from chat_memory import MAX_FACTS, MAX_VALUE
 from chat_model import load_chat_model
 from chat_server import (
     MAX_MESSAGES,
@@ -27,6 +29,7 @@ from chat_server import (
 )
 from chatbot import Chatbot, ChatbotConfig, CourseSpeaker, Event, Piece
 from engine_thread import EngineThread
+from http_limits import HttpLimits
 from served_model import CourseServing, ServedModel
 from server import background_server, make_app, make_engine
 from serving_engine import EngineConfig
@@ -171,6 +174,18 @@ def test_the_page_comes_with_a_policy(address):
         assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff" and "access-control-allow-origin" not in headers
     assert ask(address, says("x"))[1]["content-security-policy"] == policy
+
+
+def test_the_page_keeps_within_the_limits_of_a_request():
+    script = (PAGE / "chat.js").read_text(encoding="utf-8")
+    found = re.search(r"const MOST = \{ messages: (\d+), characters: (\d+), bytes: (\d+) \}", script)
+    messages, characters, n_bytes = map(int, found.groups())
+    assert (messages, characters) == (MAX_MESSAGES, MAX_TEXT)
+    memory = {"n" * 23 + chr(97 + i): "\U0001f600" * MAX_VALUE for i in range(MAX_FACTS)}  # besides the messages
+    assert (
+        n_bytes + len(json.dumps({"messages": [], "memory": memory}, ensure_ascii=False).encode())
+        <= HttpLimits().max_body
+    )
 
 
 def test_the_page_asks_nobody_else_and_parses_no_markup():

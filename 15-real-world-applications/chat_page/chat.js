@@ -4,6 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const NAMES = { user: "You", assistant: "The course model" };
+const MOST = { messages: 200, characters: 20000, bytes: 900000 }; // of a request, within chat_server's limits
 
 // Of this tab alone: sessionStorage is neither shared between tabs nor kept when one closes.
 const state = { messages: [], memory: {} };
@@ -19,11 +20,20 @@ function load() {
   }
 }
 
+// Keeps as much of the end as there is room for; the memory goes with it, so that what was erased never comes back.
 function save() {
-  try {
-    sessionStorage.setItem("chat", JSON.stringify(state));
-  } catch {
-    $("status").textContent = "This conversation is too long to survive a reload.";
+  let messages = state.messages;
+  while (true) {
+    try {
+      sessionStorage.setItem("chat", JSON.stringify({ ...state, messages }));
+      break;
+    } catch {
+      if (!messages.length) break;
+      messages = messages.slice(Math.ceil(messages.length / 2));
+    }
+  }
+  if (messages.length < state.messages.length) {
+    $("status").textContent = "Only the end of this long conversation survives a reload.";
   }
 }
 
@@ -36,9 +46,9 @@ function element(tag, className, text) {
   return made;
 }
 
-// Control characters and those that turn the direction of what follows are shown as such.
+// Control characters and those that turn the direction of what follows are shown as such; ends of lines are not.
 function visible(text) {
-  return String(text).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+  return String(text).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
 }
 
 function bubble(role) {
@@ -72,7 +82,7 @@ function showEvent(article, event, text) {
   switch (event.kind) {
     case "token":
       if (!text) return paragraph(article, event.text);
-      text.textContent += visible(event.text);
+      text.append(visible(event.text));
       return text;
     case "refusal":
       article.classList.add("refused");
@@ -94,18 +104,33 @@ function showEvent(article, event, text) {
   return text;
 }
 
+// What went wrong with the last question, with two ways on: the same again, or another wording.
 function showProblem(text) {
   const problem = element("div", "problem");
   problem.setAttribute("role", "alert");
-  const retry = element("button", "", "Try again");
-  retry.type = "button";
-  retry.addEventListener("click", () => {
-    problem.remove();
-    answer();
-  });
-  problem.append(element("span", "", text), retry);
+  const way = (name, go) => {
+    const button = element("button", "", name);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      problem.remove();
+      go();
+      $("question").focus();
+    });
+    return button;
+  };
+  problem.append(element("span", "", text), way("Try again", answer), way("Edit", edit));
   $("log").append(problem);
   scroll();
+}
+
+// Takes the last question back into the box, before what has been typed there since.
+function edit() {
+  const { content } = state.messages.pop();
+  $("log").lastElementChild.remove();
+  $("question").value = [content, $("question").value].filter(Boolean).join("\n");
+  save();
+  grow();
+  refresh();
 }
 
 function showMemory() {
@@ -210,22 +235,25 @@ async function answer() {
       if (follow) scroll();
     }
     if (!ended) throw new Error("the connection broke off");
-    $("status").textContent = "Answered.";
+    const leftOut = state.messages.length - newest().length;
+    $("status").textContent = leftOut ? `Answered, without the oldest ${leftOut} messages.` : "Answered.";
   } catch (error) {
     if (error.name === "AbortError") $("status").textContent = "Stopped.";
     else problem = `No answer: ${error.message}.`.replace(/\.\.$/, ".");
   }
   article.removeAttribute("aria-busy");
-  const content = events.filter(({ kind }) => kind === "token" || kind === "refusal").map(({ text }) => text);
+  const said = events.filter(({ kind }) => kind === "token" || kind === "refusal");
+  const content = said.map(({ text }) => text).join("");
   if (problem) {
     article.remove(); // a part of an answer is asked for again
     $("status").textContent = "";
     showProblem(problem);
-  } else if (content.length) {
-    state.messages.push({ role: "assistant", content: content.join(""), events });
+  } else if (content) {
+    state.messages.push({ role: "assistant", content, events });
   } else {
     article.remove();
-    if ($("status").textContent === "Stopped.") showProblem("Stopped before the answer began.");
+    $("status").textContent = "";
+    showProblem(ended ? "The answer is empty." : "Stopped before the answer began.");
   }
   running = null;
   save();
@@ -233,15 +261,29 @@ async function answer() {
   refresh();
 }
 
+// The newest messages that one request may hold, from a question on, as the server takes them.
+function newest() {
+  const kept = [];
+  let bytes = 0;
+  for (let i = state.messages.length - 1; i >= 0 && kept.length < MOST.messages; i--) {
+    const { role, content } = state.messages[i];
+    const message = { role, content: content.slice(0, MOST.characters).replace(/\p{Surrogate}/gu, "\ufffd") };
+    bytes += new TextEncoder().encode(JSON.stringify(message)).length + 1;
+    if (bytes > MOST.bytes) break;
+    kept.unshift(message);
+  }
+  while (kept.length > 1 && kept[0].role !== "user") kept.shift();
+  return kept;
+}
+
 // The server's events for the conversation as it stands.
 async function* eventsOf(signal) {
-  const messages = state.messages.map(({ role, content }) => ({ role, content }));
   let response;
   try {
     response = await fetch("chat/reply", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ messages, memory: state.memory }),
+      body: JSON.stringify({ messages: newest(), memory: state.memory }),
       signal,
     });
   } catch (error) {
@@ -266,6 +308,8 @@ async function* eventsOf(signal) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("the connection broke off");
+  } finally {
+    reader.cancel().catch(() => {}); // what still comes is not read
   }
 }
 
@@ -280,11 +324,17 @@ async function reasonOf(response) {
 // Events of the page
 
 function send() {
-  const text = $("question").value;
-  if (running || !text.trim()) return;
+  const text = $("question").value.trim();
+  $("question").focus();
+  if (running || !text) return;
+  if (text.length > MOST.characters) {
+    const [most, found] = [MOST.characters, text.length].map((count) => count.toLocaleString("en"));
+    $("status").textContent = `A message has at most ${most} characters, this one has ${found}.`;
+    return;
+  }
   $("question").value = "";
   grow();
-  ask(text.trim());
+  ask(text);
 }
 
 function grow() {
@@ -310,7 +360,12 @@ $("question").addEventListener("keydown", (event) => {
 $("question").addEventListener("input", grow);
 $("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (running) stop();
+  else if ($("memory").open) {
+    $("memory").open = false;
+    $("memory").querySelector("summary").focus();
+  }
 });
 $("new").addEventListener("click", () => {
   if (running) return;
@@ -333,8 +388,13 @@ document.querySelectorAll(".example").forEach((button) => {
   });
 });
 
-load();
-showAll();
+try {
+  load();
+  showAll();
+} catch {
+  Object.assign(state, { messages: [], memory: {} }); // what was kept is not of this page
+  showAll();
+}
 if (state.messages.length && state.messages[state.messages.length - 1].role === "user") {
   showProblem("This question has no answer yet.");
 }
