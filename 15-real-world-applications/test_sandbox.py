@@ -19,6 +19,7 @@ from sandbox import (
     TierReport,
     find_sandbox,
     judge,
+    outcome_of,
     plain_value,
     printable,
     probe,
@@ -118,6 +119,12 @@ def test_limits_end_what_is_beyond_them(box: Sandbox) -> None:
 def test_cpu_is_limited_beside_the_clock(box: Sandbox) -> None:
     outcome = run_code("while True: pass", "", Limits(cpu_seconds=1, wall_seconds=100), box)
     assert outcome.status == "timeout" and 0.9 < outcome.cpu_seconds < 2 and outcome.seconds < 100
+
+
+def test_what_the_cpu_limit_killed_is_told_from_what_something_else_did() -> None:
+    told = {"why": "", "shut": True, "stdout": "", "stderr": "", "results": "", "seconds": 9.0, "peak_kib": 0}
+    for code, cpu, status in ((-9, 1.99, "timeout"), (-24, 1.6, "timeout"), (-9, 0.2, "killed"), (-11, 1.99, "killed")):
+        assert outcome_of(told | {"code": code, "cpu": cpu}, Limits(cpu_seconds=2)).status == status
 
 
 def test_output_up_to_the_limit_is_kept_whole(box: Sandbox) -> None:
