@@ -434,7 +434,8 @@ UNSUPPORTED = {  # settings of PEFT's LoRA that change what is computed, and the
     "lora_bias": (False, None),
     "alora_invocation_tokens": (None, []),
     "layer_replication": (None, []),
-    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config"), (False, None)),
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config"), (False, None)),
+    **dict.fromkeys(("velora_config", "monteclora_config"), (False, None)),
 }
 SETTINGS = {  # the settings that are read: what each must be, and what its absence means
     "r": (int, None),

@@ -13,11 +13,13 @@ import fine_tuning_adaptation as topic
 from course_model import FOLDER, load_course_model
 from course_tokenizer import load_course_tokenizer
 from fine_tuning_adaptation import (
+    RATES,
     AnswerConfig,
     DialogueBatches,
     ElasticPenalty,
     MethodConfig,
     SftConfig,
+    answer_gap,
     answer_loss,
     category_accuracy,
     dialogue,
@@ -26,12 +28,19 @@ from fine_tuning_adaptation import (
     everything_trained,
     fisher_diagonal,
     freeze_below,
+    guessing,
     layer_rates,
     prompt_ids,
+    replay_documents,
     respond,
+    sft_batches,
+    training_dialogues,
+    with_end,
 )
-from low_rank_adapters import LoraConfig
+from gpt2 import SamplingConfig
+from low_rank_adapters import DoRALinear, LoraConfig, LoRALinear, adapted_layers
 from modern_llm_architectures import CausalLM, ModelConfig
+from nf4 import NF4Linear
 from packing import language_model_loss
 from preference_failures import PREFERENCE_BREAKS
 from sequence_modeling import IGNORE
@@ -132,6 +141,15 @@ def test_loss_at_counted_positions_equals_topic_07s(parity) -> None:
         assert results[0][1] == results[1][1]
 
 
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    batch = DialogueBatches(DIALOGUES[:6], 6, 0)(0)
+    model = tiny().bfloat16()
+    loss, _ = answer_loss(model, batch)
+    logits, targets = topic.counted_logits(model, batch)
+    wanted = nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 def test_an_epoch_holds_every_dialogue_once_and_depends_on_the_seed() -> None:
     batches = DialogueBatches(DIALOGUES, 25, 0)
     seen = [tuple(row.ids) for step in range(3) for row in batches.rows(step)]
@@ -158,14 +176,90 @@ def test_batches_refuse_what_cannot_be_trained() -> None:
     row = DIALOGUES[0]
     with pytest.raises(ValueError, match="dialogue 1 has no trained token"):
         DialogueBatches([row, row._replace(trained=[False] * len(row.ids))], 2, 0)
+    with pytest.raises(ValueError, match="dialogue 0 has no trained token"):  # nothing stands before the first id
+        DialogueBatches([row._replace(trained=[True] + [False] * (len(row.ids) - 1))], 1, 0)
     with pytest.raises(ValueError, match=rf"dialogue 0 has {len(row.ids)} ids, a row holds 9; raise seq_len"):
         DialogueBatches([row], 1, 0, seq_len=8)
+    just = DialogueBatches([row], 1, 0, seq_len=len(row.ids) - 1)(0)  # inputs and targets are one shorter
+    assert just["inputs"].tolist() == [row.ids[:-1]] and just["targets"][0, -1] == row.ids[-1]
     for replay_share, n_replayed in ((0.1, 0), (0.9, 4)):  # neither replay nor dialogues may be rounded away
         with pytest.raises(ValueError, match=f"replay_share={replay_share} makes {n_replayed} of the 4 rows"):
             DialogueBatches([row] * 5, 4, 0, replay=[row] * 5, replay_share=replay_share)
 
 
+def test_instructions_are_shared_out_and_documents_fit_their_rows() -> None:
+    config = SftConfig(n_instructions=15, batch_size=4, categories="sum, sort")
+    rows = training_dialogues(TOKENIZER, config, 0)
+    wanted = [item for name in ("sum", "sort") for item in World().instructions(7, 1, "train", name)]
+    assert rows == encode_dialogues(TOKENIZER, wanted)
+    assert all(
+        all(row.trained) for row in training_dialogues(TOKENIZER, topic.replace(config, loss_on="everything"), 0)
+    )
+    documents = replay_documents(TOKENIZER, 40, 0)
+    longest = max(len(row.ids) for row in documents)
+    assert replay_documents(TOKENIZER, 40, 0, longest - 1) == documents  # inputs and targets are one shorter
+    assert max(len(row.ids) for row in replay_documents(TOKENIZER, 40, 0, longest - 2)) < longest
+    lengths = {method: sft_batches(TOKENIZER, config, MethodConfig(method), 0).seq_len for method in RATES}
+    assert {method for method, seq_len in lengths.items() if not seq_len} == {"prefix", "prompt"}  # before whole rows
+
+
 # What is trained, and how fast
+
+
+ADDED = {  # last parts of the names of what is trained, beside the rows of new tokens
+    "lora": {"lora_a", "lora_b"},
+    "dora": {"lora_a", "lora_b", "magnitude"},
+    "qlora": {"lora_a", "lora_b"},
+    "prefix": {"prefix_keys", "prefix_values"},
+    "prompt": {"prompt"},
+    "bitfit": {"bias"},
+}
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_each_method_trains_what_its_name_says(method: str) -> None:
+    model = topic.adapt(
+        tiny(tie_embeddings=True), TOKENIZER, MethodConfig(method, n_virtual=5), LoraConfig(lora_rank=2)
+    )
+    named = dict(model.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    if method == "full":
+        assert trained == set(named) and not any(name.endswith(".rows") for name in named)
+        return
+    rows = {name for name in trained if name.endswith(".rows")}
+    assert len(rows) == 1 and named[rows.pop()].shape[0] == len(topic.unseen_tokens(TOKENIZER)) > 3
+    added = {name for name in trained if not name.endswith(".rows")}
+    if method == "layerwise":
+        assert added == {name for name in named if name.startswith(("blocks.1.", "blocks.2.", "final_norm"))}
+    elif method == "adapters":
+        assert len(added) == 3 * 2 * 4 and all(".adapter." in name for name in added)
+    else:
+        assert {name.rpartition(".")[2] for name in added} == ADDED[method]
+    layers = adapted_layers(model).values()
+    if method in ("lora", "dora", "qlora"):
+        kind, base = {"dora": DoRALinear}.get(method, LoRALinear), {"qlora": NF4Linear}.get(method, nn.Linear)
+        assert {(type(layer), type(layer.base)) for layer in layers} == {(kind, base)}
+    if method in ("prefix", "prompt"):
+        assert {named[name].shape[-2] for name in added} == {5}
+
+
+def test_settings_of_a_training() -> None:
+    for method, rate in RATES.items():
+        training = SftConfig(max_steps=100).training(method)
+        assert (training.learning_rate, training.warmup_steps, training.weight_decay) == (rate, 25, 0)
+    training = SftConfig(max_steps=1000, learning_rate=0.3).training("lora")
+    assert (training.learning_rate, training.warmup_steps, training.max_steps) == (0.3, 40, 1000)
+
+
+def test_a_lower_block_takes_a_shorter_step() -> None:
+    """Adam's first step is the rate times the sign of the gradient, so the steps show the rates."""
+    model, how = tiny(), MethodConfig("layerwise", n_frozen=1, layer_decay=0.25)
+    model = topic.adapt(model, TOKENIZER, how, LoraConfig())
+    before = [block.ffn.up_proj.weight.clone() for block in model.blocks]
+    topic.fine_tune(model, TOKENIZER, SftConfig(max_steps=1, n_instructions=40), how, 0)
+    steps = [(block.ffn.up_proj.weight - old).abs().median() for block, old in zip(model.blocks, before, strict=True)]
+    assert steps[0] == 0 and steps[2].item() == pytest.approx(RATES["layerwise"], rel=0.02)
+    assert steps[1].item() == pytest.approx(0.25 * RATES["layerwise"], rel=0.02)
 
 
 def test_freezing_below_keeps_the_lower_blocks_and_the_embedding() -> None:
@@ -324,8 +418,40 @@ def test_a_tiny_model_learns_to_refuse_and_to_stop() -> None:
     assert TOKENIZER.im_end_id in model.config.more_eos_ids
 
 
-def test_guessing_is_between_nothing_and_everything() -> None:
-    assert set(topic.guessing()) == set(INSTRUCT) and all(0 <= share <= 0.5 for share in topic.guessing().values())
+def test_answers_stand_where_their_prompts_stood_and_the_end_is_noted_once() -> None:
+    (model, _), prompts = load_course_model(), [join(item.prompt) for item in INSTRUCTIONS[:7]]
+    together = respond(model, TOKENIZER, prompts, SamplingConfig(6, temperature=0.0))
+    assert together == [respond(model, TOKENIZER, [one], SamplingConfig(6, temperature=0.0))[0] for one in prompts]
+    assert len(set(together)) > 3 and len({len(prompt) for prompt in prompts}) > 3
+    assert with_end(model, TOKENIZER.im_end_id).config.more_eos_ids.count(TOKENIZER.im_end_id) == 1
+
+
+def test_an_even_guess_pays_the_log_of_the_vocabulary_for_an_answer(parity) -> None:
+    """Less what chance alone costs, which is something in stories only."""
+    model, config = tiny(), AnswerConfig(n_questions=3)
+    model.lm_head.weight.data.zero_()
+    asked = [item for name in INSTRUCT for item in World().instructions(3, config.exam_seed, "content", name)]
+    n_tokens = sum(sum(row.trained) for row in encode_dialogues(TOKENIZER, asked))
+    chance = {item.category for item in asked if sum(item.surprisal)}
+    wanted = math.log(len(TOKENIZER.vocab)) - sum(sum(item.surprisal) for item in asked) / n_tokens
+    parity(
+        "answer_gap",
+        "log of the vocabulary, less surprisal",
+        "output",
+        answer_gap(model, TOKENIZER, config),
+        wanted,
+        1e-5,
+    )
+    assert chance == {"story"}
+
+
+def test_guessing_is_one_in_as_many_answers_as_there_are() -> None:
+    found, world = guessing(), World()
+    assert set(found) == set(INSTRUCT) and all(0 <= share <= 0.5 for share in found.values())
+    top = world.config.max_sum
+    assert found["sum"] == 1 / len({a + b for a in range(top + 1) for b in range(top + 1)})
+    told = [{facts[name] for facts in world.facts.values()} for name in next(iter(world.facts.values()))]
+    assert found["fact"] == pytest.approx(sum(1 / len(values) for values in told) / len(told))
 
 
 QUICK = ["--max-steps", "4", "--n-questions", "2", "--n-documents", "10", "--n-instructions", "70"]

@@ -3,13 +3,15 @@
 import json
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig as TheirConfig
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,8 @@ from llm_config import ExpertConfig
 from low_rank_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    SETTINGS,
+    UNSUPPORTED,
     DoRALinear,
     LoraConfig,
     LoRALinear,
@@ -251,6 +255,30 @@ def test_other_families_are_exchanged_with_peft(sizes: dict, adapter: LoraConfig
     parity(f"our folder, {', '.join(sizes)}", "PEFT", "exchange", theirs(input_ids=ids(1)).logits, ours(ids(1)), 1e-5)
 
 
+def test_a_loaded_adapter_goes_on_as_it_was_saved_and_nothing_else_is_trained(tmp_path) -> None:
+    base, model = saved_base(tmp_path), tiny()
+    add_adapters(model, replace(KINDS["LoRA"], lora_dropout=0.25))
+    save_adapter(shaken(model), tmp_path / "adapter")
+    assert TheirConfig.from_pretrained(tmp_path / "adapter").lora_dropout == 0.25
+    loaded = CausalLM.from_pretrained(base).train()
+    load_adapter(loaded, tmp_path / "adapter")
+    assert not loaded.training and {layer.dropout.p for layer in adapted_layers(loaded).values()} == {0.25}
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 28 and all(".lora_" in name for name in trained)
+    with pytest.raises(ValueError, match="has adapters already; fold them before loading others"):
+        load_adapter(loaded, tmp_path / "adapter")
+
+
+def test_every_setting_of_peft_is_read_refused_or_known_to_compute_the_same() -> None:
+    """A setting that PEFT adds must be looked at here before a folder that has it is loaded."""
+    files = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    layers = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "trainable_token_indices"}
+    of_refused = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}  # starts, sizes
+    elsewhere = {"megatron_config", "megatron_core", "ensure_weight_tying"}  # where it runs; of modules_to_save
+    known = {*SETTINGS, *UNSUPPORTED, *files, *layers, *of_refused, *elsewhere}
+    assert {field.name for field in fields(TheirConfig)} - {"runtime_config"} <= known
+
+
 def test_folding_a_quantised_base_leaves_a_model_that_can_be_saved(tmp_path) -> None:
     model = tiny().eval()
     quantize_model(model)
@@ -278,6 +306,13 @@ def test_adapters_change_nothing_at_first_and_b_gets_the_first_gradient(tmp_path
         loss_of(model(ids()), ids()).backward()
         layers = adapted_layers(model).values()
         assert all(not layer.lora_a.grad.any() and layer.lora_b.grad.abs().max() > 0 for layer in layers)
+
+
+def test_an_update_is_drawn_as_a_linear_layer_of_its_shape() -> None:
+    torch.manual_seed(3)
+    layer = LoRALinear(nn.Linear(24, 10, device="meta").to_empty(device="cpu"), rank=4, scale=1.0)
+    torch.manual_seed(3)
+    assert torch.equal(layer.lora_a, nn.Linear(24, 4, bias=False).weight)
 
 
 def test_the_scale_is_alpha_over_rank_or_its_root() -> None:
@@ -333,6 +368,16 @@ def test_generation_uses_the_adapters_and_folding_keeps_them(tmp_path) -> None:
         assert torch.allclose(CausalLM.from_pretrained(tmp_path)(ids()), logits, atol=1e-5)
 
 
+def test_folding_keeps_the_precision_and_the_next_adapter_knows_its_new_base() -> None:
+    model = tiny().double()
+    add_adapters(model, KINDS["DoRA"])
+    first, logits = model.base_identity, shaken(model)(ids())
+    fold(model)
+    assert torch.allclose(model(ids()), logits, rtol=0, atol=1e-10)
+    add_adapters(model, KINDS["LoRA"])
+    assert model.base_identity == base_sha256(model) != first
+
+
 def test_the_base_is_there_when_the_adapters_are_off() -> None:
     model, base = tiny(), tiny()
     add_adapters(model, KINDS["LoRA"])
@@ -385,6 +430,15 @@ def test_rows_and_adapters_are_exchanged_with_peft(tmp_path, parity) -> None:
     loaded = CausalLM.from_pretrained(base)
     load_adapter(loaded, tmp_path / "theirs")
     parity("PEFT's rows, in another order", "PEFT", "exchange", loaded(ids()), theirs(input_ids=ids()).logits, 1e-5)
+    path = tmp_path / "theirs" / ADAPTER_CONFIG  # PEFT also takes a dictionary from the layer's name
+    words = json.loads(path.read_text()) | {"trainable_token_indices": {"embed_tokens": ROWS}}
+    path.write_text(json.dumps(words))
+    again = CausalLM.from_pretrained(base)
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again(ids()), loaded(ids()))
+    twice = tiny()
+    train_rows(twice, [17, 3, 17])
+    assert twice.token_emb.token_ids.tolist() == [3, 17] and len(twice.token_emb.rows) == 2
 
 
 def test_rows_are_generated_with_folded_and_switched_off(tmp_path) -> None:
@@ -399,6 +453,14 @@ def test_rows_are_generated_with_folded_and_switched_off(tmp_path) -> None:
     assert torch.equal(model.generate(ids(2, 4), SamplingConfig(12, temperature=0.0)), made)
     model.save_pretrained(tmp_path)
     assert torch.allclose(CausalLM.from_pretrained(tmp_path)(ids()), logits, atol=1e-5)
+
+
+def test_adapters_and_rows_are_back_whatever_happened_without_them() -> None:
+    model = with_rows(KINDS["LoRA"])
+    before = model(ids())
+    with pytest.raises(KeyError, match="stop"), adapters_off(model):
+        raise KeyError("stop")
+    assert torch.equal(model(ids()), before)
 
 
 def test_rows_that_cannot_be_trained_are_refused() -> None:
@@ -424,6 +486,16 @@ def test_the_hash_is_of_the_base_alone(tmp_path) -> None:
     quantize_model(quantised)
     add_adapters(quantised, KINDS["LoRA"])
     assert quantised.base_identity == identity  # of the weights that were quantised
+
+
+def test_the_hash_is_that_of_names_shapes_and_numbers_in_the_order_of_the_folder(tmp_path) -> None:
+    """From the saved file, by its keys in alphabetical order: nothing of the model is asked."""
+    model = CausalLM(replace(TINY, tie_embeddings=False))
+    model.save_pretrained(tmp_path)
+    digest = sha256()
+    for key, tensor in sorted(load_file(tmp_path / "model.safetensors").items()):
+        digest.update(f"{key} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes())
+    assert base_sha256(model) == digest.hexdigest()
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
@@ -489,6 +561,11 @@ def test_merging_twice_and_other_disorder_is_refused(tmp_path) -> None:
         merge(quantised)
 
 
+def rewritten(folder: Path, words: dict) -> Path:
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(words))
+    return folder
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path) -> None:
     model = tiny()
     add_adapters(model, KINDS["LoRA"])
@@ -496,9 +573,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path) -> None:
     words = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
 
     def loading(**changes: object) -> None:
-        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(words | changes))
-        fresh = tiny()
-        load_adapter(fresh, tmp_path)
+        load_adapter(tiny(), rewritten(tmp_path, words | changes))
 
     for changes, message in (
         ({"peft_type": "PREFIX_TUNING"}, "type 'PREFIX_TUNING', expected 'LORA'"),
@@ -514,8 +589,16 @@ def test_folders_that_do_not_fit_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             loading(**changes)
+    for name in UNSUPPORTED:
+        with pytest.raises(ValueError, match=f"has {name}='other', which this course's LoRA does not know"):
+            low_rank_adapters.read_settings(rewritten(tmp_path, words | {name: "other"}))
     loading()
     data = (tmp_path / ADAPTER_WEIGHTS).read_bytes()
+    save_file({}, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(ValueError, match="does not fit the model: it holds no tensor"):
+        loading()
+    with pytest.raises(ValueError, match="is a file; choose another folder to save to"):
+        save_adapter(model, tmp_path / ADAPTER_WEIGHTS)
     (tmp_path / ADAPTER_WEIGHTS).write_bytes(data[:-5])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         loading()

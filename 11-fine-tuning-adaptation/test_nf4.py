@@ -95,6 +95,14 @@ def test_levels_are_kept_and_zero_stays_zero() -> None:
     assert not quantize_nf4(torch.zeros(3, 70)).dequantize().any()
 
 
+def test_a_block_of_zeros_between_others_stays_zero() -> None:
+    """Its scale, 0, is stored as an 8-bit number less a mean, and may come back as a little more or less than 0."""
+    weight = weights(6, 64)
+    weight[2] = 0
+    packed = quantize_nf4(weight, 64, double=True)
+    assert packed.block_sizes()[2] != 0 and not packed.dequantize()[2].any()
+
+
 def test_normal_weights_use_every_level_not_alike_and_beat_an_even_grid() -> None:
     weight = weights(2**16, seed=3)
     packed = quantize_nf4(weight, 64, double=False)
@@ -126,6 +134,20 @@ def test_a_quantised_layer_passes_gradients_and_keeps_no_weight(parity) -> None:
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_quantised_layer_computes_in_the_type_of_its_input(dtype: torch.dtype) -> None:
+    layer, x = NF4Linear(nn.Linear(26, 17, bias=False)), weights(3, 26, scale=1.0).to(dtype).requires_grad_()
+    out = layer(x)
+    out.sum().backward()
+    wanted = x.detach() @ layer.weight.to(dtype).T
+    assert out.dtype == x.grad.dtype == dtype and torch.allclose(out, wanted, rtol=1e-6 if dtype.itemsize > 2 else 0.02)
+    assert torch.allclose(x.grad, layer.weight.sum(0).to(dtype).expand(3, 26), rtol=0.02, atol=0.02)
+
+
+def test_a_layer_weighs_its_codes_and_its_bias() -> None:
+    assert nf4.weight_bytes(NF4Linear(nn.Linear(26, 17))) == nf4_bytes(26 * 17) + 4 * 17
+
+
 def test_qlora_trains_the_adapters_alone_and_learns() -> None:
     torch.manual_seed(0)
     model = CausalLM(TINY)
@@ -154,8 +176,11 @@ def test_qlora_trains_the_adapters_alone_and_learns() -> None:
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="block_size must be >= 2, got 0"):
         quantize_nf4(torch.ones(4), 0)
-    with pytest.raises(ValueError, match="not all finite"):
-        quantize_nf4(torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match="block_size must be >= 2, got 1"):
+        quantize_nf4(torch.ones(4), 1)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="not all finite"):
+            quantize_nf4(torch.tensor([1.0, bad]))
     model = CausalLM(TINY)
     quantize_model(model)
     with pytest.raises(ValueError, match="quantise before adding adapters, once"):

@@ -15,6 +15,7 @@ from llm_config import ModelConfig
 from modern_llm_architectures import CausalLM
 from policy_gradients import (
     POLICY_LOSSES,
+    Critic,
     PolicyConfig,
     RewardTask,
     Rollouts,
@@ -44,10 +45,11 @@ from policy_gradients import (
     roll_out,
     sample_responses,
     summed,
+    take_step,
     token_rewards,
     whitened,
 )
-from preference_losses import Responses, lay_out, response_log_probs
+from preference_losses import Responses, dpo_loss, lay_out, response_log_probs
 
 SIZES = {"d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "d_ff": 40, "max_seq_len": 64}
 DOUBLE = {"dtype": torch.float64}
@@ -161,6 +163,16 @@ def test_whitening_counts_real_tokens_alone() -> None:
     counted = scaled[rollouts.mask]
     assert counted.mean().abs() < 1e-10 and (counted.std() - 1).abs() < 1e-6
     assert (scaled[~rollouts.mask] == 0).all()
+    alone = torch.tensor([[False, True, False]])
+    assert whitened(torch.tensor([[5.0, 3.0, 4.0]]), alone).tolist() == [[0, 0, 0]]  # one token: no spread, no NaN
+
+
+def test_with_lambda_one_ppos_advantage_is_all_that_is_left_less_the_value() -> None:
+    _, rollouts = random_rollouts()
+    advantages = ppo_advantages(rollouts, PolicyConfig(kl_coef=0.3, gae_lambda=1.0))
+    first = rollouts.mask.long().argmax(dim=1)[:, None]
+    wanted = rollouts.penalised(0.3).flatten() - rollouts.values.gather(1, first)[:, 0]
+    torch.testing.assert_close(advantages.gather(1, first)[:, 0], wanted)
 
 
 # The clip
@@ -371,6 +383,9 @@ def test_reinforce_without_a_penalty_is_reward_times_log_probability() -> None:
     reinforce_loss(log_probs, rollouts, PolicyConfig(kl_coef=0.0)).backward()
     wanted = -rollouts.rewards.reshape(-1, 1) / 6 * rollouts.mask
     torch.testing.assert_close(log_probs.grad, wanted)
+    (priced,) = torch.autograd.grad(reinforce_loss(log_probs, rollouts, PolicyConfig(kl_coef=0.3)), log_probs)
+    distance = ((rollouts.old_log_probs - rollouts.ref_log_probs) * rollouts.mask).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(priced, wanted + 0.3 * distance / 6 * rollouts.mask)
 
 
 def test_rejection_learns_the_accepted_responses_alone() -> None:
@@ -393,7 +408,9 @@ def test_pairs_are_the_best_and_the_worst_rollout_of_a_prompt() -> None:
     assert differ.tolist() == [True, False]
     assert pairs.chosen[0].item() == pytest.approx(log_probs[2].sum().item())
     assert pairs.ref_rejected[0].item() == pytest.approx(rollouts.ref_log_probs[1].sum().item())
-    pair_loss(log_probs, rollouts, PolicyConfig()).backward()
+    loss = pair_loss(log_probs, rollouts, PolicyConfig(dpo_beta=0.7))
+    assert loss.item() == pytest.approx(dpo_loss(pairs, 0.7)[0].item())  # of the one prompt that has a pair
+    loss.backward()
     assert (log_probs.grad[3:] == 0).all() and log_probs.grad[:3].abs().sum() > 0
 
 
@@ -458,6 +475,90 @@ def test_evaluation_joins_the_log_and_a_budget_ends_the_run() -> None:
     rows = improve(model, copy.deepcopy(model), tiny_task(), config, 0, evaluate=lambda _: {"held_out": 0.5})
     assert 1 <= len(rows) <= 7 and rows[-1]["seconds"] >= 0.2
     assert all(row["held_out"] == 0.5 for row in rows)
+
+
+def test_the_log_has_a_row_when_one_is_due_and_five_exams_on_the_way() -> None:
+    model, config = tiny_model(), replace(TINY, max_steps=12, log_every=5, n_prompts=2, n_rollouts=2)
+    rows = improve(model, copy.deepcopy(model), tiny_task(), config, 0, evaluate=lambda _: {"held_out": 0.5})
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "held_out" in row] == [2, 4, 6, 8, 10, 12]
+    again = tiny_model()
+    improve(again, copy.deepcopy(again), tiny_task(), replace(config, max_steps=1, n_epochs=3), 0)
+    once = tiny_model()
+    improve(once, copy.deepcopy(once), tiny_task(), replace(config, max_steps=1), 0)
+    assert not torch.equal(again.token_emb.weight, once.token_emb.weight)
+
+
+def test_what_is_offline_is_sampled_from_the_reference_and_all_else_from_the_policy() -> None:
+    """Without dropout, also where the policy was left in training."""
+    model, reference, task = tiny_model(), tiny_model(1), tiny_task()
+    torch.nn.init.normal_(model.token_emb.weight, std=0.5)
+
+    def rolled(model: CausalLM, method: str) -> torch.Tensor:
+        config = replace(TINY, method=method)
+        return roll_out(model, reference, task, config, 0, torch.Generator().manual_seed(5))[0].rows.token_ids
+
+    sampled = {"policy": rolled(model.train(), "grpo"), "reference": rolled(reference, "grpo")}
+    assert not model.training and not torch.equal(sampled["policy"], sampled["reference"])
+    for method in POLICY_LOSSES:
+        who = "reference" if method in ("rejection", "dpo") else "policy"
+        assert torch.equal(rolled(model, method), sampled[who]), method
+
+
+def test_the_numbers_of_the_log_are_those_of_the_rollouts() -> None:
+    model = tiny_model()
+    rollouts, row = roll_out(model, tiny_model(1), tiny_task(), TINY, 0, torch.Generator().manual_seed(0))
+    chances = model(rollouts.rows.token_ids[:, :-1]).softmax(dim=-1)
+    entropy = torch.special.entr(chances).sum(dim=-1)[rollouts.mask].mean()
+    assert row["entropy"] == pytest.approx(entropy.item(), abs=1e-6)
+    assert row["reward"] == pytest.approx(rollouts.rewards.mean().item())
+    mixed = [0 < sum(group) < len(group) for group in rollouts.rewards.tolist()]  # rewards are 0 and 1
+    assert row["mixed"] == sum(mixed) / len(mixed) and 0 < sum(mixed) < len(mixed)
+
+
+# The value model, and single steps
+
+
+def test_a_value_is_of_the_text_before_its_token_and_the_policy_is_no_part_of_the_critic() -> None:
+    model = tiny_model()
+    critic = Critic(model, replace(TINY, learning_rate=1e-4))
+    torch.nn.init.normal_(critic.model.head.weight)
+    rows = lay_out([[2, 4], [2]], [[5, 6, 1], [7, 1]], pad_id=0)
+    values = critic.values(rows)
+    for row, texts in enumerate(([[2, 4], [2, 4, 5], [2, 4, 5, 6]], [[2], [2, 7]])):
+        wanted = torch.cat([critic.model(torch.tensor([text]))[0, -1:] for text in texts])
+        torch.testing.assert_close(values[row][rows.mask[row]], wanted)
+    assert (values[~rows.mask] == 0).all()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rollouts = Rollouts(rows, torch.ones(2, 1), values.detach(), values.detach(), values.detach())
+    critic.learn(rollouts, torch.ones_like(values))
+    assert ((critic.values(rows) - 1).square() * rows.mask).sum() < ((values - 1).square() * rows.mask).sum()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_critic_learns_the_reward_to_come(monkeypatch) -> None:
+    """With lambda 1 and no penalty a return is the reward of the whole response, at each of its tokens."""
+    seen = []
+    monkeypatch.setattr(Critic, "learn", lambda critic, rollouts, returns: seen.append((rollouts, returns)))
+    model, config = tiny_model(), replace(TINY, method="ppo", kl_coef=0.0, gae_lambda=1.0, max_steps=1)
+    improve(model, copy.deepcopy(model), tiny_task(), config, 0)
+    ((rollouts, returns),) = seen
+    torch.testing.assert_close(returns, rollouts.rewards.reshape(-1, 1) * rollouts.mask)
+
+
+def test_a_step_is_clipped_starts_afresh_and_does_nothing_where_nothing_is_said() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.data.zero_()
+    descent = torch.optim.SGD(layer.parameters(), 1.0)
+    for n in (1, 2):  # gradient (3, 4), of norm 5, cut to 2
+        assert take_step(layer, descent, layer(torch.tensor([3.0, 4.0])).sum(), 2.0) == pytest.approx(5)
+        torch.testing.assert_close(layer.weight.data, -n * torch.tensor([[1.2, 1.6]]))
+    adam = torch.optim.Adam(layer.parameters(), 0.1)
+    take_step(layer, adam, layer(torch.ones(2)).sum(), 1.0)
+    before = layer.weight.detach().clone()
+    assert take_step(layer, adam, 0 * layer(torch.ones(2)).sum(), 1.0) == 0
+    assert take_step(layer, adam, torch.tensor(1.0), 1.0) == 0
+    assert torch.equal(layer.weight, before)
 
 
 def test_a_response_stops_at_either_end() -> None:

@@ -376,12 +376,15 @@ def test_kto_pushes_good_up_and_bad_down_from_its_reference_point() -> None:
     assert losses[0] < 0.5 < losses[1] and losses[2] < 0.5
     losses.sum().backward()
     assert log_ratios.grad[0] < 0 < log_ratios.grad[1]
-    assert kto_kl(torch.tensor([-1.0, -3.0])) == 0 and kto_kl(torch.tensor([1.0, 3.0])) == 2
+    point = kto_kl(torch.tensor([1.0, 3.0], requires_grad=True))
+    assert kto_kl(torch.tensor([-1.0, -3.0])) == 0 and point == 2 and not point.requires_grad
 
 
 def test_a_pair_of_equal_responses_is_refused_by_its_number() -> None:
     with pytest.raises(ValueError, match="pair 1: chosen and rejected are the same response"):
         check_pairs(lay_out(PROMPTS, CHOSEN, 0), lay_out(PROMPTS, [REJECTED[0], CHOSEN[1], REJECTED[2]], 0))
+    with pytest.raises(ValueError, match="pair 0: chosen and rejected are the same response"):
+        score_pairs(tiny(), tiny(), lay_out(PROMPTS, CHOSEN, 0), lay_out(PROMPTS, CHOSEN, 0))
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
