@@ -5,12 +5,15 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 import efficient_experiments
 import vision_experiments
 from efficient_experiments import (
+    D_MODEL,
     EFFICIENT_EXPERIMENTS,
     FORMS,
+    LOOKUP_HEADS,
     N_CARDS,
     N_VALUES,
     LookupModel,
@@ -82,6 +85,17 @@ def test_exact_attention_put_in_for_exact_attention_changes_nothing(monkeypatch)
     assert put_in(model, FORMS["exact"], 0)[:2] == (0.0, 0.0)
     errors = [put_in(model, FORMS[form], 0)[1] for form in FORMS if form != "exact"]
     assert min(errors) > 0.01
+
+
+def test_the_lookup_model_is_attention_of_torch_between_its_two_maps(parity) -> None:
+    model = LookupModel(FORMS["exact"](0)).double().eval()
+    theirs = nn.MultiheadAttention(D_MODEL, LOOKUP_HEADS, batch_first=True, dtype=torch.float64)
+    model.layer.load_torch(theirs)
+    inputs, _ = lookup_batch(3, seeded(5))
+    table, places = model.token_emb.weight, model.pos_emb.weight
+    x = table[inputs[..., 0]] + table[inputs[..., 1]] + places
+    expected = (x + theirs(x, x, x)[0]) @ model.head.weight.T + model.head.bias
+    parity("LookupModel", "nn.MultiheadAttention and its maps", "output", model(inputs), expected, 1e-10)
 
 
 def test_an_exchanged_layer_keeps_the_projections() -> None:
