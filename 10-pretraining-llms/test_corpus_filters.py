@@ -65,6 +65,7 @@ def test_mojibake_is_repaired_only_where_the_whole_text_agrees() -> None:
 
 
 def test_decomposed_letters_are_composed_and_every_line_end_is_one_line_end() -> None:
+    assert normalise("12 m\u00b2 and \u00bd") == "12 m\u00b2 and \u00bd"  # compatibility forms are not the same text
     assert normalise("a\r\nb\rc\nd") == "a\nb\nc\nd"
     assert normalise(unicodedata.normalize("NFD", "\u00e9t\u00e9")) == "\u00e9t\u00e9"
 
@@ -251,6 +252,10 @@ def test_scores_and_thresholds_have_no_edge_to_fall_from() -> None:
     graded = QualityClassifier.train(["good good"], ["bad bad"])
     for kept, n_kept in ((1.0, 10), (0.9, 9), (0.5, 5), (0.05, 1)):
         assert sum(graded.score(text) >= graded.threshold(ten, kept) for text in ten) == n_kept
+    graded.score = float
+    for kept in (0.99, 0.85, 0.31):  # shares that are no whole number of texts: rather one too many
+        least = graded.threshold(list(map(str, range(30))), kept)
+        assert sum(number >= least for number in range(30)) == math.ceil(30 * kept)
     with pytest.raises(ValueError, match="a threshold needs trusted texts, got none"):
         model.threshold([], 0.9)
 

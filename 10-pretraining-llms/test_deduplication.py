@@ -1,5 +1,6 @@
 """Topic 10: MinHash is Jaccard within its bound, the bands follow the S-curve, spans equal brute force."""
 
+import hashlib
 import math
 import random
 
@@ -44,6 +45,7 @@ def test_shingles_by_hand() -> None:
 def test_keys_see_words_only() -> None:
     assert text_key("Hello,  World!\n") == text_key("hello world")
     assert text_key("hello world") != text_key("world hello") and text_key("a b") != text_key("ab")
+    assert text_key("Stra\u00dfe") == text_key("STRASSE")  # case folding; lower case alone keeps the two apart
 
 
 def test_the_estimate_is_jaccard_within_its_binomial_bound(parity) -> None:
@@ -57,6 +59,14 @@ def test_the_estimate_is_jaccard_within_its_binomial_bound(parity) -> None:
         errors.append((estimated_similarity(hasher(one), hasher(two)) - truth) / spread)
     parity("MinHash", "Jaccard similarity by sets", "invariant", np.mean(errors), 0.0, 5 / math.sqrt(300))
     parity("MinHash", "binomial variance", "invariant", np.var(errors), 1.0, 5 * math.sqrt(2 / 300))
+
+
+def test_a_signature_is_the_least_of_each_linear_function_in_whole_numbers() -> None:
+    hasher = MinHasher(MinHashConfig(n_bands=6, n_rows=2, shingle_size=1))
+    values = [int.from_bytes(hashlib.blake2b(w.encode(), digest_size=4).digest(), "little") for w in ("red", "blue")]
+    functions = [(int(a), int(b)) for a, b in zip(hasher.factors[:, 0], hasher.shifts[:, 0], strict=True)]
+    assert hasher("Red blue red.").tolist() == [min((a * x + b) % 4_294_967_311 for x in values) for a, b in functions]
+    assert len({a for a, _ in functions}) == len({b for _, b in functions}) == 12  # twelve functions, not one
 
 
 def test_pairs_meet_in_a_band_as_often_as_the_s_curve_says(parity) -> None:
@@ -119,6 +129,11 @@ def test_one_pass_keeps_the_first_of_every_family() -> None:
     found = [index.add(text) for text in texts]
     assert [match is None for match in found] == [first == number for number, first in enumerate(clusters)]
     assert all(match is None or clusters[match] == clusters[number] for number, match in enumerate(found))
+
+
+def test_a_page_at_the_least_similarity_is_a_duplicate() -> None:
+    index = NearDuplicates(MinHashConfig(least_similarity=1.0))
+    assert [index.add(text) for text in ("a b c d e f g", "h i j k l m n", "A, b c d e f g!")] == [None, None, 0]
 
 
 def test_a_link_between_two_kept_pages_joins_their_group_but_not_the_single_pass() -> None:
@@ -185,6 +200,8 @@ def test_thirteen_words_in_other_case_are_found_and_twelve_are_not() -> None:
 def test_short_evaluation_texts_are_looked_for_whole_or_counted() -> None:
     index = Decontaminator([" ".join(WORDS[:9]), "What is two plus two? Four."])
     assert index.n_unchecked == 1
+    at_least = Decontaminator([" ".join(WORDS[:8]), " ".join(WORDS[:7])], least_words=8)
+    assert at_least.n_unchecked == 1 and at_least.shared(" ".join(WORDS[:8])) == (0, " ".join(WORDS[:8]))
     assert index.shared("x " + " ".join(WORDS[:9]) + " y") == (0, " ".join(WORDS[:9]))
     assert index.shared(" ".join(WORDS[:8]) + " y") is None
     assert index.shared("What is two plus two? Four.") is None

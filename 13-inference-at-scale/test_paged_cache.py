@@ -276,6 +276,27 @@ def test_the_least_recently_used_content_goes_first_and_ends_before_starts() -> 
     assert blocks["b"][0] not in pool.contents and set(blocks["a"][:2]) == set(pool.contents)
 
 
+def test_a_pool_that_is_too_full_for_a_known_prefix_is_left_as_it_was() -> None:
+    pool = BlockPool(4, 2)
+    held = pool.open([9], 1)
+    old = pool.open([1, 2, 3, 4, 5, 6], 6)
+    pool.advance(old, [1, 2, 3, 4, 5, 6])
+    pool.free(old)
+    before = books(pool)
+    with pytest.raises(PoolFull, match="2 blocks are needed and 1 of 4 are free"):  # the two of the prefix are not
+        pool.open([1, 2, 3, 4, 7, 7, 7, 7], 8)
+    assert books(pool) == before and pool.n_free == 3 and held.blocks
+
+
+def test_forgotten_contents_leave_nothing_behind() -> None:
+    pool = BlockPool(3, 2)
+    for first in range(50):  # as in a server that runs for months
+        table = pool.open([first, 0, 0], 3)
+        pool.advance(table, [first, 0, 0])
+        pool.free(table)
+    assert len(pool.places) == len(pool.contents) <= 3
+
+
 def test_a_shared_or_cached_block_is_copied_before_it_is_written() -> None:
     pool, ids = BlockPool(8, 4), [1, 2, 3, 4, 5, 6]
     first = pool.open(ids, 6)
