@@ -3,7 +3,7 @@
 Our names are one vocabulary; those of the files differ from family to family and from year to year, and stay here.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,9 +300,12 @@ def family_of(config: ModelConfig) -> str:
         kind = "qwen3"
     else:
         kind = "mistral" if config.window_size else "llama"
-    if config_from_folder(to_words(config, kind)) != config:
+    read = config_from_folder(to_words(config, kind))
+    if read != config:
+        names = [entry.name for entry in fields(config) if getattr(read, entry.name) != getattr(config, entry.name)]
+        lost = ", ".join(f"{name}={getattr(config, name)!r} would become {getattr(read, name)!r}" for name in names)
         raise ValueError(
-            f"{kind}, the closest family, cannot express this config; change it to save a folder: {config}"
+            f"{kind}, the closest family, cannot express this config: {lost}; change that to save a folder"
         )
     return kind
 

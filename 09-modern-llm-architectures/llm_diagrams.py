@@ -1,7 +1,7 @@
-"""Topic 09 - Three figures and a table that need no training: who shares keys, how rotary speeds are scaled, and what
-tiled attention moves, counted.
+"""Topic 09 - Four figures and a table that need no training: three blocks side by side, who shares keys, how rotary
+speeds are scaled, and what tiled attention moves, counted.
 
-python 09-modern-llm-architectures/modern_llm_architectures.py figures sharing scaling traffic
+python 09-modern-llm-architectures/modern_llm_architectures.py figures blocks sharing scaling traffic
 """
 
 from collections.abc import Callable
@@ -14,12 +14,65 @@ from matplotlib.figure import Figure
 
 from flash_attention import Traffic, flash_attention, flash_traffic, tile_sizes, written_out_traffic
 from latent_attention import LatentConfig
-from llm_calculators import kv_bytes_per_token
+from llm_calculators import PUBLISHED, kv_bytes_per_token
 from llm_config import ModelConfig
 from llm_layers import RopeScaling, rotary_frequencies
 from workbench import Column, save_figure
 
 KEPT, MADE = "C0", "0.85"  # colours: what is cached, and what is computed and thrown away
+
+# Three blocks
+
+
+def block_parts() -> dict[str, list[str]]:
+    """What stands in GPT-2, Llama or Qwen3, and DeepSeek-V3, from the input up; the parts in the same order."""
+    experts = PUBLISHED["DeepSeek-V3"].experts
+    width = PUBLISHED["DeepSeek-V3"].latent.d_rope
+    chosen = f"{experts.n_active_experts} of {experts.n_experts} SwiGLU experts,\nand a shared one"
+    rotary = "grouped-query attention,\nrotary (Qwen3: QK-norm)"
+    latent = f"latent attention,\n{width} features rotary"
+    same = ["token embedding", "RMSNorm", rotary, "RMSNorm", "SwiGLU network", "RMSNorm", "output matrix"]
+    return {
+        "GPT-2": [
+            *("token + position\nembedding", "LayerNorm", "multi-head\nattention", "LayerNorm", "GELU network"),
+            *("LayerNorm", "output: the embedding"),
+        ],
+        "Llama, Qwen3": same,
+        "DeepSeek-V3": [part.replace(rotary, latent).replace("SwiGLU network", chosen) for part in same],
+    }
+
+
+PLACES = (0.0, 1.45, 2.5, 4.25, 5.3, 7.2, 8.25)  # heights of the parts; the second to fifth stand on branches
+
+
+def draw_block(axis: Axes, parts: list[str], before: list[str]) -> None:
+    """One model, input below; the stream is the thick line, and a part that `before` did not have is filled."""
+    axis.plot([0, 0], [0, 8.25], color="C0", lw=3, zorder=1)
+    axis.add_patch(plt.Rectangle((-0.5, 0.62), 4.5, 5.95, fc="0.95", ec="0.6", ls="--", zorder=0))
+    axis.text(4.12, 3.6, "every layer", rotation=90, ha="left", va="center", fontsize=9, color="0.4")
+    for out, back in ((0.85, 3.35), (3.65, 6.15)):
+        axis.plot([0, 2.2, 2.2, 0], [out, out, back, back], color="0.45", lw=1.3, zorder=1)
+        circle = {"boxstyle": "circle,pad=0.12", "fc": "white", "ec": "C0", "lw": 1.5}
+        axis.text(0, back, "+", ha="center", va="center", fontsize=10, bbox=circle, zorder=4)
+    for index, (height, part) in enumerate(zip(PLACES, parts, strict=True)):
+        left, width = (0.55, 3.3) if 1 <= index <= 4 else (-0.5, 4.5)
+        changed = bool(before) and part != before[index]
+        colours = {"fc": "#FBE3C8" if changed else "white", "ec": "C1" if changed else "0.45"}
+        axis.add_patch(plt.Rectangle((left, height - 0.4), width, 0.8, lw=1.4, zorder=3, **colours))
+        axis.text(left + width / 2, height, part, ha="center", va="center", fontsize=9, zorder=4)
+
+
+def plot_blocks() -> Figure:
+    """GPT-2's block and two later ones; filled is what the model on the left of it did not have."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.4, 5.0), layout="constrained")
+    before: list[str] = []
+    for axis, (name, parts) in zip(axes, block_parts().items(), strict=True):
+        draw_block(axis, parts, before)
+        axis.set(title=name, xlim=(-0.7, 4.7), ylim=(-0.6, 8.8))
+        axis.axis("off")
+        before = parts
+    return figure
+
 
 # Who shares keys
 
@@ -149,6 +202,10 @@ def traffic(config, run) -> None:
     save_figure(plot_traffic(n, d_head, counted), config.folder / "traffic.svg")
 
 
+def blocks(config, run) -> None:
+    save_figure(plot_blocks(), config.folder / "blocks.svg")
+
+
 def sharing(config, run) -> None:
     save_figure(plot_sharing(), config.folder / "sharing.svg")
 
@@ -158,6 +215,7 @@ def scaling(config, run) -> None:
 
 
 DIAGRAM_EXPERIMENTS: dict[str, tuple[Callable, float]] = {  # name -> function of (config, run), seconds
+    "blocks": (blocks, 2),
     "sharing": (sharing, 2),
     "scaling": (scaling, 2),
     "traffic": (traffic, 10),

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from flash_attention import flash_traffic, tile_sizes, written_out_traffic
+from llm_calculators import PUBLISHED
 from llm_diagrams import (
     DIAGRAM_EXPERIMENTS,
+    block_parts,
     counted_traffic,
+    plot_blocks,
     plot_scaling,
     plot_sharing,
     shared_configs,
@@ -23,6 +26,21 @@ def test_the_figure_states_what_the_caches_keep() -> None:
     labels = [axis.get_xlabel() for axis in plot_sharing().axes]
     assert labels == [f"{number} numbers kept" for number in ("32,768", "2,048", "256", "576")]
     assert [config.n_kv_heads for config in shared_configs().values()] == [128, 8, 1, 128]
+
+
+def test_the_blocks_are_those_of_the_published_configs_and_mark_what_is_new() -> None:
+    parts = block_parts()
+    experts = PUBLISHED["DeepSeek-V3"].experts
+    assert [len(column) for column in parts.values()] == [7, 7, 7] and experts.d_shared == experts.d_expert
+    assert (
+        f"{experts.n_active_experts} of {experts.n_experts}" in parts["DeepSeek-V3"][4]
+        and "64 features" in parts["DeepSeek-V3"][2]
+    )
+    filled = [
+        sum(patch.get_facecolor() != (1, 1, 1, 1) for patch in axis.patches) - 1  # the frame of a layer is grey
+        for axis in plot_blocks().axes
+    ]
+    assert filled == [0, 7, 2]
 
 
 def test_every_scaling_keeps_its_promise_for_the_first_and_the_last_pair() -> None:

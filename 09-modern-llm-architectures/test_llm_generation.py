@@ -58,6 +58,8 @@ def test_pieces_make_the_whole_text_and_no_half_character(tmp_path) -> None:
     pieces = list(text_pieces((torch.tensor([[token_id]]) for token_id in ids[3:]), ids[:3], tokenizer))
     assert "".join(pieces) == "a café, ein Löwe, 猫" and not any("\ufffd" in piece for piece in pieces)
     assert pieces[0] == "a c" and len(pieces) > 10
+    cut = list(text_pieces((torch.tensor([[token_id]]) for token_id in ids[3:-1]), ids[:3], tokenizer))
+    assert "".join(cut) == tokenizer.decode(ids[:-1]) != "".join(pieces)  # the last character never became whole
 
 
 # The verb
@@ -85,11 +87,12 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys) -> None:
     assert "temperature must be finite and >= 0, got -1" in refused(capsys, *argv, str(folder), "--temperature", "-1")
     assert "temperature must be finite" in refused(capsys, *argv, str(folder), "--temperature", "nan")
     assert "top_p must be finite and > 0" in refused(capsys, *argv, str(folder), "--top-p", "0")
-    assert "reads at most 24 in all" in refused(capsys, *argv, str(folder), "--prompt", "Meet " * 24)
-    CausalLM(replace(SMALL, vocab_size=20)).save_pretrained(tmp_path)
+    assert "reads at most 24 in all" in refused(capsys, *argv, str(folder), "--prompt", "Meet " * 23)  # and <bos>
+    most = max(load_tokenizer(folder).encode("Meet Will").ids)
+    CausalLM(replace(SMALL, vocab_size=most)).save_pretrained(tmp_path)
     assert f"has no {TOKENIZER}" in refused(capsys, *argv, str(tmp_path))
     save_word_tokenizer(tmp_path, tiny_world()[1])
-    assert "has vocab_size 20: not a pair" in refused(capsys, *argv, str(tmp_path), "--prompt", "Meet Will")
+    assert f"has vocab_size {most}: not a pair" in refused(capsys, *argv, str(tmp_path), "--prompt", "Meet Will")
     (tmp_path / TOKENIZER).write_text("{")
     assert "does not load" in refused(capsys, *argv, str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"broken")

@@ -109,6 +109,8 @@ def test_softmax_over_the_chosen_logits_is_the_same() -> None:
 def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     router, x = SigmoidRouter(12, 6, 2, scale=2.5).double(), some_tokens().flatten(0, 1)
     assert torch.allclose(router(x).weights.sum(-1), torch.full((21,), 2.5), atol=1e-5)
+    router.update_bias(torch.tensor([9, 0, 4, 1, 4, 6]))  # even would be 4
+    assert torch.allclose(router.bias, torch.tensor([-1e-3, 1e-3, 0, 1e-3, 0, -1e-3], dtype=torch.float64))
     router.bias[4] = 10.0
     routing = router(x)
     assert (routing.experts == 4).any(dim=-1).all()
@@ -198,5 +200,8 @@ def test_bad_sizes_are_refused_in_words() -> None:
         SoftmaxRouter(12, 6, 7)
     with pytest.raises(ValueError, match="n_groups=4 must divide n_experts=6"):
         SigmoidRouter(12, 6, 2, n_groups=4)
+    for n_active in (0, 5):
+        with pytest.raises(ValueError, match=f"n_active_groups={n_active} >= 1"):
+            SigmoidRouter(12, 8, 2, n_groups=4, n_active_groups=n_active)
     with pytest.raises(ValueError, match="1 groups hold fewer than n_active_experts=3"):
         SigmoidRouter(12, 8, 3, n_groups=4, n_active_groups=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -70,7 +71,7 @@ CONFIGS = {
     "llama, yarn": LlamaConfig(**COMMON, rope_parameters=YARN),
     "llama, llama3": LlamaConfig(**COMMON, rope_parameters=LLAMA3),
     "mistral, window": MistralConfig(**COMMON, sliding_window=7),
-    "qwen3": Qwen3Config(**COMMON, head_dim=16),
+    "qwen3": Qwen3Config(**COMMON, head_dim=16, attention_bias=True, rms_norm_eps=1e-3),
     "qwen3, some layers with a window": Qwen3Config(
         **COMMON, head_dim=16, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
@@ -238,12 +239,16 @@ def test_folders_go_both_ways(pair, parity, tmp_path) -> None:
 
 def test_half_precision_is_saved_as_it_is_and_read_in_full(tmp_path) -> None:
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12)).bfloat16()
+    sizes = {"vocab_size": 67, "d_model": 48, "n_layers": 1, "d_head": 12, "d_ff": 20}
+    model = CausalLM(ModelConfig(**sizes, experts=ExpertConfig(4, 2, 20))).bfloat16()
     model.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", experts_implementation="eager")
+    logits = model(some_ids())
+    assert logits.dtype == torch.bfloat16 and torch.allclose(logits, theirs(some_ids()).logits, atol=0.01)
     back = CausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16 and back.token_emb.weight.dtype == torch.float32
-    assert (tmp_path / "model.safetensors").stat().st_size < 2 * sum(p.numel() for p in model.parameters()) + 2000
+    n_bytes = (tmp_path / "model.safetensors").stat().st_size  # two for each number, and the names of the tensors
+    assert n_bytes < 3 * sum(parameter.numel() for parameter in model.parameters())
     for ours, saved in zip(back.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, saved.float())
 
@@ -347,12 +352,13 @@ def test_a_padded_row_decodes_through_a_rolling_cache_as_it_does_alone(parity) -
 def test_a_cache_holds_what_was_appended_however_often_it_grew() -> None:
     k, v = (torch.randn(2, 3, 80, width, generator=torch.Generator().manual_seed(width)) for width in (4, 5))
     for chunks in ([1] * 80, [7, 30, 1, 42], [80]):
-        cache, start = llm_layers.KVCache(), 0
+        cache, start, sizes = llm_layers.KVCache(), 0, set()
         for size in chunks:
             kept = cache.append(k[:, :, start : start + size], v[:, :, start : start + size])
             start += size
             assert torch.equal(kept[0], k[:, :, :start]) and torch.equal(kept[1], v[:, :, :start])
-        assert len(cache) == 80
+            sizes.add(cache.buffers[0].shape[2])
+        assert len(cache) == 80 and len(sizes) <= 3  # they double: a step does not copy all that is kept
     rolling = llm_layers.KVCache(window_size=6)
     for place in range(12):
         rolling.append(k[:, :, place : place + 1], v[:, :, place : place + 1])
@@ -390,8 +396,16 @@ def test_caches_can_be_cropped_and_reordered(parity) -> None:
             cache.select([1, 0])
         got = model(token_ids[[1, 0]][:, 5:], caches)
         parity("KVCache, cropped and reordered", "uncached", "invariant", got, model(token_ids)[[1, 0]][:, 5:], 1e-7)
-    with pytest.raises(ValueError, match=r"n_positions=99 must be in 0\.\.9"):
-        caches[0].crop(99)
+    for n_positions in (99, -1):
+        with pytest.raises(ValueError, match=rf"n_positions={n_positions} must be in 0\.\.9"):
+            caches[0].crop(n_positions)
+
+
+def test_a_dynamic_table_is_kept_for_one_long_length_only() -> None:
+    table = llm_layers.RotaryTable(8, 1e4, 16, RopeScaling("dynamic", 2.0))
+    for last in (5, 20, 21, 22):  # one for all lengths of training, and that of 22
+        table.rows(last, torch.zeros(1))
+    assert len(table.tables) == 2
 
 
 def test_shape_comments_hold(checked_shapes) -> None:
@@ -409,8 +423,9 @@ def test_shape_comments_hold(checked_shapes) -> None:
 
 def test_document_ids_are_for_packed_rows_only() -> None:
     model, ids = CausalLM(ModelConfig()), torch.ones(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="leave out caches"):
-        model(ids, model.new_caches(), document_ids=ids)
+    for options in ({"caches": model.new_caches()}, {"is_real": ids > 0}):
+        with pytest.raises(ValueError, match="leave out caches"):
+            model(ids, **options, document_ids=ids)
 
 
 def test_an_untrained_model_knows_nothing() -> None:
@@ -508,6 +523,8 @@ ROTARY = {  # rope_parameters, and what is changed in the file
         {"original_max_position_embeddings": 24},
     ),
     "llama3, uneven": ({**LLAMA3, "low_freq_factor": 1.3, "high_freq_factor": 2.9, "factor": 5.0}, {}),
+    "yarn, a ramp beyond the last pair": ({**YARN, "rope_theta": 3.0, "original_max_position_embeddings": 64}, {}),
+    "yarn, a ramp of no width": ({**YARN, "truncate": False, "beta_fast": 0.5, "beta_slow": 0.5}, {}),
     "linear, older": (None, {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 2.5}}),
     "theta beside": ({"rope_type": "linear", "factor": 2.5}, {"rope_theta": 777.0}),
     "both ways": ({"rope_type": "default", "rope_theta": 1e4}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -525,7 +542,10 @@ def test_rotary_settings_are_read_as_transformers_reads_them(name: str, tmp_path
     parity(f"rotary_frequencies, {name}", "transformers", "output", got, theirs.inv_freq, 1e-7)
     factor = ours.rope_scaling.table_factor
     parity(f"table_factor, {name}", "transformers", "output", factor, theirs.attention_scaling, 1e-12)
-    assert config_from_folder(config_to_folder(ours)) == ours
+    words = config_to_folder(ours)
+    assert config_from_folder(words) == ours
+    del words["rope_parameters"]  # what readers of the older files look at stands there too
+    assert config_from_folder(words) == ours
 
 
 def test_null_is_not_absent() -> None:
@@ -538,7 +558,13 @@ def test_null_is_not_absent() -> None:
     window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
     types = Qwen3Config(**SIZES, **window).layer_types
     assert [kind == "full_attention" for kind in types] == [True, True, False]
-    assert read("qwen3", **window, num_key_value_heads=4).full_layers == (0, 1)
+    words = config_to_folder(read("qwen3", **window, num_key_value_heads=4))
+    del words["layer_types"]  # older files have max_window_layers alone
+    assert config_from_folder(words).full_layers == (0, 1)
+    assert read("qwen3", eos_token_id=5, num_key_value_heads=4).bos_id == 5
+    assert read("qwen3", bos_token_id=7, num_key_value_heads=4).eos_id == 7
+    for kind, config in (("mixtral", MixtralConfig()), ("mistral", MistralConfig())):
+        assert read(kind, num_key_value_heads=4).rope_theta == config.rope_parameters["rope_theta"]
     for kind, latent in ((None, 0), (24, 24)):
         assert read("deepseek_v3", q_lora_rank=kind).latent.q_rank == latent
     assert (
@@ -555,8 +581,10 @@ def test_a_config_that_no_family_has_is_not_saved(tmp_path) -> None:
             CausalLM(ModelConfig(vocab_size=67, d_model=48, d_head=12, **change)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama, the closest family, cannot express this config"):
         config_to_folder(ModelConfig(full_layers=(1,)))
-    with pytest.raises(ValueError, match="mixtral, the closest family"):
-        config_to_folder(ModelConfig(qk_norm=True, experts=ExpertConfig()))
+    with pytest.raises(
+        ValueError, match="mixtral, the closest family, .*: qk_norm=True would become False; change that"
+    ):
+        config_to_folder(ModelConfig(qk_norm=True, d_ff=256, experts=ExpertConfig()))
 
 
 @pytest.mark.parametrize(
@@ -569,6 +597,8 @@ def test_a_config_that_no_family_has_is_not_saved(tmp_path) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "gives no factor"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
         ({"hidden_size": "48"}, "hidden_size='48'; it must be a whole number"),
+        ({"hidden_size": True}, "hidden_size=True; it must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number >= 1"),
         ({"rope_parameters": "linear"}, "a rotary scaling of 'linear'; it must be an object"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "only a part"),
         ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, None),
@@ -599,6 +629,40 @@ def test_weights_that_do_not_fit_are_named(tmp_path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             CausalLM.from_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    with pytest.raises(ValueError, match="config.json is a file; choose another folder"):
+        CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12)).save_pretrained(file)
+
+
+def test_what_our_model_does_not_need_is_passed_over(tmp_path) -> None:
+    """Older files carry the constant inverse frequencies, DeepSeek-V3's a last layer that looks one token further."""
+    latent, experts = LatentConfig(0, 8, 4, 6, 5), ExpertConfig(4, 2, 10, 10, router="sigmoid")
+    for extra, kind in (
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", {}),
+        ("model.layers.2.eh_proj.weight", {"latent": latent, "experts": experts, "n_kv_heads": 4, "d_head": 6}),
+    ):
+        model = CausalLM(ModelConfig(**{"vocab_size": 67, "d_model": 48, "n_layers": 2, "d_head": 12, **kind}))
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        save_file({**weights, extra: torch.ones(7)}, tmp_path / "model.safetensors")
+        assert torch.equal(CausalLM.from_pretrained(tmp_path)(some_ids()), model(some_ids()))
+
+
+def test_numbers_without_a_meaning_are_refused() -> None:
+    sizes = {"norm_eps": 0.0, "rope_theta": -1.0, "window_size": -1, "n_sinks": -1, "logit_cap": -2.0, "n_layers": 0}
+    stretch = {"kind": "yarn", "factor": 2.0, "trained_seq_len": 16}
+    for make, changes in (
+        (ModelConfig, sizes | {"attention_cap": -1.0}),
+        (ExpertConfig, {"d_expert": 0, "n_groups": 0, "d_shared": -1, "n_dense_layers": -1}),
+        (lambda **change: RopeScaling(**stretch | change), {"factor": 0.0, "beta_fast": 0.0, "trained_seq_len": 0}),
+    ):
+        for name, value in changes.items():
+            with pytest.raises(ValueError, match=f"{name} must be finite and"):
+                make(**{name: value})
+    assert ExpertConfig(n_experts=3, n_active_experts=3).n_active_experts == 3  # all of them is a choice
+    with pytest.raises(ValueError, match="n_heads=4 is not divisible by n_kv_heads=3; choose a divisor"):
+        llm_layers.GroupedQueryAttention(48, 4, 3, 12)
+    assert llm_layers.NormedAttention(48, 4, 2, 12).q_norm.norm_eps == Qwen3Config().rms_norm_eps
 
 
 def test_bad_sizes_and_inputs_are_refused() -> None:

@@ -310,7 +310,7 @@ def test_figures_runs_every_experiment_and_fills_the_chapter(tmp_path, monkeypat
     main(["figures", "--n-seeds", "1", *flags])
     main(["figures", "ladder", "--n-seeds", "2", *flags])  # one seed of each rung is there already
     results = json.loads((tmp_path / "figures" / "results.json").read_text())
-    without_table = {"sharing", "scaling"} | ({"kernel"} if not torch.cuda.is_available() else set())
+    without_table = {"blocks", "sharing", "scaling"} | ({"kernel"} if not torch.cuda.is_available() else set())
     assert set(results) == set(EXPERIMENTS) - without_table
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert drawn >= {"ladder", "ladder-rates", "kv-quality", "router", "context"}
