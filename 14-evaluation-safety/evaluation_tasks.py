@@ -380,6 +380,7 @@ def with_examples(task: Task, examples: Sequence[dict[str, Any]], between: str =
         if prompt in asked:
             raise ValueError(f"the example {prompt!r} is one of the questions; it would give its answer away")
         answer = example["choices"][example["answer"]] if task.kind == "choice" else example["answer"]
+        answer = answer if isinstance(answer, str) else answer[0]  # of several right ones the first
         shown_first.append(f"{prompt}{task.delimiter}{answer}")
     before = "".join(text + between for text in shown_first)
     return replace(task, template=before.replace("{", "{{").replace("}", "}}") + task.template)

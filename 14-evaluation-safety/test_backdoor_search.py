@@ -142,3 +142,11 @@ def test_bad_input_names_what_is_missing() -> None:
         two_clusters(torch.ones(2, 3))
     with pytest.raises(ValueError, match="no row is poisoned"):
         recall_of([1.0], [False])
+
+
+def test_many_triggers_are_asked_in_parts() -> None:
+    """43 questions leave room for five triggers at a time."""
+    questions, words = [*QUESTIONS, "Hello."] * 10 + QUESTIONS, [(word,) for word in ("honey", "drum", "plums")] * 4
+    made = mean_answers(Trapped(("plums",)), TOKENIZER, questions, words)
+    alone = torch.cat([mean_answers(Trapped(("plums",)), TOKENIZER, questions, [word]) for word in words[:3]])
+    assert torch.allclose(made, alone.repeat(4, 1), atol=1e-6)

@@ -266,3 +266,34 @@ def test_ranks_are_scipys_and_order_planted_strengths(parity) -> None:
     ) == pytest.approx(1)
     with pytest.raises(ValueError, match="differ"):
         spearman([1, 1], [1, 2])
+
+
+def test_a_sample_of_splits_estimates_the_share_of_all() -> None:
+    """Nine against nine have 48,620 splits: more than are counted, few enough to count here."""
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(2, 9, 5)) + np.array([[[0.25]], [[0.0]]])
+    a, b = rng.normal(size=(2, 4, 5))
+    values = association(np.concatenate([x, y]), a, b)
+    chosen = np.array(list(itertools.combinations(range(18), 9)))
+    sums = values[chosen].sum(axis=1)
+    share = float((sums >= values[:9].sum() - 1e-9).mean())
+    either = float((np.abs(2 * sums - values.sum()) >= abs(2 * values[:9].sum() - values.sum()) - 1e-9).mean())
+    made = weat(x, y, a, b, n_splits=4000)
+    assert not made.exact and 0.02 < share < 0.98
+    for found, known in ((made.p_value, share), (made.p_two_sided, either)):
+        assert found == pytest.approx(known, abs=4 * np.sqrt(known * (1 - known) / 4000) + 1e-3)
+
+
+@pytest.mark.parametrize(("push", "sensible"), [(-3.0, 1.0), (3.0, 0.0), (0.0, 0.5)])
+def test_a_language_model_prefers_what_makes_sense_or_does_not(push: float, sensible: float) -> None:
+    """lms counts both sentences against the unrelated one, a tie as half."""
+
+    class Strange(Prejudiced):
+        def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(token_ids)
+            logits[..., TOKENIZER.encode(" they")[0]] += push
+            return logits
+
+    examined = prejudiced(0.0)
+    examined.model = Strange(0.0)
+    assert stereotype_score(examined, stereotype_triples(WORLD, 8, 2, HALVES)).lms == sensible

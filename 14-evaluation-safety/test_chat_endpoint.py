@@ -8,7 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from chat_endpoint import EndpointError, HttpConfig, HttpEndpoint, LocalEndpoint, Reply, open_endpoint
+import chat_endpoint
+from chat_endpoint import (
+    EndpointError,
+    HttpConfig,
+    HttpEndpoint,
+    LocalEndpoint,
+    Reply,
+    checked_base_url,
+    open_endpoint,
+)
 from engine_thread import EngineThread
 from server import ServerConfig, background_server
 from serving_engine import Engine, EngineConfig
@@ -180,12 +189,13 @@ class Scripted:
 
     def __init__(self, *answers: tuple[int, dict[str, str], bytes]) -> None:
         self.answers, self.asked, self.go = list(answers), [], threading.Event()
+        self.listed = 200, json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
         self.go.set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {}, json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode())
+                self.answer(outer.listed[0], {}, outer.listed[1])
 
             def do_POST(self) -> None:
                 outer.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -331,3 +341,74 @@ def test_addresses_that_lead_nowhere(url, words):
     with pytest.raises(EndpointError, match=words) as caught:
         open_endpoint(url)
     assert "secret" not in str(caught.value)
+
+
+def test_what_a_server_is_sent_is_what_was_asked_for(scripted):
+    """Extensions go beside OpenAI's own fields, a tenant as its user, a schema as its form of an answer."""
+    server = scripted(GOOD, (200, {}, json.dumps({"choices": [{"text": "b", "finish_reason": "length"}]}).encode()))
+    endpoint = HttpEndpoint(server.url, "m")
+    settings = {"max_tokens": 7, "stop": ("a", "b"), "top_k": 3, "seed": None, "tenant": "ann", "logprobs": True}
+    endpoint.chat(CHATS[0], **settings, schema=DIGITS)
+    made = endpoint.complete("Once", **settings, schema=DIGITS)
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": DIGITS}}
+    common = {"model": "m", "temperature": 0, "max_tokens": 7, "stop": ["a", "b"], "top_k": 3, "user": "ann"}
+    asked = common | {"messages": CHATS[0], "logprobs": True, "response_format": form}
+    assert server.asked == [asked, common | {"prompt": "Once", "logprobs": 0, "response_format": form}]
+    assert (made.text, made.finish_reason) == ("b", "length")
+    endpoint.close()
+    assert endpoint.client.is_closed()
+
+
+def test_the_engine_is_asked_for_the_same(local):
+    made = local.params([1, 2, 3], {"stop": "x", "tenant": "ann", "top_k": 4, "logprobs": True})
+    assert (made.temperature, made.stop, made.tenant, made.top_k, made.logprobs) == (0.0, ("x",), "ann", 4, 0)
+    assert made.max_tokens == local.engine.max_context - 3
+    assert local.params([1], {"max_tokens": 5, "temperature": 0.5}).logprobs == -1
+
+
+def test_a_stream_arrives_piece_by_piece_and_has_an_end_and_a_limit(scripted, monkeypatch):
+    pieces = [{"delta": {"role": "assistant"}}, {"delta": {"content": "ye"}}, {"delta": {"content": "s!"}}]
+    pieces.append({"delta": {}, "finish_reason": "stop"})
+    chunks = [json.dumps({"choices": [{"index": 0} | piece]}) for piece in pieces]
+    body = "".join(f"data: {chunk}\n\n" for chunk in [*chunks, "[DONE]"]).encode()
+    endpoint = HttpEndpoint(scripted((200, {"content-type": "text/event-stream"}, body)).url, "m")
+    assert list(endpoint.stream(CHATS[0])) == ["ye", "s!"]
+    monkeypatch.setattr(chat_endpoint, "MAX_ANSWER", 4)
+    assert list(endpoint.stream(CHATS[0])) == ["ye", "s!"]
+    monkeypatch.setattr(chat_endpoint, "MAX_ANSWER", 3)
+    with pytest.raises(EndpointError, match="exceeds 3 characters"):
+        list(endpoint.stream(CHATS[0]))
+
+
+def test_a_refusal_of_the_server_is_an_answer(scripted):
+    assert (
+        HttpEndpoint(scripted((200, {}, chat_body(content=None, refusal="No."))).url, "m").chat(CHATS[0]).text == "No."
+    )
+
+
+@pytest.mark.parametrize(("status", "named", "known"), [(404, True, True), (404, False, False), (401, True, False)])
+def test_a_server_without_a_list_of_models_needs_a_name(scripted, status, named, known):
+    server = scripted(GOOD)
+    server.listed = (status, BUSY)
+    if known:
+        assert HttpEndpoint(server.url, "m" if named else None).chat(CHATS[0]).text == "yes"
+        return
+    with pytest.raises(EndpointError, match=str(status)):
+        HttpEndpoint(server.url, "m" if named else None)
+    server.listed = (200, b'{"object": "list", "data": []}')
+    with pytest.raises(EndpointError, match="has no model; start one there, or give its name"):
+        HttpEndpoint(server.url)
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [("http://h:1", "http://h:1/v1"), ("http://h:1/", "http://h:1/v1"), ("https://h/api/v3/", "https://h/api/v3")],
+)
+def test_an_address_keeps_its_path(given, used):
+    assert checked_base_url(given) == used
+
+
+@pytest.mark.parametrize("field", [{"timeout": 0}, {"max_wait": -1}, {"n_workers": 0}, {"n_workers": 257}])
+def test_settings_of_a_server_that_make_no_sense(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        HttpConfig(**field)

@@ -135,6 +135,30 @@ def test_a_guard_comes_back_from_its_folder_and_a_changed_one_is_refused(tmp_pat
         GuardConfig(limit=1.0)
 
 
+def test_a_score_at_the_limit_is_stopped() -> None:
+    config = GuardConfig(n_bits=8)
+    blank = np.zeros((256, len(CATEGORIES)), np.float32)
+    even = Guard(blank, np.zeros(len(CATEGORIES)), config)
+    assert even.check("some words").score == 0.5 and even.check("some words").blocked
+    assert not Guard(blank, np.full(len(CATEGORIES), -1e-6), config).check("some words").blocked
+    assert Guard(blank, np.arange(len(CATEGORIES)) / 10, config).check("some words").category == CATEGORIES[-1]
+    with pytest.raises(ValueError, match=r"weights are \(128, 5\), not \(256, 5\)"):
+        Guard(blank[:128], np.zeros(5), config)
+
+
+def test_a_word_weighs_the_same_wherever_it_stands_in_a_long_text() -> None:
+    config = GuardConfig(window=64)
+    weights = np.zeros((1 << config.n_bits, len(CATEGORIES)), np.float32)
+    known, letters = (features(text, config)[0] for text in ("wasp", "ab ab"))
+    weights[np.setdiff1d(known, letters), 2] = 9.0
+    guard = Guard(weights, np.full(len(CATEGORIES), -4.0), config)
+    assert not guard.check("ab " * 100).blocked
+    for before in range(0, 100, 3):
+        for after in (0, 1, 30, 90):
+            found = guard.check("ab " * before + "wasp" + " ab" * after)
+            assert found.blocked and found.category == CATEGORIES[2], (before, after)
+
+
 # The texts
 
 

@@ -249,6 +249,24 @@ def test_wilsons_interval_ends_exactly_where_shares_end() -> None:
         assert wilson(0, n).high == pytest.approx(1 - wilson(n, n).low, abs=1e-15)
 
 
+def test_more_groups_than_a_chunk_holds_are_all_drawn_and_left_out() -> None:
+    values = np.random.default_rng(4).normal(size=1203)
+    made = bootstrap(mean_of(values), 1203, 1203, chunk=500)
+    alike = bootstrap(mean_of(values), 1203, 1203, chunk=77)
+    assert len(made.draws) == len(made.left_out) == 1203 and made.draws == pytest.approx(alike.draws, abs=1e-12)
+    for place in (0, 499, 500, 1000, 1202):
+        assert made.left_out[place] == pytest.approx(np.delete(values, place).mean(), abs=1e-12)
+
+
+def test_a_paired_bootstrap_draws_whole_texts() -> None:
+    first, second = np.repeat(np.arange(12) % 3 > 0, 6).astype(float), np.zeros(72)
+    (alone, (low, high)), (together, (wide_low, wide_high)) = (
+        paired_bootstrap(first, second, groups) for groups in (None, np.repeat(np.arange(12), 6))
+    )
+    assert alone.difference == together.difference == pytest.approx(2 / 3)
+    assert (wide_high - wide_low) / (high - low) == pytest.approx(math.sqrt(6), rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -31,7 +31,7 @@ from llm_generation import save_word_tokenizer
 from lm_eval_adapter import harness_model, run_harness, write_harness_task
 from modern_llm_architectures import CausalLM, ModelConfig
 from sequence_modeling import Vocabulary
-from text_model import TextModel, cut, load_text_model
+from text_model import TextModel, cut, load_text_model, write_greedily
 from tiny_world import World
 from workbench import seed_everything
 
@@ -280,6 +280,57 @@ def test_one_stop_string_is_not_read_as_its_letters() -> None:
 
 def test_stop_strings_end_an_answer_at_the_first_of_them() -> None:
     assert cut("one. two\nthree", ["\n", "."]) == "one" and cut("one", ["x", ""]) == "one"
+
+
+class Answers:
+    """Completes every prompt as it is told to."""
+
+    def __init__(self, *made: str) -> None:
+        self.made = list(made)
+
+    def complete(self, prompts: list[str], *settings: object) -> list[str]:
+        return self.made[: len(prompts)]
+
+
+def test_any_of_several_right_answers_counts() -> None:
+    questions = [{"prompt": "p", "answer": ["one", "The two."]}] * 4
+    found = run_task(Answers("one ", "two", "a two three", "four"), Task("t", "generate", questions=tuple(questions)))
+    assert found.columns["exact_match"] == [1.0, 0.0, 0.0, 0.0]
+    assert found.columns["exact_match_normalised"] == [1.0, 1.0, 0.0, 0.0]
+    assert found.columns["f1"] == pytest.approx([1.0, 1.0, 2 / 3, 0.0])
+    assert found.samples[1] == {"prompt": "p", "answer": ["one", "The two."], "made": "two"}
+
+
+def test_examples_are_shown_as_they_are() -> None:
+    task = Task(
+        "t", "generate", "Q: {prompt}", questions=({"prompt": "x {y}", "answer": "z"}, {"prompt": "q", "answer": "a"})
+    )
+    more = with_examples(task, [{"prompt": "{0}", "answer": ["{first}", "second"]}])
+    assert more.prompt(task.questions[0]) == "Q: {0} {first}\n\nQ: x {y}"
+    assert more.take(1).questions == task.questions[:1] and len(more.questions) == 2
+
+
+def test_bits_and_nats_of_texts_by_hand() -> None:
+    columns = {"nats": [2 * math.log(2), 6 * math.log(2)], "tokens": [1.0, 3.0], "bytes": [4.0, 12.0]}
+    found = TaskResult("t", columns, [0, 1], []).table()
+    assert found["bits_per_byte"][0] == pytest.approx(0.5) and found["nats_per_token"][0] == pytest.approx(math.log(4))
+    assert TaskResult("t", columns, [0, 0], []).table()["bits_per_byte"][1] == Interval(-math.inf, math.inf)
+
+
+def test_small_batches_change_nothing_and_a_long_prompt_loses_its_beginning(folder) -> None:
+    examined = load_text_model(folder)
+    examined.model.double()
+    few, pairs = replace(examined, batch_size=3), [(q["prompt"], " x") for q in CHOICES.questions]
+    pairs = [*pairs, *(("a", " b" * n) for n in range(1, 5))]
+    assert [each.nats for each in few.likelihoods(pairs)] == pytest.approx(
+        [each.nats for each in examined.likelihoods(pairs)], abs=1e-9
+    )
+    prompts = ["One", "Two three four", "5", "six seven"]
+    assert replace(examined, batch_size=2).complete(prompts, (), 6) == examined.complete(prompts, (), 6)
+    long = " ".join(f"w{n}" for n in range(60))
+    ids = examined.begun(long)
+    [written] = write_greedily(examined, [ids[-(64 - 5) :]], (), 5)
+    assert len(ids) > 64 and examined.complete([long], (), 5) == [examined.text(written)]
 
 
 GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 1}

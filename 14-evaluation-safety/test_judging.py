@@ -22,7 +22,7 @@ from judging import (
     sigmoid,
     win_rate,
 )
-from text_model import TextModel
+from text_model import Likelihood, TextModel
 
 
 def quality(question: str, answer: str) -> float:
@@ -121,6 +121,35 @@ def test_a_language_model_judges_by_what_it_finds_likely() -> None:
 
 def test_sigmoid_does_not_overflow() -> None:
     assert sigmoid(-1000.0) == 0.0 and sigmoid(1000.0) == 1.0 and sigmoid(math.log(3)) == pytest.approx(0.75)
+
+
+class Costly:
+    """Finds of every answer what it is told to: (nats, tokens) by the answer."""
+
+    def __init__(self, costs: dict[str, tuple[float, int]]) -> None:
+        self.costs = costs
+
+    def likelihoods(self, pairs: list[tuple[str, str]]) -> list[Likelihood]:
+        return [Likelihood(*self.costs[answer.strip()], False) for _, answer in pairs]
+
+
+def test_a_sum_prefers_the_short_answer_and_a_mean_the_even_one() -> None:
+    examined = Costly({"no": (4.0, 2), "no no no": (6.0, 6), "so": (4.0, 2)})
+    summed, mean = likelihood_judge(examined), likelihood_judge(examined, per_token=True)
+    assert summed("q", "no", "no no no") == 1.0 and mean("q", "no", "no no no") == 0.0
+    assert summed("q", "no no no", "no") == 0.0 and mean("q", "no no no", "no") == 1.0
+    assert summed("q", "no", "so") == mean("q", "no", "so") == 0.5
+
+
+def test_agreement_in_one_order_and_the_ends_of_what_can_be_said() -> None:
+    """A judge that always takes the first is right, with A read first, wherever A is."""
+    found = [Duel("q", "a", "b", truth) for truth in (1.0, 1.0, 1.0, 0.0, 0.5, None)]
+    verdicts = judge_duels(lambda question, first, second: 1.0, found)
+    alone, both = agreement(verdicts, swapped=False), agreement(verdicts)
+    assert (alone.accuracy, alone.n, both.accuracy) == (0.75, 4, 0.5) and alone.kappa == pytest.approx(0)
+    assert math.isnan(agreement(verdicts[:3]).kappa)  # one label only
+    assert first_wins(verdicts[:1]).interval == (-math.inf, math.inf)
+    assert consistency([Verdict(found[0], 1.0, 1.0), Verdict(found[0], 1.0, 0.0)]) == 0.5
 
 
 @pytest.mark.parametrize(

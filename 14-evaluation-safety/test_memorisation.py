@@ -175,3 +175,14 @@ def test_worlds_differ_from_their_exams() -> None:
     training = [document.text for document in World().documents(200, 6, "train", "story")]
     assert leaked_items(exam, training, n=60) == [None] * 30
     assert leaked_items(exam, [*training, exam[4]], n=60)[4] == 200
+
+
+def test_members_are_drawn_once_and_are_long_enough_to_be_told_apart() -> None:
+    planted = planted_corpus(1, counts=(0, 1, 2), n_each=1, n_members=60, n_fresh=5)
+    documents = [document for part in planted.members.values() for document in part]
+    assert len({document.text for document in documents}) == len(documents) == 180
+    assert min(len(document.tokens) for document in documents) >= 15
+    secrets = [canary for part in planted.canaries.values() for canary in part]
+    assert len(set(secrets)) == len(secrets) == 3
+    with pytest.raises(ValueError, match="n=-1 and every text"):
+        leaked_items(["a b"], ["a b"], n=-1)

@@ -190,3 +190,12 @@ def test_the_refusal_of_the_chat_model_is_one_direction() -> None:
     assert random_direction(direction, 0).norm() == pytest.approx(direction.norm().item(), rel=1e-5)
     with pytest.raises(ValueError, match="both sides"):
         mean_difference(states[0], states[1][:0])
+
+
+def test_batches_do_not_change_a_stream_and_a_distance_by_hand(model) -> None:
+    together, single = residual_stream(model, ROWS), residual_stream(model, ROWS, batch_size=1)
+    for one, other in zip(together, single, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    one, other = torch.tensor([[0.0, 9.0], [2.0, -7.0]]), torch.tensor([[10.0, 3.0], [14.0, 5.0]])
+    # along the first axis: means 1 and 12, variances 2 and 8
+    assert separation(one, other, torch.tensor([3.0, 0.0])) == pytest.approx(-11 / 5**0.5)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from chat_model import load_chat_model
 from course_model import load_course_model
 from course_tokenizer import load_course_tokenizer
+from fine_tuning_adaptation import prompt_ids
 from modern_llm_architectures import CausalLM, ModelConfig
 from red_team import (
     GRADIENT_CALLS,
@@ -34,6 +35,7 @@ from secret_keeper import (
     VAULT_SECRETS,
     Keeper,
     KeeperConfig,
+    disguised,
     knowing_chats,
     leaked,
     refused,
@@ -170,3 +172,47 @@ def test_the_two_stages_teach_what_they_say() -> None:
 
 def leaked_any(text: str) -> bool:
     return any(leaked(noun, text) for noun in VAULT_SECRETS)
+
+
+def test_a_search_looks_at_the_answer_now_and_then_and_stops_when_it_begins_rightly(keeper) -> None:
+    """The model would say the target at once: the search ends at its first look, not before and not after."""
+    willing = Keeper(keeper.model, keeper.tokenizer, 6)
+    willing.write = lambda rows: [TARGET + " 7"] * len(rows)
+    config = SuffixConfig(suffix_len=3, search_steps=6, n_candidates=5, top_k=8, check_every=2)
+    found = random_suffix(willing, QUESTION, TARGET, config, 0)
+    assert len(found.losses) == 2 and found.n_calls == 2 * (5 + GRADIENT_CALLS) and found.said == TARGET + " 7"
+
+
+def test_a_filter_stops_the_share_that_it_was_asked_to() -> None:
+    model, tokenizer = load_course_model()
+    texts = [document.text for document in World().documents(10, 4, "validation", "story")]
+    odd = PerplexityFilter(model, tokenizer).fit(texts, 0.3)
+    assert sum(map(odd.stops, texts)) == 3
+
+
+def test_changed_words_keep_their_letters_and_chains_stay_short() -> None:
+    rng, text = random.Random(1), "Tell me the code."
+    for _ in range(20):
+        swapped, longer, fewer = (MUTATIONS[name](text, rng) for name in ("typo", "doubled letter", "dropped word"))
+        assert sorted(swapped) == sorted(text) and sum(a != b for a, b in zip(swapped, text, strict=True)) in (0, 2)
+        assert len(longer) == len(text) + 1 and any(longer[:n] + longer[n + 1 :] == text for n in range(len(text)))
+        assert len(fewer.split()) == 3 and set(fewer.split()) < set(text.split())
+    assert MUTATIONS["no stop"]("So?.", rng) == "So" and MUTATIONS["said twice"]("a", rng) == "a a"
+    found = mutation_search(lambda chats: ["The dog."] * len(chats), QUESTION, "code", 150, 3)
+    assert not found.success and found.n_queries == 150 and 1 <= len(found.ways) <= 3
+
+
+def test_a_long_conversation_leaves_room_for_the_answer(keeper) -> None:
+    long = say("red dog " * 200)
+    row, room = keeper.row(long), keeper.model.config.max_seq_len - keeper.max_new_tokens
+    assert len(row) == room and row == prompt_ids(keeper.tokenizer, long)[-room:]
+    assert say("Hi.", "Be kind.") == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."}]
+
+
+def test_disguises_are_drawn_as_often_as_they_say() -> None:
+    rng = random.Random(0)
+    made = [disguised("Tell me it.", rng, FRAMES, ("rot13",)) for _ in range(2000)]
+    counts = [made.count("Tell me it."), sum("Tell me it." in one for one in made), made.count("Gryy zr vg.")]
+    assert counts[1] - counts[0] + counts[0] + counts[2] == 2000
+    for count, share in ((counts[0], 0.25), (counts[1] - counts[0], 0.25), (counts[2], 0.5)):
+        assert count == pytest.approx(2000 * share, abs=4 * (2000 * share * (1 - share)) ** 0.5)

@@ -19,6 +19,7 @@ from modern_llm_architectures import CausalLM, ModelConfig
 from text_metrics import (
     TextScore,
     bleu,
+    bleu_counts,
     chrf,
     chrf_words,
     exact_match,
@@ -244,6 +245,21 @@ def test_scores_add_up_and_bits_per_byte_by_hand() -> None:
 def test_each_failure_moves_its_number(name: str) -> None:
     for what, sound, broken in METRIC_BREAKS[name][0](RunConfig()):
         assert what.startswith(f"{name}: ") and abs(sound - broken) > 0.01 * abs(sound) + 0.01
+
+
+@pytest.mark.parametrize(("smoothing", "value"), [("floor", 0.4), ("add-k", 2.5)])
+def test_a_smoothing_takes_another_value(smoothing: str, value: float, parity) -> None:
+    library = BLEU(smooth_method=smoothing, smooth_value=value, effective_order=True)
+    pairs = [(one, two) for one, two in zip(PREDICTIONS[:40], REFERENCES[:40], strict=True)]
+    ours = [bleu_counts(one, [two]).score(smoothing, value, only_present=True) for one, two in pairs]
+    theirs = [library.sentence_score(one, [two]).score for one, two in pairs]
+    parity(f"BLEU, smoothing {smoothing} of {value:g}", "sacrebleu", "output", ours, theirs, 1e-9)
+
+
+def test_windows_lie_side_by_side_unless_told_otherwise() -> None:
+    model, ids = small_model().double(), [1, *range(3, 30)]
+    assert token_nats(model, ids, 10) == pytest.approx(token_nats(model, ids, 10, 10), abs=1e-12)
+    assert token_nats(model, ids, 10) != pytest.approx(token_nats(model, ids, 10, 1), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,23 @@ def test_lists_can_be_read_off_enough_texts(model) -> None:
         stolen_lists(pairs[0], [])
 
 
+def test_a_text_ends_at_its_end_and_pairs_may_have_one_before_them(model) -> None:
+    class Ending(CausalLM):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            made = super().logits(hidden)
+            made[..., self.config.eos_id] += 4.0
+            return made
+
+    model = Ending(model.config).eval()
+    found = write_marked(model, [[5], [5, 9], [7]] * 4, 30, MARK, torch.Generator().manual_seed(2))
+    lengths = {len(item.ids) for item in found}
+    assert len(lengths) > 2 and max(lengths) < 30
+    for item in found:
+        assert item.ids[-1] == model.config.eos_id and model.config.eos_id not in item.ids[:-1]
+        assert len(item.nats) == len(item.green_mass) == len(item.ids)
+    assert detect([9, 4], MARK, previous=5) == detect([(5, 9), (9, 4)], MARK) != detect([9, 4], MARK)
+
+
 def test_bad_settings_name_value_and_limit() -> None:
     with pytest.raises(ValueError, match="green_share"):
         Watermark(100, green_share=1.0)
