@@ -317,6 +317,54 @@ def plot_lines(lines: dict[str, tuple[list, list]], xlabel: str, ylabel: str, lo
     return figure
 
 
+def three_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of "Ann waves she", one head of width 4, for the chapter's picture.
+
+    Features of a token: name, verb, pronoun, female. Keys and values are the features themselves; the query of a verb
+    asks for a name, that of a pronoun for a name and for female.
+    """
+    features = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 1]])  # (key, d_head)
+    asks = torch.tensor([[0.0, 0, 0, 0], [2, 0, 0, 0], [2, 0, 0, 2], [0, 0, 0, 0]])
+    return features @ asks, features, features
+
+
+def plot_three_tokens() -> Figure:
+    """Draw causal self-attention on three tokens as grids of numbers, from queries and keys to the output."""
+    q, k, v = three_tokens()
+    output, weights = scaled_dot_product_attention(q, k, v, causal_mask(3))
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~causal_mask(3), -math.inf)
+    tokens = ("Ann", "waves", "she")
+    parts = [
+        ("$Q$", q, "what each token asks", ""),
+        ("$K^\\top$", k.mT, "a column for each key", "·"),
+        ("scores", scores, "divided by √4, future masked", "→"),
+        ("weights", weights, "softmax of each row", "→"),
+        ("$V$", v, "what is averaged", "·"),
+        ("output", output, "a row for each token", "="),
+    ]
+    figure, axis = plt.subplots(figsize=(9.6, 2.1))
+    left = 1.6
+    for title, numbers, caption, sign in parts:
+        n_rows, n_columns = numbers.shape
+        axis.text(left - 0.65, 0, sign, ha="center", va="center", fontsize=13)
+        for row, column in np.ndindex(n_rows, n_columns):
+            x, y = left + column, n_rows / 2 - row
+            number = numbers[row, column].item()
+            shade = 0.0 if title != "weights" else 0.6 * number
+            axis.add_patch(plt.Rectangle((x, y - 1), 1, 1, facecolor=("C1", shade), edgecolor="0.6", linewidth=0.6))
+            text = "−∞" if number == -math.inf else f"{number:.2f}".rstrip("0").rstrip(".")
+            axis.text(x + 0.5, y - 0.5, text, ha="center", va="center", fontsize=8)
+        axis.text(left + n_columns / 2, n_rows / 2 + 0.2, title, ha="center", fontsize=10)
+        axis.text(left + n_columns / 2, -n_rows / 2 - 0.6, caption, ha="center", fontsize=7)
+        if title == "$Q$":
+            for row, token in enumerate(tokens):
+                axis.text(left - 0.2, 1 - row, token, ha="right", va="center", fontsize=9)
+        left += n_columns + 1.3
+    axis.set(xlim=(-0.3, left - 1.0), ylim=(-2.9, 2.8), aspect="equal")
+    axis.axis("off")
+    return figure
+
+
 # The chapter's experiments
 
 
@@ -433,6 +481,7 @@ def run_width(study: Study) -> None:
         for how in ("undivided", "divided")
     ]
     study.save("width", [Column("width d"), *columns], rows)
+    save_figure(plot_three_tokens(), study.folder / "three_tokens.svg")
 
 
 def run_heads(study: Study) -> None:

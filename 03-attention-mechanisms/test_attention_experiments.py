@@ -160,6 +160,18 @@ def test_lines_show_the_data_they_are_given() -> None:
     assert lines.axes[0].get_lines()[0].get_ydata().tolist() == [3, 4] and lines.axes[0].get_xlabel() == "steps"
 
 
+def test_three_tokens_show_attention_worked_by_hand() -> None:
+    """Scores 0; 1, 0; 2, 0, 1 under the causal mask: the softmax by arithmetic, and the same numbers in the picture."""
+    texts = [text.get_text() for text in topic.plot_three_tokens().axes[0].texts]
+    total = math.e**2 + 1 + math.e
+    row = [math.e**2 / total, 1 / total, math.e / total]
+    start = texts.index("weights") - 9
+    assert texts[start : start + 9] == ["1", "0", "0", "0.73", "0.27", "0", *(f"{weight:.2f}" for weight in row)]
+    end = texts.index("output")
+    assert texts[end - 4 : end] == [f"{x:.2f}" for x in (row[0], row[1], row[2], row[0] + row[2])], "keys are values"
+    assert texts.count("−∞") == 3
+
+
 def test_figures_run_every_experiment_and_write_every_table(tmp_path, capsys) -> None:
     folder = tmp_path / "figures"
     main(["figures", "--shrink", "120", "--n-seeds", "2", "--folder", str(folder)])
@@ -174,7 +186,7 @@ def test_figures_run_every_experiment_and_write_every_table(tmp_path, capsys) ->
     wide = {row[0]: row[1:] for row in results["width"]["rows"]}["512"]
     assert min(wide[0]) > 0.9 and max(wide[1]) < 0.12, "the number of the chapter's question"
     pictures = {path.stem for path in folder.glob("*.svg")}
-    assert pictures == {"alignment_copy", "alignment_recall", "heads", "memory", "scale_entropy"}
+    assert pictures == {"alignment_copy", "alignment_recall", "heads", "memory", "scale_entropy", "three_tokens"}
     before = results["width"]
     main(["figures", "linear", "--n-seeds", "1", "--folder", str(folder)])
     results = json.loads((folder / "results.json").read_text())
@@ -189,5 +201,6 @@ def test_shape_comments_are_true(checked_shapes) -> None:
         entropy_through_training(config, topic.SCALINGS[0], CPU)
         topic.head_roles(model.look(inputs)[1], inputs, targets)
         largest_weight(4, 5, True, generator()), topic.score_gradient(4, 5, True, generator())
+        topic.three_tokens()
     missing = unreached(topic.__file__, checked)
     assert not missing, f"shape comments that no line of this test runs: {missing}"
