@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from checkpoints import (
     render_manifest,
     rng_state,
     set_rng_state,
+    stop_requests,
 )
 from packing import PackedTransformer, language_model_loss
 from training_transformers import TrainConfig, fit, main
@@ -353,6 +355,43 @@ def test_rotation_counts_in_numbers_and_stale_files_go(tmp_path) -> None:
         Checkpoints(tmp_path, keep_last=0)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    """What a power failure may take was not forced out: log, parts, manifest; then the name, then the folder."""
+    done, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        done.append(f"rename to {Path(target).name}")
+        rename(source, target)
+
+    train_tiny(tmp_path / "warm", 2)
+    n_open = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    train_tiny(tmp_path / "run", 2)
+    end = done.index("rename to step-000002")
+    places = [done.index(f"fsync {name}") for name in ("log.csv", "model.pt", "optimizer.pt", "run.pt")]
+    assert max(places) < end and "fsync run" in done[end:], done
+    manifest = next(index for index, what in enumerate(done) if what.startswith("fsync") and "manifest" in what)
+    assert max(places) < manifest < end, done
+    assert len(os.listdir("/proc/self/fd")) == n_open, "every file is closed again"
+
+
+def test_a_checkpoint_that_goes_loses_its_name_first(tmp_path, monkeypatch) -> None:
+    """Killed in the middle of a removal, half a folder must not stand there as a damaged one."""
+    folder = Checkpoints(tmp_path)
+    folder.save(1, some_parts())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        folder.remove(1)
+    assert folder.steps() == [] and len(list(tmp_path.iterdir())) == 1
+    folder.sweep()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_step_can_be_saved_again(tmp_path) -> None:
     """What happens when a run goes back behind a damaged checkpoint and reaches its step once more."""
     folder = Checkpoints(tmp_path)
@@ -380,6 +419,9 @@ def test_a_manifest_that_says_something_else_is_no_traceback(tmp_path) -> None:
         path.write_bytes(render_manifest(body))
         with pytest.raises(ValueError, match="no whole checkpoint in .*the manifest of step-000003 is damaged"):
             train_tiny(tmp_path, INTERVAL, resume=True)
+    path.write_bytes(b"[" * 100_000)  # deeper than any reader goes
+    with pytest.raises(ValueError, match="step-000003 has no readable manifest"):
+        train_tiny(tmp_path, INTERVAL, resume=True)
     path.write_bytes(render_manifest({"step": 3, "files": {}}))
     with pytest.raises(ValueError, match="step 3 in .* has no part model, optimizer, run; train again"):
         train_tiny(tmp_path, INTERVAL, resume=True)
@@ -439,6 +481,8 @@ def test_a_run_with_other_settings_is_refused_by_name() -> None:
     for part in ("data was 'absent', is 'new'", "model.d_model was 64, is 32", "train.save_every was 5, is 9"):
         assert part in str(refused.value)
     assert "n_layers" not in str(refused.value)
+    with pytest.raises(ValueError, match="seed was 0, is 'absent'"):
+        check_header(saved, {name: value for name, value in saved.items() if name != "seed"})
 
 
 def test_random_numbers_go_on_where_they_stopped(tmp_path) -> None:
@@ -469,6 +513,11 @@ def test_the_log_survives_a_torn_line_and_new_columns(tmp_path) -> None:
     (tmp_path / "log.csv").write_bytes(whole + b"4,0.25,1")
     again = CsvLog(tmp_path / "log.csv", last_step=3)
     assert again.rows == rows and (tmp_path / "log.csv").read_bytes() == whole
+    for broken in (b"3,0.25\n", b"\xff\xfe\n3,1.0,2,0.5\n"):  # a row that lacks cells; no text, and a row behind it
+        (tmp_path / "log.csv").write_bytes(whole + broken)
+        assert CsvLog(tmp_path / "log.csv", last_step=3).rows == rows
+    log.rows = [dict(reversed(row.items())) for row in again.rows]
+    assert log.digest() == again.digest(), "the order of columns, which a file has but once, is no difference"
     earlier = CsvLog(tmp_path / "log.csv", last_step=1)
     assert earlier.columns == ["step", "loss", "n"], "a column that came later is gone with its rows"
     for row in rows[1:]:
@@ -532,6 +581,23 @@ def test_a_second_signal_ends_at_once(tmp_path) -> None:
     os.kill(child, signal.SIGINT)
     assert exit_code_of(child, seconds=10) == -signal.SIGINT
     assert not Checkpoints(tmp_path / "run").steps()
+
+
+def test_signals_are_left_as_they_were_and_outside_the_main_thread_alone() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    with stop_requests():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
+    seen = []
+
+    def elsewhere() -> None:
+        with stop_requests() as request:
+            seen.append(request.signum)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [0]
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path) -> None:

@@ -205,6 +205,8 @@ def test_decay_is_decoupled_from_the_gradient(rule) -> None:
 
 
 def test_a_lamb_step_is_as_long_as_the_weights_times_the_rate() -> None:
+    still = one_step(LAMB, torch.ones(3), torch.zeros(3), learning_rate=0.02, weight_decay=0.0)
+    assert still.tolist() == [0, 0, 0], "without any direction it stands"
     weight, grad = start_weights([(7, 3), (7, 3)])
     for size in (1e-3, 1e3):
         step = one_step(LAMB, weight, size * grad, learning_rate=0.02, weight_decay=0.3)
@@ -333,6 +335,40 @@ def test_built_adamw_is_ours_up_to_rounding(parity) -> None:
     parity("build_optimizer", "AdamW of this topic", "trajectory", ours, theirs, 1e-10)
 
 
+def test_the_betas_reach_the_rule() -> None:
+    for name in ("adamw", "lion", "lamb", "muon"):
+        for group in build_optimizer(small_model(), name, 0.01, beta1=0.6, beta2=0.7).param_groups:
+            assert group.get("betas", (group.get("beta1"), group.get("beta2"))) == (0.6, 0.7), name
+
+
+def test_built_muon_is_torchs_muon_and_adamw(monkeypatch) -> None:
+    """Both of torch's in one run of six steps, with the defaults of both sides; all in float64."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    ours, theirs = small_model().double(), small_model().double()
+    optimizer = build_optimizer(ours, "muon", 0.01)
+    for group in optimizer.param_groups:
+        group["ns_dtype"] = "float64"
+    train(ours, optimizer, range(6))
+    hidden, output, others = ([parameter for parameter in group["params"]] for group in muon_groups(theirs, 0.1))
+    muon = torch.optim.Muon(hidden, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": output, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, 0.01, (0.9, 0.95))
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    for step in range(6):
+        for optimizer in (muon, adamw):
+            set_learning_rates(optimizer, schedule_factor("linear", step, 10, 2))
+        token_ids = torch.randint(0, 23, (3, 8), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(theirs(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten())
+        theirs.zero_grad()
+        loss.backward()
+        muon.step()
+        adamw.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_hold_every_parameter_once_and_decay_only_matrices(tied) -> None:
     model = small_model(tied)
@@ -361,6 +397,16 @@ class HeadFirst(nn.Module):
         self.wte.weight = self.head.weight
 
 
+def test_foreign_heads_are_outputs_and_muon_gets_no_kernel_of_a_convolution() -> None:
+    model = nn.ModuleDict({name: nn.Linear(3, 2, bias=False) for name in ("head", "classifier", "other")})
+    assert list(parameter_kinds(model).values()) == ["output", "output", "hidden"]
+    groups = muon_groups(nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.Linear(3, 2, bias=False)), 0.1)
+    assert [(group["rule"], group["params"][0].dim(), group["weight_decay"]) for group in groups] == [
+        ("muon", 2, 0.1),
+        ("adamw", 4, 0.1),
+    ]
+
+
 def test_a_tied_matrix_is_an_embedding_whatever_its_name() -> None:
     assert parameter_kinds(HeadFirst()) == {"head.weight": "embedding"}
     assert [group["weight_decay"] for group in muon_groups(HeadFirst(), 0.1)] == [0.0]
@@ -371,6 +417,12 @@ def test_frozen_parameters_are_left_out() -> None:
     for parameter in model.encoder.parameters():
         parameter.requires_grad = False
     assert [len(group["params"]) for group in muon_groups(model, 0.1)] == [1, 2]
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert training_bytes(model, "lion") == {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": trained,
+        "state": trained,
+    }
     for parameter in model.parameters():
         parameter.requires_grad = False
     with pytest.raises(ValueError, match="no parameter that requires a gradient; unfreeze"):
@@ -467,6 +519,7 @@ def test_schedules_reduce_to_those_of_the_earlier_topics() -> None:
         0.5, 0.75, 1, 1, 1, 0.5, 0.25, 0
     ]  # fmt: skip
     assert [schedule_factor("wsd", step, 8, 2, 4) for step in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [schedule_factor("wsd", step, 4, 2, 2) for step in range(4)] == [0.5, 1, 1, 0.5], "up and down, and no more"
 
 
 def test_a_schedule_multiplies_each_groups_own_rate() -> None:
@@ -583,6 +636,9 @@ def test_a_gradient_without_signal_has_an_infinite_noise_scale() -> None:
         (lambda: build_optimizer(small_model(), "lion", -0.1), "learning_rate must be finite and >= 0, got -0.1"),
         (lambda: build_optimizer(small_model(), "adamw", math.nan), "learning_rate must be finite and >= 0, got nan"),
         (lambda: build_optimizer(small_model(), "adamw", 0.1, beta2=1.0), "beta2 must be >= 0 and < 1, got 1.0"),
+        (lambda: build_optimizer(small_model(), "muon", math.inf), "learning_rate must be finite and >= 0, got inf"),
+        (lambda: Muon([nn.Parameter(torch.ones(2, 2))], momentum=1.0), "momentum must be >= 0 and < 1, got 1.0"),
+        (lambda: Muon([nn.Parameter(torch.ones(2, 3, 4))]), r"Muon takes matrices, got shape \(2, 3, 4\)"),
         (lambda: AdamW(small_model().parameters(), eps=-1.0), "eps must be finite"),
         (lambda: AdamW([{"params": small_model().parameters(), "weight_decay": -1.0}]), "weight_decay must be"),
         (lambda: Muon(small_model().parameters()), r"Muon takes matrices, got shape \(12,\); give it to AdamW"),

@@ -19,26 +19,36 @@ from torch.nn import functional as F
 
 import packing
 import training_transformers as topic
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, check_header
 from data_parallel import COLLECTIVE_TIMEOUT, Team, process_group
 from packing import BucketedBatches, EpochOrder, PackedBatches, PackedTransformer, language_model_loss, pack
-from sequence_modeling import BOS_ID, EOS_ID, IGNORE
+from sequence_modeling import BOS_ID, EOS_ID, IGNORE, device_of
+from tiny_world import held_out, join
 from training_monitors import BlockMonitor, attention_entropy, block_of, dead_units, loss_spikes
 from training_transformers import (
     EMA,
+    MAY_CHANGE,
+    N_BYTE_IDS,
+    DataConfig,
+    Keeper,
     LossScaler,
     TrainConfig,
+    TrainingState,
     WorldBatches,
     backward_in_parts,
     checkpoint_activations,
     clip_gradients,
+    first_broken,
     fit,
+    load_task,
     main,
     plot_range,
     range_test,
+    train_model,
+    world_losses,
 )
-from transformer_architecture import CausalTransformer, ModelConfig, saved_bytes
-from workbench import ROOT, seed_everything
+from transformer_architecture import CausalTransformer, ModelConfig, held_out_documents, saved_bytes, tiny_world
+from workbench import ROOT, RunConfig, seed_everything
 
 VOCAB = 23
 SMALL = ModelConfig(d_model=12, n_layers=3, n_heads=3, d_ff=20, max_seq_len=40)
@@ -152,7 +162,11 @@ def test_the_loss_scale_follows_torch_amp(parity) -> None:
     optimizer = torch.optim.SGD([weight], lr=0.0)
     scales = {"ours": [], "theirs": []}
     generator = torch.Generator().manual_seed(0)
-    for overflow in (torch.rand(60, generator=generator) < 0.25).tolist():
+    for index, overflow in enumerate((torch.rand(60, generator=generator) < 0.25).tolist()):
+        if index == 31:  # in the middle of a row of good steps: a resumed run counts on
+            state, ours = ours.state_dict(), LossScaler(growth_interval=3)
+            assert state["n_good"]
+            ours.load_state_dict(state)
         weight.grad = torch.full((2,), math.inf if overflow else 1.0)
         theirs.scale(torch.ones(()))
         theirs.step(optimizer)
@@ -200,7 +214,9 @@ def test_bf16_stays_near_fp32_and_keeps_the_weights_in_fp32() -> None:
 def test_checkpointed_gradients_are_equal_and_need_less_memory(parity) -> None:
     plain = small_model(dropout=0.2)
     thrifty, batch = copy.deepcopy(plain), uneven_batch(1)
-    assert checkpoint_activations(thrifty) == 3 == checkpoint_activations(thrifty)
+    assert checkpoint_activations(thrifty) == 3
+    once = thrifty.encoder.blocks[0].forward
+    assert checkpoint_activations(thrifty) == 3 and thrifty.encoder.blocks[0].forward is once, "no third pass"
     for model in (plain, thrifty):
         torch.manual_seed(3)
         language_model_loss(model, batch)[0].backward()
@@ -237,6 +253,15 @@ def test_the_average_equals_torch_swa_utils(parity) -> None:
     with ours.applied(model):
         parity("EMA applied", "its own weights", "invariant", weights_of(model), ours.weights, 0.0)
     parity("EMA taken back", "the weights before", "invariant", weights_of(model), raw, 0.0)
+    with pytest.raises(RuntimeError, match="half-way"), ours.applied(model):
+        raise RuntimeError("half-way")
+    assert all(torch.equal(raw[name], tensor) for name, tensor in model.state_dict().items()), "taken back all the same"
+    counting = nn.BatchNorm1d(3)  # a whole number among its buffers: copied, not averaged
+    average = EMA(counting, 0.5)
+    for _ in range(3):
+        counting(torch.randn(4, 3))
+        average.update(counting)
+    assert average.weights["num_batches_tracked"] == 3
 
 
 def test_a_run_with_an_average_examines_it_and_ends_with_it(tmp_path, parity) -> None:
@@ -317,6 +342,41 @@ def test_skips_that_are_not_in_a_row_are_forgiven() -> None:
     config = dataclasses.replace(BASIC, max_skipped_steps=2)
     rows = fit(small_model(), uneven_batch, poisoned_loss({1, 3, 5, 7, 9}, math.inf), config)
     assert rows[-1]["n_skipped"] == 5 and math.isfinite(rows[-1]["loss"])
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(capsys) -> None:
+    """A constant of infinity has no gradient; and it is no overflow, so that the loss scale stays."""
+
+    def at_step_3(model: nn.Module, batch: dict) -> tuple:
+        loss, count = language_model_loss(model, batch)
+        return (loss + math.inf if batch["targets"][-1, 0] == uneven_batch(3)["targets"][-1, 0] else loss), count
+
+    config = dataclasses.replace(BASIC, max_steps=5, dtype="fp16", loss_scale=8.0)
+    rows = fit(small_model(dtype=torch.float32), uneven_batch, at_step_3, config)
+    assert [row["loss"] == math.inf for row in rows] == [False, False, False, True, False]
+    assert [row["n_skipped"] for row in rows] == [0, 0, 0, 1, 1] and {row["loss_scale"] for row in rows} == {8.0}
+    assert capsys.readouterr().err.count("the loss is inf at step 4") == 1
+
+
+def test_resuming_does_not_forgive_skipped_steps(tmp_path) -> None:
+    """Two in a row lie before the checkpoint, the third after it."""
+    config = dataclasses.replace(BASIC, save_every=5, max_skipped_steps=3)
+    for resume, bad in ((False, set(range(3, 99))), (True, set(range(99)))):
+        again = dataclasses.replace(config, resume=resume)
+        with pytest.raises(ValueError, match="at step 6 .*; 3 steps in a row had to be skipped"):
+            fit(small_model(), uneven_batch, poisoned_loss(bad), again, out=tmp_path)
+        assert Checkpoints(tmp_path).steps() == [5]
+
+
+def test_the_first_broken_parameter_is_named() -> None:
+    model = small_model()
+    language_model_loss(model, uneven_batch(0))[0].backward()
+    assert first_broken(model) == "all gradients are finite"
+    model.lm_head.weight.grad[2, 1] = math.inf
+    assert first_broken(model) == "first in lm_head.weight"
+    with torch.no_grad():
+        model.encoder.final_norm.bias[3] = math.nan
+    assert first_broken(model) == "the weights of encoder.final_norm.bias are not finite"
 
 
 def test_a_batch_in_which_nothing_counts_is_skipped_with_loss_0(capsys) -> None:
@@ -438,7 +498,92 @@ def test_a_budget_ends_the_run_and_carries_the_schedule_to_its_end() -> None:
         dataclasses.replace(config, resume=True)
 
 
+def test_what_may_change_in_a_resumed_run_is_what_cannot_change_its_numbers() -> None:
+    settings = dataclasses.asdict(BASIC)
+    free = {"resume", "save_every", "keep_last", "tensorboard", "micro_batch_size", "checkpoint_activations", "compile"}
+    for name in settings:
+        headers = [{"seed": 0, "train_config": settings | {name: value}} for value in ("one", "two")]
+        if name in free:
+            check_header(*headers, MAY_CHANGE)
+        else:
+            with pytest.raises(ValueError, match=f"train_config.{name} was 'one', is 'two'"):
+                check_header(*headers, MAY_CHANGE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad_clip": -1.0}, "grad_clip must be finite and >= 0, got -1.0"),
+        ({"budget": -1.0}, "budget must be finite and >= 0, got -1.0"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite and >= 0, got inf"),
+        ({"loss_scale": 0.0}, "loss_scale must be finite and > 0, got 0.0"),
+        ({"beta1": 1.0}, "beta1 must be finite and >= 0 and < 1, got 1.0"),
+        ({"eval_every": -1}, "eval_every must be finite and >= 0, got -1"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio must be >= 0 and <= 1, got 1.5"),
+        ({"warmup_steps": 20}, "warmup_steps=20 and cooldown_steps=0 .* max_steps=12"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_read(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASIC, **changes)
+
+
+def test_small_promises_of_the_loop(tmp_path, monkeypatch) -> None:
+    """Which steps are logged; dropout for a model that came in eval mode; one optimizer for two runs; signals."""
+    model, modes, handlers = small_model().eval(), set(), set()
+
+    def watched_batch(step: int) -> dict:
+        modes.add(model.training)
+        handlers.add(signal.getsignal(signal.SIGTERM))
+        return uneven_batch(step)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config, before = dataclasses.replace(BASIC, log_every=5), signal.getsignal(signal.SIGTERM)
+    first, second = (fit(model, watched_batch, language_model_loss, config, optimizer=optimizer) for _ in range(2))
+    assert [row["step"] for row in first] == [5, 10, 12] and modes == {True}
+    assert [row["learning_rate"] for row in first] == [row["learning_rate"] for row in second]
+    assert handlers == {before}, "with nothing to save, a signal ends the run at once"
+
+    thrifty = dataclasses.replace(BASIC, checkpoint_activations=True, max_steps=1, warmup_steps=0)
+    fit(model, uneven_batch, language_model_loss, thrifty)
+    assert all(hasattr(block.forward, "keywords") for block in model.encoder.blocks), "wrapped"
+
+    def told_to_stop(step: int) -> dict:
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return uneven_batch(step)
+
+    last = dataclasses.replace(BASIC, max_steps=4, warmup_steps=1)
+    rows = fit(small_model(), told_to_stop, language_model_loss, last, out=tmp_path)
+    assert len(rows) == 4 and Checkpoints(tmp_path).steps() == [4], "a run that is over need not be stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(Team, "here", classmethod(lambda cls: cls(0, 2)))
+    with pytest.raises(ValueError, match="a time budget needs one process, there are 2"):
+        fit(model, uneven_batch, language_model_loss, dataclasses.replace(BASIC, budget=1.0))
+
+
 # Several processes
+
+
+def sometimes_two_rows(step: int) -> dict[str, torch.Tensor]:
+    """At step 5 only the second row counts something: one process has a gradient, the others none."""
+    return uneven_batch(step, 2 if step == 5 else 7)
+
+
+def test_each_process_goes_on_with_its_own_random_numbers(tmp_path) -> None:
+    fit(small_model(), uneven_batch, language_model_loss, dataclasses.replace(BASIC, max_steps=3), out=tmp_path)
+    parts = Checkpoints(tmp_path).load()
+    step, states = parts.pop("step"), []
+    for seed in (8, 9):
+        seed_everything(seed)
+        states.append(topic.rng_state())
+    parts["run"]["rng"] = states
+    Checkpoints(tmp_path).save(step, parts)
+    model, config = small_model(), dataclasses.replace(BASIC, max_steps=3, resume=True)
+    state = TrainingState(model, topic.build_optimizer(model, "adamw", 0.01), config)
+    with Keeper(tmp_path, config, {}, Team(1, 2)) as keeper:
+        keeper.start(state, uneven_batch)
+    assert torch.equal(torch.get_rng_state(), states[1]["torch"]) and state.step == 3
 
 
 def member(rank: int, size: int, folder: Path) -> None:
@@ -450,7 +595,8 @@ def member(rank: int, size: int, folder: Path) -> None:
     model.token_emb.weight.requires_grad_(False)
     extra = nn.Linear(3, 2).double()
     model.add_module("unused", extra)  # no process has a gradient for it
-    fit(model, uneven_batch, language_model_loss, dataclasses.replace(BASIC, micro_batch_size=2), out=folder / "run")
+    config = dataclasses.replace(BASIC, micro_batch_size=2)
+    fit(model, sometimes_two_rows, language_model_loss, config, out=folder / "run")
     torch.save(weights_of(model), folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
@@ -466,7 +612,7 @@ def test_several_processes_train_as_one(tmp_path, parity, size: int) -> None:
     alone = small_model(seed=0)
     alone.token_emb.weight.requires_grad_(False)
     alone.add_module("unused", nn.Linear(3, 2).double())
-    expected = fit(alone, uneven_batch, language_model_loss, BASIC)
+    expected = fit(alone, sometimes_two_rows, language_model_loss, BASIC)
     rows = topic.CsvLog(tmp_path / "run" / "log.csv", BASIC.max_steps).rows
     name, oracle = f"data parallel, {size} processes", "one process"
     parity(name, oracle, "trajectory", [row["loss"] for row in rows], [row["loss"] for row in expected], 1e-6)
@@ -568,15 +714,22 @@ def test_packed_documents_have_the_loss_and_gradients_of_separate_ones(parity) -
 
 
 def test_packed_model_reduces_to_its_base_class_and_refuses_added_positions(parity) -> None:
-    model = small_model()
-    base = CausalTransformer(SMALL, VOCAB).double()
+    model = small_model(dropout=0.2)
+    base = CausalTransformer(dataclasses.replace(SMALL, dropout=0.2), VOCAB).double()
     base.load_state_dict(model.state_dict())
     ids = uneven_batch(0)["inputs"]
-    parity("PackedTransformer without document_ids", "CausalTransformer", "output", model(ids), base(ids), 0.0)
-    one = model(ids, document_ids=torch.ones_like(ids))
-    parity("PackedTransformer, one document", "CausalTransformer", "output", one, base(ids), 1e-10)
-    with pytest.raises(ValueError, match="positions='learned' count from the start of the row"):
-        small_model(positions="learned")(ids, document_ids=torch.ones_like(ids))
+    ones, logits = torch.ones_like(ids), []
+    for forward in (base, model, lambda ids: model(ids, document_ids=ones)):
+        torch.manual_seed(5)  # the same units are dropped
+        logits.append(forward(ids))
+    parity("PackedTransformer without document_ids", "CausalTransformer", "output", logits[1], logits[0], 0.0)
+    parity("PackedTransformer, one document", "CausalTransformer", "output", logits[2], logits[0], 1e-10)
+    for positions in ("learned", "sinusoidal"):
+        with pytest.raises(ValueError, match=f"positions={positions!r} count from the start of the row"):
+            small_model(positions=positions)(ids, document_ids=ones)
+    with pytest.raises(ValueError, match=f"token id {VOCAB}"):
+        model(ids.masked_fill(ids == ids[0, 0], VOCAB), document_ids=ones)
+    assert language_model_loss(model.bfloat16(), uneven_batch(0))[0].dtype == torch.float32, "sums need more bits"
 
 
 def test_buckets_hold_every_document_once_with_less_padding() -> None:
@@ -587,6 +740,8 @@ def test_buckets_hold_every_document_once_with_less_padding() -> None:
         epoch = [batches(step) for step in range(batches.order.n_batches)]
         rows = [row[row != IGNORE].tolist() for batch in epoch for row in batch["targets"]]
         assert sorted(rows) == sorted(document[1:] for document in documents)
+        widths = [batch["targets"].shape[1] for batch in epoch]
+        assert widths != sorted(widths), "short and long batches take turns"
         shares[pool_size] = sum(map(len, rows)) / sum(batch["targets"].numel() for batch in epoch)
         assert all(
             torch.equal(
@@ -598,6 +753,7 @@ def test_buckets_hold_every_document_once_with_less_padding() -> None:
     assert shares[5] > 0.85 > shares[1] + 0.1
     with pytest.raises(ValueError, match=r"batch_size=41 is more than the data has rows \(40\)"):
         BucketedBatches(documents, 41, seed=1)
+    assert len(BucketedBatches(documents, 40, seed=1)(0)["inputs"]) == 40
 
 
 def test_the_batches_of_the_world_depend_on_seed_and_step_alone() -> None:
@@ -607,8 +763,13 @@ def test_the_batches_of_the_world_depend_on_seed_and_step_alone() -> None:
     assert torch.equal(again(6)["inputs"], later[1]["inputs"]) and torch.equal(again(5)["targets"], later[0]["targets"])
     assert not torch.equal(later[0]["inputs"], later[1]["inputs"])
     assert not torch.equal(other(5)["inputs"], later[0]["inputs"])
+    assert not torch.equal(other(5)["inputs"], later[1]["inputs"]), "no seed repeats the steps of another"
+    rows = [row for step in range(10) for row in WorldBatches(TrainConfig(seq_len=64), 0)(step)["inputs"].tolist()]
+    texts = [join(tiny_world()[1].decode(row[1 : row.index(EOS_ID)])) for row in rows if EOS_ID in row]
+    assert len(texts) > 60 and not any(map(held_out, texts)), "nothing of the other side"
     order = EpochOrder(10, 4, seed=0)
     assert sorted(order(0) + order(1) + order(2)) == list(range(10)) != order(3) + order(4) + order(5)
+    assert EpochOrder(10, 4, seed=1)(0) != order(0)
 
 
 def test_shape_comments_are_true(checked_shapes) -> None:
@@ -658,6 +819,8 @@ def test_attention_entropy_between_uniform_and_one_key(parity) -> None:
     )
     assert entropies["encoder.blocks.0.self_attn"] < 0.1 < entropies["encoder.blocks.1.self_attn"] < uniform
     assert model.training
+    attention_entropy(model.eval(), ids)
+    assert not model.training, "as it was"
 
 
 def test_dead_units_are_counted() -> None:
@@ -666,6 +829,7 @@ def test_dead_units_are_counted() -> None:
         for block in model.encoder.blocks:
             block.ffn.up_proj.bias.fill_(100.0)
         model.encoder.blocks[1].ffn.up_proj.bias[:5] = -100.0
+        model.encoder.blocks[2].ffn.up_proj.bias[:9] = 1.0  # below 0 at some positions only: alive
     assert list(dead_units(model, ids).values()) == [0.0, 0.25, 0.0]
 
 
@@ -673,8 +837,11 @@ def test_loss_spikes_are_found_and_noise_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     losses = (3 - torch.arange(200) / 100 + 0.05 * torch.randn(200, generator=generator)).tolist()
     assert loss_spikes(losses) == []
-    losses[90], losses[150] = losses[90] + 1, math.nan
-    assert loss_spikes(losses) == [90, 150]
+    losses[90], losses[150], losses[160] = losses[90] + 1, math.nan, losses[160] + 1
+    assert loss_spikes(losses) == [90, 150, 160], "a value that is not finite does not blind the window behind it"
+    even = [1.0, 2.0] * 12  # median 1.5, distance 0.5: a spike begins above 1.5 + 6 * 1.4826 * 0.5 = 5.948
+    assert loss_spikes([*even, 5.94], window=24) == [] and loss_spikes([*even, 5.96], window=24) == [24]
+    assert loss_spikes([2.0] * 25 + [2.011]) == [] and loss_spikes([2.0] * 25 + [2.013]) == [25]  # 6 thousandths
 
 
 # The range test, the command line
@@ -702,6 +869,23 @@ def test_the_range_test_finds_a_rate_below_the_one_that_breaks() -> None:
     assert len(plot_range(rates, losses, suggested).axes) == 1
     with pytest.raises(ValueError, match="0 < lowest < highest, got 1.0 and 0.1"):
         range_test(model, batches, squared, config, 1.0, 0.1)
+    _, losses, suggested = range_test(model, batches, squared, config, 1e-4, 1e30)
+    assert losses.count(math.inf) > 10 and math.nan not in losses and suggested < 1, "overflows do not end it"
+
+
+def test_one_lucky_batch_does_not_choose_the_rate() -> None:
+    """Losses told in advance: a dip of one step, then a broad valley whose smoothed loss is lowest at its end."""
+    told = [1.0] * 10 + [0.3] + [1.0] * 10 + [0.5] * 6 + [2.0] * 13
+
+    def batches(step: int) -> dict:
+        return {"loss": torch.tensor([told[step]])}
+
+    def as_told(model: nn.Module, batch: dict) -> tuple:
+        return batch["loss"].sum() + 0 * model.weight.sum(), 1
+
+    config = TrainConfig(max_steps=40, warmup_steps=0, batch_size=1)
+    rates, losses, suggested = range_test(nn.Linear(1, 1), batches, as_told, config, 1e-4, 1.0)
+    assert losses == pytest.approx(told) and suggested == rates[26] / 10
 
 
 @pytest.mark.parametrize(
@@ -752,6 +936,43 @@ def test_train_and_evaluate_on_a_text_of_ones_own(tmp_path, capsys) -> None:
     main(["evaluate", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert said.startswith("step 120 of 120") and trained.splitlines()[0] in said
+
+
+class Clueless(nn.Module):
+    """All tokens alike."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, token_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return self.logits.expand(*token_ids.shape, -1)
+
+
+def test_a_model_that_knows_nothing_is_charged_ln_vocab_for_every_token(tmp_path) -> None:
+    """A text is charged for its <eos> as well, and its bits are shared by its bytes."""
+    texts = ["é" * 30 + f" {n}" for n in range(100)]
+    (tmp_path / "mine.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    held = topic.load_texts(str(tmp_path / "mine.txt"), "validation")
+    assert topic.byte_ids("é") == [BOS_ID, N_BYTE_IDS - 256 + 0xC3, N_BYTE_IDS - 256 + 0xA9, EOS_ID]
+    task = load_task(DataConfig(str(tmp_path / "mine.txt"), n_documents=4), TrainConfig(batch_size=2), 0, 64)
+    n_bytes, n_tokens = (sum(len(text.encode()) + extra for text in held[:4]) for extra in (0, 1))
+    found = task.evaluate(Clueless(N_BYTE_IDS))
+    assert len(held) > 4 and found["held_out"] == pytest.approx(math.log(N_BYTE_IDS), rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(N_BYTE_IDS) * n_tokens / n_bytes, rel=1e-6)
+    vocabulary, documents = tiny_world()[1], held_out_documents(5)
+    found = world_losses(Clueless(len(vocabulary)), documents, vocabulary)
+    assert found["held_out"] == pytest.approx(math.log(len(vocabulary)), rel=1e-6)
+
+
+def test_the_trained_model_starts_as_the_identity(tmp_path, monkeypatch) -> None:
+    """The line of the chapter's opening question."""
+    monkeypatch.setattr(topic, "fit", lambda *arguments, **options: [])
+    sizes = dataclasses.replace(SMALL, max_seq_len=80)
+    model, _ = train_model(sizes, DataConfig(n_documents=2), TrainConfig(seq_len=16), RunConfig(out=tmp_path))
+    assert not any(block.ffn.down_proj.weight.any() for block in model.encoder.blocks)
+    assert not any(block.self_attn.out_proj.weight.any() for block in model.encoder.blocks)
+    assert device_of(model).type in ("cpu", "cuda")
 
 
 def test_the_demo_kills_a_run_and_gets_the_same_model(tmp_path, capsys) -> None:

@@ -422,7 +422,7 @@ def fit(
         team.start_alike(model)
         keeper.start(state, batches)
         train_steps(state, batches, loss_fn, keeper, stop, schedule or config.factor, evaluate, floor)
-    if state.ema and state.ema.n_updates:
+    if state.ema:
         model.load_state_dict(state.ema.weights)
     return keeper.log.rows
 
@@ -445,12 +445,11 @@ def train_steps(
     model.train()
     while not done:
         before = now()
-        position = config.max_steps * min(1.0, spent / config.budget) if config.budget else state.step
+        position = config.max_steps * spent / config.budget if config.budget else state.step
         set_learning_rates(optimizer, schedule(position))
         batch = next_batch(batches, state.step)
-        scale = state.scale / len(
-            next(iter(batch.values()))
-        )  # sums of losses grow with the rows, fp16's range does not
+        n_rows = len(next(iter(batch.values())))
+        scale = state.scale / n_rows  # sums of losses grow with the rows, fp16's range does not
         optimizer.zero_grad(set_to_none=True)
         total, n_counted = backward_in_parts(run_model, team.rows_of(batch), loss_fn, config, scale)
         team.add_gradients(state.parameters)
@@ -519,7 +518,7 @@ class Keeper:
         self.out, self.config, self.team = out, config, team
         self.header = {**header, "train_config": asdict(config)}
         self.checkpoints = Checkpoints(out, config.keep_last) if out else None
-        self.log, self.writer, self.saved, self.stack = CsvLog(None), None, -1, contextlib.ExitStack()
+        self.log, self.writer, self.stack = CsvLog(None), None, contextlib.ExitStack()
         self.n_shown, self.started = 0, time.perf_counter()
 
     def __enter__(self) -> "Keeper":
@@ -553,7 +552,6 @@ class Keeper:
             rngs = parts["run"]["rng"]
             if self.team.rank < len(rngs):
                 set_rng_state(rngs[self.team.rank])
-            self.saved = state.step
         elif self.checkpoints and self.checkpoints.steps():
             raise ValueError(
                 f"{shown(self.out)} has checkpoints of an earlier run, up to step {self.checkpoints.steps()[-1]}; "
@@ -573,8 +571,8 @@ class Keeper:
                 self.writer.add_scalar(name, value, row["step"])
 
     def save(self, state: TrainingState, batches: Any) -> None:
-        """A checkpoint of this moment, unless there is one; every process must call, rank 0 writes."""
-        if not self.checkpoints or self.saved == state.step:
+        """A checkpoint of this moment; every process must call, rank 0 writes."""
+        if not self.checkpoints:
             return
         rngs = self.team.gather(rng_state())
         if self.team.rank == 0:
@@ -583,7 +581,6 @@ class Keeper:
             parts["run"] |= {"data": batches.state_dict()} if hasattr(batches, "state_dict") else {}
             self.log.sync()
             self.checkpoints.save(state.step, parts)
-        self.saved = state.step
 
     def leave(self, stop: StopRequest, step: int) -> None:
         """End as the signal asked: KeyboardInterrupt for Ctrl-C, exit code 143 for SIGTERM."""
@@ -751,7 +748,7 @@ def evaluate(run: RunConfig) -> None:
     folder = Checkpoints(run.out)
     parts = folder.load(("run",))
     header = parts["run"]["header"]
-    config = TrainConfig(**header["train_config"] | {"resume": False})
+    config = TrainConfig(**header["train_config"])
     task = load_task(DataConfig(**header["data"]), config, header["seed"], header["model_config"]["max_seq_len"])
     model = PackedTransformer(ModelConfig(**header["model_config"]), header["vocab_size"])
     name = "ema" if config.ema_decay else "model"

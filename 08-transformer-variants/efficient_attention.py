@@ -278,7 +278,7 @@ def bigbird_pattern(
     lots = lots.masked_fill(near, -1.0)
     lots[:, :n_global_blocks] = -1.0
     drawn = lots.topk(n_random_blocks, dim=1).indices  # (blocks, random)
-    global_ids = tuple(range(min(n_positions, n_global_blocks * block_size)))
+    global_ids = tuple(range(n_global_blocks * block_size))
     return SparsePattern(n_positions, block_size, torch.cat([table, drawn], dim=1), None, global_ids)
 
 

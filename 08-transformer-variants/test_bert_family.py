@@ -246,6 +246,7 @@ def test_old_names_tied_copies_and_other_heads_load(tmp_path) -> None:
         (BertForMaskedLM, {"num_attention_heads": 7}, "d_model=24 is not divisible by n_heads=7"),
         (BertForSequenceClassification, {}, "missing classifier.weight, classifier.bias; unexpected cls.predictions"),
         (BertForMaskedLM, {"id2label": ["a"]}, r"id2label=\['a'\]; it must map"),
+        (BertForMaskedLM, {"id2label": {"0": "a", "2": "b"}}, r"id2label=\{.*\}; it must map"),
         (BertForMaskedLM, {"hidden_size": 28}, r"has shape \(67, 24\), expected \(67, 28\)"),
     ],
 )
@@ -283,6 +284,21 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(kind, tmp_path, parity
         for alone, padded in zip(outputs(ours, row), together, strict=True):
             kept = padded[index][real[index]] if padded.shape[:2] == batch.shape else padded[index]
             parity(f"{kind.__name__}, padding", "one row alone", "invariant", kept, alone[0], 1e-10)
+
+
+def test_a_roberta_with_another_padding_reads_its_longest_text_as_theirs_does(tmp_path) -> None:
+    """Positions start behind pad_id, whatever it is; and padding is found without being told."""
+    torch.manual_seed(0)
+    config = RobertaConfig(VOCAB, 9, 24, 2, 4, 44, n_segments=1, dropout=0.0, pad_id=3)
+    ours = RobertaForMaskedLM(config).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.RobertaForMaskedLM.from_pretrained(tmp_path).eval()
+    token_ids = some_ids(2, 9)
+    assert RobertaForMaskedLM.from_pretrained(tmp_path).config == config
+    assert largest_difference(ours(token_ids), theirs(token_ids).logits) < 1e-5
+    padded = token_ids.clone()
+    padded[0, 6:] = 3
+    assert largest_difference(ours(padded)[:1, :6], ours(token_ids[:1, :6])) < 1e-5
 
 
 def test_every_token_sees_every_other(tmp_path) -> None:
@@ -425,6 +441,8 @@ def test_masking_is_reproducible_and_other_shares_are_exact() -> None:
     assert torch.equal(inputs == 4, targets != IGNORE)
     inputs, targets = masked(MaskingConfig(1.0, 0.0, 0.0))
     assert torch.equal(inputs, token_ids) and torch.equal(targets, token_ids)
+    inputs, targets = masked(MaskingConfig(1.0, 0.0, 1.0))
+    assert not (inputs == 4).any() and (inputs != token_ids).any(), "a random token is never the mask"
     for call, message in (
         (lambda: MaskingConfig(mask_share=0.8, random_share=0.3), "mask_share . random_share = 1.1 exceeds 1"),
         (lambda: MaskingConfig(mask_rate=0), "mask_rate must be finite and > 0 and <= 1, got 0"),
@@ -447,16 +465,21 @@ def test_pairs_of_sentences() -> None:
         assert (other, t) == (d, s + 1) if label == 0 else other != d
         seen[label] += 1
     assert stats.binomtest(seen[1], 2000, 0.5).pvalue > 0.001
-    seen = {0: 0, 1: 0}
+    seen, places = {0: 0, 1: 0}, set()
     for _ in range(2000):
         first, second, label = sentence_order(documents, rng)
         (d, s), (other, t) = home[tuple(first)], home[tuple(second)]
         assert other == d and t == (s + 1 if label == 0 else s - 1)
         seen[label] += 1
+        places.add((d, min(s, t)))
+    assert len(places) == sum(len(document) - 1 for document in documents), "every pair of neighbours comes"
     assert stats.binomtest(seen[1], 2000, 0.5).pvalue > 0.001
     assert join_pair([7, 8], [9], 1, 2) == ([1, 7, 8, 2, 9, 2], [0, 0, 0, 0, 1, 1])
     with pytest.raises(ValueError, match="no document has two sentences"):
         next_sentence([[[1]]], rng)
+    with pytest.raises(ValueError, match="another document needs at least 2 documents"):
+        for _ in range(20):
+            next_sentence([[[1], [2]]], rng)
 
 
 # Bad input

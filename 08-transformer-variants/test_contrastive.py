@@ -269,6 +269,33 @@ def test_training_learns_to_retrieve(checked_shapes) -> None:
     assert model.log_scale.item() <= topic.MAX_LOG_SCALE
 
 
+class Told:
+    """Two encoders whose answers are known: a caption is its number, a picture a row of scores."""
+
+    text = text_proj = vision = staticmethod(lambda x: x)
+    tokens = staticmethod(lambda captions: torch.eye(len(captions)))
+    eval = staticmethod(lambda: None)
+
+
+def test_retrieval_by_hand() -> None:
+    """Three pictures, of 3, 3 and 7; the second is taken for a 7, and more surely than the third."""
+    pictures = torch.zeros(3, 100)
+    pictures[0, 3], pictures[1, 7], pictures[2, [7, 8]] = 1.0, 1.0, torch.tensor([0.8, 0.6])
+    assert retrieval_accuracy(Told(), pictures, torch.tensor([3, 3, 7])) == (pytest.approx(2 / 3), 0.5)
+
+
+def test_the_scale_starts_at_the_temperature_and_is_clipped_at_100(monkeypatch) -> None:
+    model, numbers = DualEncoder(LETTERS, TINY), torch.arange(20)
+    assert model.log_scale.exp().item() == pytest.approx(1 / TINY.temperature)
+    model.log_scale.data.fill_(9.0)
+    batches = iter([(torch.rand(20, 1, 16, 16), numbers)] * 2)
+    fit_pairs(model, batches, replace(TINY, max_steps=1, warmup_steps=1))
+    assert model.log_scale.exp().item() == pytest.approx(100, rel=1e-5)
+    broken = iter([(torch.full((20, 1, 16, 16), math.nan), numbers)])
+    with pytest.raises(ValueError, match="the loss is nan at step 0; lower --learning-rate"):
+        fit_pairs(model, broken, TINY)
+
+
 @pytest.mark.parametrize(
     ("work", "message"),
     [

@@ -308,6 +308,15 @@ def test_performer_does_not_overflow_and_padding_rows_give_no_nan() -> None:
         assert output.isfinite().all()
 
 
+def test_one_long_query_does_not_silence_the_others() -> None:
+    """Weights sum to 1 in every row: where all values are 1, so is the output, though one query is 60 times longer."""
+    q, k, v = (tensor.detach().clone() for tensor in qkv())
+    q[:, :, 4] *= 60
+    for causal in (False, True):
+        output = performer_attention(q, k / 4, torch.ones_like(v), orthogonal_gaussian(16, D_HEAD, generator()), causal)
+        assert (output - 1).abs().max() < 1e-9
+
+
 def test_performer_layer_and_gradients_reach_every_parameter(parity) -> None:
     layer, x = PerformerAttention(D_MODEL, HEADS, 512).double(), 0.2 * torch.randn(BATCH, SEQ, D_MODEL).double()
     dense = MultiHeadAttention(D_MODEL, HEADS).double()
@@ -358,6 +367,8 @@ def test_flops_formula_equals_the_counted_products() -> None:
             work()
         assert counter.flops == attention_flops(kind, seq, D_HEAD, size), kind
     assert pattern.n_scores() == seq * 5 * block
+    # 8 blocks of 3 queries meet 3 * 3 near keys and a global one; and the global query meets all 23
+    assert longformer_pattern(23, 4, (0,)).n_scores() == 24 * (9 + 1) + 23
 
 
 def test_shape_comments_hold(checked_shapes) -> None:
@@ -386,7 +397,14 @@ def test_shape_comments_hold(checked_shapes) -> None:
         (lambda: longformer_pattern(SEQ, 3, (23,)), r"must be different positions in 0..22"),
         (lambda: longformer_pattern(SEQ, 3, (4, 4)), "must be different positions"),
         (lambda: bigbird_pattern(SEQ, 8, 1, 1, generator()), "23 positions make 3 blocks, fewer than 1 global, 3 near"),
+        (lambda: bigbird_pattern(SEQ, 6, 1, 1, generator()), "23 positions make 4 blocks, fewer than 1 global, 3 near"),
         (lambda: bigbird_pattern(SEQ, 0, 1, 1, generator()), "must be >= 1"),
+        (lambda: SparsePattern(SEQ, 8, torch.full((3, 1), 3)), "naming blocks below 3"),
+        (lambda: linformer_attention(*qkv(), torch.randn(5, 23), torch.randn(4, 23)), "expected .* for both"),
+        (
+            lambda: LinformerAttention(12, 3, 8, 4)(torch.randn(1, 8, 12), mask=causal_mask(8)[None, None]),
+            "can leave out padding",
+        ),
         (lambda: SparsePattern(SEQ, 8, torch.zeros(2, 1, dtype=torch.long)), "a row for each of 3 blocks"),
         (lambda: sparse_attention(*qkv(22), longformer_pattern(SEQ, 3)), "for 23 positions, got 22 queries"),
         (

@@ -169,6 +169,7 @@ def test_generation_stops_at_the_end_and_fills_the_row(pair) -> None:
     steps = iter(script.t())
 
     def next_logits(new_ids: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
         return F.one_hot(next(steps), VOCAB).double()
 
     answer = extend(next_logits, script[:, :1], GREEDY, eos_id=2, filler_id=0)
@@ -291,6 +292,9 @@ def test_samples_follow_the_renormalised_distribution() -> None:
     [
         ({"model_type": "bert"}, "model_type 'bert', expected 'gpt2'"),
         ({"n_layer": "3"}, "n_layer='3'; it must be of type int"),
+        ({"n_layer": True}, "n_layer=True; it must be of type int"),
+        ({"n_positions": 10**10}, "has n_positions=10000000000, above 1,000,000,000; it is damaged"),
+        ({"task_specific_params": {"n": 10**24}}, "has n=a number of 25 digits, above"),
         ({"n_head": 5}, "d_model=24 is not divisible by n_heads=5"),
         ({"activation_function": "relu"}, "activation_function='relu'; this model supports 'gelu_new'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -342,6 +346,8 @@ def test_malformed_folders_are_named(tmp_path) -> None:
     config, weights, index = (tmp_path / name for name in ("config.json", "model.safetensors", "x.index.json"))
     config.write_text("{")
     refused("config.json is not JSON")
+    config.write_text("[" * 100_000)  # deeper than any reader goes
+    refused("config.json is not JSON")
     config.write_text("[1]")
     refused("must hold a JSON object, got list")
     config.unlink()
@@ -361,6 +367,8 @@ def test_malformed_folders_are_named(tmp_path) -> None:
     refused("has no weight_map")
     index.write_text('{"weight_map": {"a": "../outside.safetensors"}}')
     refused("'../outside.safetensors', which is not a safetensors file of this folder")
+    index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    refused("'pytorch_model.bin', which is not a safetensors file of this folder")
     index.write_text('{"weight_map": {"a": "lost.safetensors"}}')
     refused("lost.safetensors does not exist")
     (tmp_path / "part.safetensors").write_bytes(data)
@@ -378,10 +386,15 @@ def test_bad_calls_are_named(pair, tmp_path) -> None:
         (lambda: ours(token_ids, torch.ones(2, 8, dtype=torch.bool)), r"shape .* = \(2, 9\)"),
         (lambda: ours(token_ids, torch.ones(2, 9)), "real must be bool"),
         (lambda: ours.generate(token_ids, GREEDY, torch.zeros(2, 9, dtype=torch.bool)), "must end with a token"),
+        (
+            lambda: ours.generate(token_ids, GREEDY, torch.tensor([[True] * 9, [True] * 8 + [False]])),
+            "must end with a token",
+        ),
         (lambda: left_padded([[1], []], 0), "every prompt needs at least one token"),
         (lambda: SamplingConfig(temperature=-1), "temperature must be finite and >= 0, got -1"),
         (lambda: SamplingConfig(temperature=math.nan), "temperature must be finite"),
         (lambda: SamplingConfig(top_p=1.5), "top_p must be finite and > 0 and <= 1, got 1.5"),
+        (lambda: SamplingConfig(top_p=0.0), "top_p must be finite and > 0 and <= 1, got 0.0"),
         (lambda: SamplingConfig(top_k=-1), "top_k must be finite and >= 0, got -1"),
         (lambda: GPT2Config(n_heads=5), "d_model=768 is not divisible by n_heads=5"),
     ):

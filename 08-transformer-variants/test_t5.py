@@ -230,6 +230,7 @@ def test_padding_changes_nothing_and_the_future_not_the_past(name, tmp_path, par
 
 
 def test_layers_share_one_table_of_positions() -> None:
+    assert T5.config_of({"num_layers": 3}, {}).n_decoder_layers == 3, "the first files name one depth for both"
     model = T5(TINY)
     for blocks in (model.encoder_blocks, model.decoder_blocks):
         assert blocks[0].self_attn.relative_bias is blocks[1].self_attn.relative_bias
@@ -280,6 +281,17 @@ def test_span_corruption_by_hand() -> None:
     assert infill_spans(list(range(10)), [(2, 4), (8, 9)], 99) == [0, 1, 99, 4, 5, 6, 7, 99, 9]
 
 
+def test_hardly_anything_may_be_left_of_a_text() -> None:
+    """More is taken out than stays, in single tokens: there are no more pieces than tokens between them."""
+    generator, sentinels = torch.Generator().manual_seed(0), list(range(100, 120))
+    for length in range(2, 12):
+        spans = draw_spans(length, SpanConfig(0.8, 1.0), generator)
+        inputs, targets = corrupt_spans(list(range(length)), spans, sentinels)
+        assert restore_spans(inputs, targets, sentinels) == list(range(length))
+        n_noise = min(max(round(0.8 * length), 1), length - 1)
+        assert len(targets) == n_noise + len(spans) + 1 and len(spans) == min(n_noise, length - n_noise)
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 24, 101, 512])
 def test_corruption_loses_nothing_and_keeps_its_rates(length) -> None:
     generator, config, sentinels = torch.Generator().manual_seed(length), SpanConfig(), list(range(1000, 1100))
@@ -315,16 +327,22 @@ def test_every_division_into_parts_is_equally_likely() -> None:
             lambda: corrupt_spans([1, 2, 3], [(0, 1), (1, 2)], [9, 8, 7]),
             r"span \(1, 2\) must lie in 0..3, after and apart",
         ),
+        (lambda: corrupt_spans([1, 2], [(1, 1)], [9, 8]), r"span \(1, 1\) must lie in 0..2"),
         (lambda: corrupt_spans([1, 2], [(1, 3)], [9, 8]), r"span \(1, 3\) must lie in 0..2"),
         (lambda: SpanConfig(noise_share=1), "noise_share must be finite and > 0 and < 1, got 1"),
         (lambda: SpanConfig(mean_span=0.5), "mean_span must be finite and >= 1, got 0.5"),
         (lambda: T5Config(ffn="swiglu"), "unknown ffn 'swiglu'; choose from relu, gated-gelu"),
+        (lambda: T5Config(n_buckets=3), "n_buckets must be finite and >= 4, got 3"),
         (lambda: T5Config(n_buckets=64, max_distance=32), "max_distance must be finite and >= 64"),
         (lambda: T5(TINY)(some_ids() + VOCAB, some_ids()), "token id .* >= vocab_size 67"),
         (lambda: T5(TINY)(some_ids(), some_ids() + VOCAB), "token id .* >= vocab_size 67"),
         (lambda: T5(TINY)(some_ids(), some_ids(), torch.ones(2, 9)), "real must be bool"),
         (
             lambda: Bart(BartConfig(VOCAB, 8, 24, 1, 1, 4, 44))(some_ids(), some_ids(2, 4)),
+            "length 9 exceeds max_seq_len 8",
+        ),
+        (
+            lambda: Bart(BartConfig(VOCAB, 8, 24, 1, 1, 4, 44))(some_ids(2, 4), some_ids()),
             "length 9 exceeds max_seq_len 8",
         ),
     ],

@@ -266,6 +266,26 @@ def test_augmentation_moves_images_and_is_off_at_zero() -> None:
     rows = (moved.sum(dim=3)[:, 0] * torch.arange(8)).sum(dim=1) / moved.sum(dim=(1, 2, 3))
     assert abs(rows.mean() - 3.5) < 0.3 and 1.4 < rows.min() < 2 and 5 < rows.max() < 5.6
     assert torch.allclose(moved.sum(dim=(1, 2, 3)), torch.tensor(8.0), atol=1e-3)  # no ink is lost
+    blot = torch.full((400, 1, 8, 8), -1.0)
+    blot[:, :, 3:5, 5:7] = 1.0  # 2 pixels to the right of the middle
+    for config in (DigitsConfig(max_shift=0, max_stretch=0), DigitsConfig(max_shift=0, max_turn=0)):
+        ink = augment(blot, config, torch.Generator().manual_seed(0))[:, 0] + 1
+        ink = ink / ink.sum(dim=(1, 2), keepdim=True)
+        down = (ink.sum(dim=2) * (torch.arange(8) - 3.5)).sum(dim=1)
+        right = (ink.sum(dim=1) * (torch.arange(8) - 3.5)).sum(dim=1)
+        angle, far = torch.atan2(down, right).rad2deg(), torch.hypot(down, right)
+        turned, stretched = angle.abs().max().item(), (far - 2).abs().max().item() / 2
+        assert (8 < turned < 11 and stretched < 0.02) if config.max_turn else (turned < 1 and 0.09 < stretched < 0.15)
+
+
+def test_every_epoch_shows_every_image_once_in_a_fresh_order() -> None:
+    data = topic.Digits(torch.zeros(10, 1, 8, 8), torch.arange(10))
+    batches = topic.image_batches(data, DigitsConfig(batch_size=4), 0)
+    epochs = [[label for _ in range(3) for label in next(batches)[1].tolist()] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1] != list(range(10))
+    broken = topic.Digits(torch.full((10, 1, 8, 8), float("nan")), torch.arange(10))
+    with pytest.raises(ValueError, match="the loss is nan at step 0; lower --learning-rate"):
+        fit_classifier(VisionTransformer(VisionConfig()), broken, DigitsConfig(batch_size=4), 0)
 
 
 def test_training_overfits_a_batch_and_beats_chance() -> None:
@@ -274,7 +294,7 @@ def test_training_overfits_a_batch_and_beats_chance() -> None:
     model = VisionTransformer(VisionConfig(d_model=32, n_layers=1, d_ff=32, patch_size=4))
     losses = fit_classifier(model, train, config, seed=0)
     assert abs(losses[0] - np.log(10)) < 0.3
-    assert image_accuracy(model, held_out) > 0.25  # chance: 0.1
+    assert image_accuracy(model, held_out) > 0.25 and not model.training  # chance: 0.1
     few = topic.Digits(train.images[:12], train.labels[:12])
     still = dataclasses.replace(config, max_steps=60, max_shift=0, max_turn=0, max_stretch=0)
     model = VisionTransformer(VisionConfig(d_model=32, n_layers=1, d_ff=32, patch_size=4))
@@ -400,6 +420,7 @@ def test_a_picture_turned_by_its_camera_stands_upright(tmp_path) -> None:
         (lambda: VisionConfig(patch_size=0), "patch_size must be finite and >= 1, got 0"),
         (lambda: patchify(torch.zeros(2, 8, 8), 4), r"must have shape \(batch, channels, height, width\)"),
         (lambda: patchify(torch.zeros(2, 1, 8, 9), 4), "8 x 9 pixels"),
+        (lambda: patchify(torch.zeros(2, 1, 0, 8), 4), "0 x 8 pixels"),
         (lambda: VisionTransformer(SMALL)(torch.zeros(2, 1, 12, 12)), r"\(batch, 3 channels, height, width\)"),
         (lambda: load_digits_images("random"), "unknown split 'random'; use content or writers"),
         (lambda: DigitsConfig(learning_rate=float("nan")), "learning_rate must be finite"),
@@ -415,7 +436,12 @@ def test_bad_folders_are_named(tmp_path) -> None:
     model = VisionTransformer(SMALL)
     model.save_pretrained(tmp_path)
     processing = tmp_path / "preprocessor_config.json"
-    for name, value in (("image_std", [0.5, 0.0, 0.5]), ("image_mean", [0.5]), ("image_mean", "half")):
+    for name, value in (
+        ("image_std", [0.5, 0.0, 0.5]),
+        ("image_mean", [0.5]),
+        ("image_mean", "half"),
+        ("image_mean", [0.5, float("nan"), 0.5]),
+    ):
         content = json.loads(processing.read_text())
         processing.write_text(json.dumps(content | {name: value}))
         with pytest.raises(ValueError, match=f"preprocessor_config.json has {name}="):
