@@ -605,6 +605,8 @@ def test_the_exercise_counts_as_the_module_does() -> None:
 def test_estimated_discount_by_hand() -> None:
     model = NGramModel(1, 9).fit([[BOS_ID, 4, 5, 5, 6, 6, 7, 7, 7, 8]])  # 4 and 8 once, 5 and 6 twice
     assert model.tables[0].discount == pytest.approx(2 / (2 + 2 * 2))
+    for words in ([4, 5], [4, 4, 5, 5]):  # nothing counted twice, nothing once: no estimate
+        assert NGramModel(1, 9).fit([[BOS_ID, *words]]).tables[0].discount == 0.5
 
 
 def test_lstm_step_by_hand() -> None:
