@@ -248,12 +248,12 @@ def test_each_failure_moves_its_number(name: str) -> None:
 
 
 @pytest.mark.parametrize(("smoothing", "value"), [("floor", 0.4), ("add-k", 2.5)])
-def test_a_smoothing_takes_another_value(smoothing: str, value: float, parity) -> None:
+def test_a_smoothing_takes_another_value(smoothing: str, value: float) -> None:
     library = BLEU(smooth_method=smoothing, smooth_value=value, effective_order=True)
-    pairs = [(one, two) for one, two in zip(PREDICTIONS[:40], REFERENCES[:40], strict=True)]
+    pairs = list(zip(PREDICTIONS[:40], REFERENCES[:40], strict=True))
     ours = [bleu_counts(one, [two]).score(smoothing, value, only_present=True) for one, two in pairs]
     theirs = [library.sentence_score(one, [two]).score for one, two in pairs]
-    parity(f"BLEU, smoothing {smoothing} of {value:g}", "sacrebleu", "output", ours, theirs, 1e-9)
+    assert ours == pytest.approx(theirs, abs=1e-9) and len(set(theirs)) > 20
 
 
 def test_windows_lie_side_by_side_unless_told_otherwise() -> None:
