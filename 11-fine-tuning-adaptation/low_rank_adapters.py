@@ -505,9 +505,9 @@ def load_adapter(model: CausalLM, folder: Path) -> list[str]:
     check_fit(model, config, chosen, tensors, names)
     if adapted_layers(model):
         raise ValueError("the model has adapters already; fold them before loading others")
-    model.requires_grad_(False)
     if token_ids:
         put_rows(model, token_ids, rows)
+    freeze(model)
     put_adapters(model, config, chosen, tensors, names)
     return chosen
 

@@ -196,7 +196,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = DequantizedLinear.apply(x, self.packed)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantize_model(model: CausalLM, block_size: int = 64, double: bool = True) -> list[str]:

@@ -296,6 +296,7 @@ def test_a_hand_worked_layer() -> None:
     x = torch.tensor([2.0, 4.0])  # A x = -2, B A x = (-1, 0), times 3 = (-3, 0); W x = (2, 8)
     assert layer(x).tolist() == [-1.0, 8.0]
     assert layer.weight.tolist() == [[2.5, -1.5], [0.0, 2.0]]
+    assert not base.weight.requires_grad and layer.lora_a.requires_grad and layer.lora_b.requires_grad
 
 
 def test_adapters_change_nothing_at_first_and_b_gets_the_first_gradient(tmp_path) -> None:
@@ -436,6 +437,11 @@ def test_rows_and_adapters_are_exchanged_with_peft(tmp_path, parity) -> None:
     again = CausalLM.from_pretrained(base)
     load_adapter(again, tmp_path / "theirs")
     assert torch.equal(again(ids()), loaded(ids()))
+    path.write_text(json.dumps(words | {"trainable_token_indices": [3, 17, 50]}))
+    refused = CausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match=r"some of the ids 0\.\.49"):
+        load_adapter(refused, tmp_path / "theirs")
+    assert all(part.requires_grad for part in refused.parameters()) and not adapted_layers(refused)
     twice = tiny()
     train_rows(twice, [17, 3, 17])
     assert twice.token_emb.token_ids.tolist() == [3, 17] and len(twice.token_emb.rows) == 2

@@ -140,6 +140,7 @@ def test_a_quantised_layer_computes_in_the_type_of_its_input(dtype: torch.dtype)
     out = layer(x)
     out.sum().backward()
     wanted = x.detach() @ layer.weight.to(dtype).T
+    assert NF4Linear(nn.Linear(26, 17))(x).dtype == dtype  # its bias is stored in float32
     assert out.dtype == x.grad.dtype == dtype and torch.allclose(out, wanted, rtol=1e-6 if dtype.itemsize > 2 else 0.02)
     assert torch.allclose(x.grad, layer.weight.sum(0).to(dtype).expand(3, 26), rtol=0.02, atol=0.02)
 

@@ -92,7 +92,8 @@ class PackedLinear(nn.Module):
         return sum(buffer.nbytes for buffer in (self.codes, self.scales, self.zero_points) if buffer is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)  # (..., rows)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)  # (..., rows)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.fmt}"
