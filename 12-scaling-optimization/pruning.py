@@ -323,12 +323,16 @@ def pruned(model: CausalLM, what: str, share: float, batches: list[Batch]) -> Ca
     """A pruned copy. Raises ValueError for a rule that is not known."""
     check_name("what", what.removesuffix("-2:4"), (*UNSTRUCTURED, *STRUCTURED))
     config, statistics = model.config, input_statistics(model, batches) if what != "layers" else {}
+
+    def staying(n: int) -> int:
+        return math.ceil((1 - share) * n - 1e-9)  # (1 - 0.7) * 40 is 12.000000000000002
+
     if what == "layers":
-        return prune_layers(model, math.ceil((1 - share) * config.n_layers), batches)
+        return prune_layers(model, staying(config.n_layers), batches)
     if what == "heads":
-        return prune_heads(model, math.ceil((1 - share) * config.n_kv_heads), statistics)
+        return prune_heads(model, staying(config.n_kv_heads), statistics)
     if what == "neurons":
-        return prune_neurons(model, math.ceil((1 - share) * config.d_ff), statistics)
+        return prune_neurons(model, staying(config.d_ff), statistics)
     copied = copy.deepcopy(model)
     pattern = (2, 4) if what.endswith("-2:4") else None
     prune_weights(copied, what.removesuffix("-2:4"), share, statistics, pattern)

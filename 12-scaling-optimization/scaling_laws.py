@@ -403,10 +403,13 @@ def isoflop_frontier(runs: Runs, near: float = 2.5) -> Frontier:
     """Approach 2 of Hoffmann et al. 2022: a parabola at each budget, and a line through their lowest points in logs.
 
     A parabola is the second-order view of a lopsided curve: only runs whose size is within a factor `near` of the best
-    one that was tried take part, four sizes at least. Budgets are those of `runs.flops`, up to 5 per cent; one whose
-    parabola has no lowest point is left out, and named in the answer. Raises ValueError if fewer than two remain.
+    one that was tried take part, four sizes at least. Budgets are those of `runs.flops`, neighbours within 5 per cent
+    together; one whose parabola has no lowest point is left out, and named in the answer. Raises ValueError if fewer
+    than two remain.
     """
-    keys = np.round(np.log(runs.flops) / 0.05)
+    order = np.argsort(runs.flops)
+    keys = np.zeros(len(runs), dtype=int)  # a new budget begins where the next run is more than 5 per cent larger
+    keys[order[1:]] = np.cumsum(np.diff(np.log(runs.flops[order])) > 0.05)
     budgets, best, least, left_out = [], [], [], []
     for key in np.unique(keys):
         here = runs.take(keys == key)

@@ -137,8 +137,12 @@ def test_a_text_counts_up_to_its_end_whether_or_not_it_begins_with_one(bos_id, m
     student.config = replace(STUDENT, bos_id=bos_id, eos_id=1, more_eos_ids=(5,))
     written = torch.tensor([[7, 8, 1, 0, 0], [9, 5, 0, 0, 0], [6, 7, 8, 9, 6]])
     monkeypatch.setattr(student, "generate", lambda *args, **kwargs: written)
-    _, count = Teacher(teacher, DistillConfig("on-policy", n_rollout_tokens=5)).own_text(student, 3)
+    config = DistillConfig("on-policy", n_rollout_tokens=5, distill_beta=0.4, distill_temperature=2.0)
+    loss, count = Teacher(teacher, config).own_text(student, 3)
     assert count == 3 + 2 + 5
+    inputs = torch.cat([torch.full((3, 1), bos_id), written[:, :-1]], dim=1)
+    losses = generalised_jsd(student(inputs), teacher(inputs), 0.4, 2.0)
+    assert loss.item() == pytest.approx((losses[0, :3].sum() + losses[1, :2].sum() + losses[2].sum()).item(), rel=1e-5)
 
 
 def test_divergences_are_zero_for_the_same_distribution_and_bounded() -> None:
@@ -170,7 +174,11 @@ def test_loss_mixes_teacher_and_data(parity) -> None:
         logits, wanted = student(batch["inputs"])[counted], teacher(batch["inputs"])[counted]
         soft = soft_cross_entropy(logits, wanted, 2.0).sum()
         hard = F.cross_entropy(logits, batch["targets"][counted], reduction="sum")
+        match = FeatureMatch(16, 24)
+        both, _ = Teacher(teacher, DistillConfig("features", 2.0, 0.7, 0.2), match)(student, batch)
+        apart = match(student.hidden(batch["inputs"]), teacher.hidden(batch["inputs"]))[counted].sum()
     parity("Teacher", "both losses apart", "output", loss, 0.7 * soft + 0.3 * hard, 1e-4)
+    parity("Teacher, features", "the losses apart", "output", both, loss + 0.2 * apart, 1e-4)
     assert count == counted.sum() == 43
 
 

@@ -1,5 +1,6 @@
 """Proofs of GPTQ: it is optimal brain surgery, step by step, and what that buys is measured on the course model."""
 
+import copy
 import itertools
 
 import pytest
@@ -15,12 +16,16 @@ from gptq import (
     calibration_batches,
     column_grid,
     gptq,
+    gptq_model,
     input_statistics,
     inverse_factor,
     optimal_brain_quantise,
     output_error,
     rounded_without_mending,
 )
+from llm_config import ModelConfig
+from modern_llm_architectures import CausalLM
+from tiny_world import World
 from weight_quantization import QuantFormat, quantise
 
 
@@ -168,6 +173,9 @@ def test_statistics_are_those_of_the_real_tokens(parity) -> None:
     model, tokenizer = load_course_model()
     batches = calibration_batches(tokenizer, 9, 0, batch_size=4)
     assert len(batches) == 3 and not batches[0][1].all() and batches[0][0].shape == batches[0][1].shape
+    texts = sorted(tuple(tokenizer.encode_document(text).ids[:-1]) for text in World().documents(9, 0, "train"))
+    rows = sorted(tuple(row[kept].tolist()) for ids, real in batches for row, kept in zip(ids, real, strict=True))
+    assert rows == texts, "inputs: the last id is only ever a target"
     name = "blocks.0.self_attn.v_proj"
     found = input_statistics(model, batches, [name])
     with torch.no_grad():
@@ -181,6 +189,26 @@ def test_statistics_are_those_of_the_real_tokens(parity) -> None:
     assert everything.keys() == block_linears(model).keys()
     assert all(statistics.n_tokens == len(x) for statistics in everything.values())
     assert torch.equal(everything[name].second_moment, found[name].second_moment)
+
+
+def test_each_stage_is_calibrated_on_what_the_stages_before_it_now_give() -> None:
+    """What a layer is given depends on the layers before it alone, so each can be looked at when all are done."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_head=4, d_ff=24)).eval()
+    ids = torch.randint(40, (4, 15), generator=torch.Generator().manual_seed(1))
+    batches, done, fmt = [(ids, torch.ones_like(ids, dtype=torch.bool))], copy.deepcopy(model), QuantFormat(2, 8)
+    config = GPTQConfig(0.1, act_order=True)
+    codes, before, after = (
+        gptq_model(done, batches, fmt, config),
+        *(input_statistics(m, batches) for m in (model, done)),
+    )
+    changed = 0
+    for name, layer in block_linears(model).items():
+        wanted = gptq(layer.weight, after[name].second_moment, fmt, config)
+        assert torch.equal(codes[name].codes, wanted.codes), name
+        assert torch.equal(done.get_submodule(name).weight, wanted.dequantise()), name
+        changed += not torch.equal(gptq(layer.weight, before[name].second_moment, fmt, config).codes, wanted.codes)
+    assert len(codes) == 14 and changed > 5, "the float model's statistics would give other codes"
 
 
 def test_output_error_is_the_mean_over_tokens(parity) -> None:

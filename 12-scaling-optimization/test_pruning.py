@@ -202,14 +202,44 @@ def test_transformers_reads_the_smaller_folder(what, tmp_path, parity) -> None:
         parity(f"pruned, {what}", "transformers' Llama", "exchange", small(IDS), theirs(IDS).logits, 1e-4)
 
 
+def test_a_share_goes_to_the_last_one_and_the_model_stays_as_it_was() -> None:
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    for share, left in ((0.7, 12), (0.85, 6), (0.5, 20), (0.51, 20), (0.0, 40)):  # of 40; what stays is rounded up
+        assert pruned(model, "neurons", share, BATCHES).config.d_ff == left
+    for what, name, left in (("heads", "n_kv_heads", 1), ("layers", "n_layers", 1)):
+        assert getattr(pruned(model, what, 0.7, BATCHES).config, name) == left
+    assert sparsity_of(pruned(model, "magnitude", 0.3, BATCHES)) == pytest.approx(0.3, abs=0.01)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_smaller_models_keep_the_precision() -> None:
+    small = pruned(tiny().double(), "neurons", 0.5, BATCHES)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.float64}
+
+
+def test_padding_does_not_count_as_a_token_that_blocks_turn() -> None:
+    padded, real = torch.cat([IDS, IDS[:, :9]], dim=1), torch.arange(26).expand(2, -1) < 17
+    wanted, found = block_influence(tiny(), BATCHES), block_influence(tiny(), [(padded, real)])
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-6)  # what stands behind a text is not seen by it
+
+
 def test_training_on_keeps_the_zeros() -> None:
     model = tiny()
     masks = prune_weights(model, "magnitude", 0.6)
+    zeros = sparsity_of(model)
     config = TrainConfig(max_steps=8, batch_size=2, seq_len=16, learning_rate=3e-3, warmup_steps=0)
     first = model.blocks[0].ffn.up_proj.weight.detach().clone()
     batch = {"inputs": IDS[:, :-1], "targets": IDS[:, 1:]}
-    train_masked(model, masks, lambda step: batch, config)
-    assert sparsity_of(model) == pytest.approx(0.6, abs=0.01)
+    seen = []
+
+    def loss_fn(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple:
+        seen.append(sparsity_of(model))
+        return pruning.language_model_loss(model, batch)
+
+    train_masked(model, masks, lambda step: batch, config, loss_fn)
+    assert seen == [zeros] * 8, "a step would else train weights that are gone at the end"
+    assert sparsity_of(model) == zeros == pytest.approx(0.6, abs=0.01)
     assert not torch.equal(model.blocks[0].ffn.up_proj.weight, first)
 
 

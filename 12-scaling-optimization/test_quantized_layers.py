@@ -71,6 +71,18 @@ def test_state_dict_is_the_way_to_copy(parity) -> None:
     parity("PackedLinear", "its own state dict", "exchange", other.weight, layer.weight, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_give_the_type_that_they_are_given_and_keep_their_own_bias(dtype) -> None:
+    layer, x = nn.Linear(6, 5), randn(3, 6).to(dtype)
+    made = [Int8Linear.from_linear(layer), quantise_nearest(QuantFormat(8, 0))("", layer)]
+    before = [small(x) for small in made]
+    assert [out.dtype for out in before] == [dtype] * 2
+    assert all((out.float() - layer(x.float())).abs().max() < 0.1 for out in before)
+    with torch.no_grad():
+        layer.bias += 7  # of the float layer: the others have bytes of their own
+    assert all(torch.equal(small(x), out) for small, out in zip(made, before, strict=True))
+
+
 # LLM.int8
 
 
@@ -244,6 +256,29 @@ def test_cache_selects_rows_and_crops(fmt) -> None:
         cache.crop(8 - 8 % fmt.kv_block_size)
     cache.crop(0)
     assert len(cache) == 0 and cache.append(*new)[0].shape == (3, 2, 1, 6)
+
+
+def test_a_cropped_cache_goes_on_as_one_that_never_saw_the_rest() -> None:
+    """Five tokens are encoded, two are not; the last is forgotten, and another two come."""
+    k, v, new = randn(2, 3, 7, 6), randn(2, 3, 7, 10, seed=1), (randn(2, 3, 4, 6, seed=2), randn(2, 3, 4, 10, seed=3))
+    cropped, short = (QuantisedKVCache(KVFormat(4, "channel", 5)) for _ in range(2))
+    cropped.append(k, v)
+    cropped.crop(6)
+    short.append(k[:, :, :6], v[:, :, :6])
+    assert len(cropped) == len(short) == 6 and cropped.n_keys(1) == short.n_keys(1)
+    for found, wanted in zip(cropped.append(*new), short.append(*new), strict=True):
+        assert torch.equal(found, wanted) and found.shape[2] == 10
+    assert cropped.n_bytes == short.n_bytes
+
+
+def test_a_cache_keeps_what_it_was_given_in_its_type() -> None:
+    k, v = randn(1, 2, 3, 4).bfloat16(), randn(1, 2, 3, 4, seed=1).bfloat16()
+    cache = QuantisedKVCache(KVFormat(8, "channel", 8))  # all in the tail, in float
+    cache.append(k, v)
+    wanted = k.clone()
+    k.zero_()
+    found, _ = cache.append(randn(1, 2, 1, 4).bfloat16(), randn(1, 2, 1, 4).bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(found[:, :, :3], wanted)
 
 
 def test_a_model_with_these_layers_and_caches(parity) -> None:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from channel_scaling import smooth
 from course_model import load_course_model, row_nats
 from gpt2 import SamplingConfig
-from gptq import GPTQConfig, block_linears, calibration_batches
+from gptq import GPTQConfig, block_linears, calibration_batches, gptq_model, input_statistics
 from llm_config import ExpertConfig, ModelConfig
 from modern_llm_architectures import CausalLM
 from quantized_layers import Int8Linear, KVFormat, PackedLinear
@@ -266,6 +267,33 @@ def test_bad_input(make, message) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_a_recipes_numbers_reach_the_layers(tmp_path) -> None:
+    """The threshold of llm.int8, SmoothQuant's strength, and GPTQ's settings; a folder keeps the first two."""
+    fmt = QuantFormat(8, 0, "absmax")
+    for method, wanted in (("llm.int8", 3.0), ("smoothquant", 0.0)):
+        quantize_model(tiny(), Recipe(method, fmt, threshold=3.0), BATCHES).save_pretrained(tmp_path)
+        layers = [layer for layer in load_folder(tmp_path).modules() if isinstance(layer, Int8Linear)]
+        assert len(layers) == 14 and {layer.threshold for layer in layers} == {wanted}
+    evened = tiny()
+    smooth(evened, input_statistics(evened, BATCHES), 0.8)
+    small = quantize_model(tiny(), Recipe("smoothquant", fmt, strength=0.8), BATCHES)
+    settings = GPTQConfig(0.02, act_order=True)
+    codes = gptq_model(tiny(), BATCHES, QuantFormat(3, 8), settings)
+    mended = quantize_model(tiny(), Recipe("gptq", QuantFormat(3, 8)), BATCHES, settings)
+    for name, layer in block_linears(evened).items():
+        assert torch.equal(small.get_submodule(name).codes, Int8Linear.from_linear(layer).codes), name
+        assert torch.equal(mended.get_submodule(name).quantised().codes, codes[name].codes), name
+    assert not any(parameter.requires_grad for parameter in mended.parameters())
+
+
+def test_a_quantised_cache_under_a_window_is_refused() -> None:
+    small = quantize_model(CausalLM(dataclasses.replace(SIZES, window_size=8)).eval(), Recipe())
+    assert small.new_caches()
+    small.kv_format = KVFormat(8)
+    with pytest.raises(ValueError, match="this model has a window: leave kv_format None"):
+        small.new_caches()
 
 
 def test_quantising_twice_changes_nothing() -> None:

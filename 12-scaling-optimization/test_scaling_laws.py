@@ -190,6 +190,17 @@ def test_a_budget_without_a_lowest_point_is_left_out() -> None:
     assert isoflop_frontier(runs).left_out == ()
 
 
+def test_runs_of_a_budget_belong_together_wherever_it_lies() -> None:
+    """Whole batches make the FLOPs of a budget differ by a per cent; no rounding of the budget may part them."""
+    sizes = np.geomspace(3e3, 4e5, 22)
+    for middle in (1e10, 1.0e10 * np.exp(0.0125), 1.0e10 * np.exp(0.025), 1.0e10 * np.exp(0.0375)):
+        runs = planted_runs(LAW, sizes, middle * np.array([1.0, 3, 9, 27]), 0.0, 1, 0)
+        flops = runs.flops * np.where(np.arange(len(runs)) % 2, 1.01, 0.99)
+        tokens = flops / (FLOPS_PER_WEIGHT * runs.n_parameters)
+        found = isoflop_frontier(Runs(runs.n_parameters, tokens, LAW.loss(runs.n_parameters, tokens)))
+        assert found.budgets == pytest.approx(middle * np.array([1.0, 3, 9, 27]), rel=0.012)
+
+
 def test_a_parabola_by_hand() -> None:
     # 0.7 + 0.1 (ln N - ln 1000)^2 at N = 500, 1000, 4000
     sizes = np.array([500.0, 1000.0, 4000.0])

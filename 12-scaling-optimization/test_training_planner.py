@@ -280,6 +280,40 @@ def test_terms_of_a_step_by_hand() -> None:
     assert full.recompute == pytest.approx(time.compute / 3) and full.tensor == pytest.approx(1.5 * time.tensor)
 
 
+@pytest.mark.parametrize("zero", range(4))
+def test_messages_of_the_gradients_by_hand(zero: int) -> None:
+    """A ring of n sends (n - 1) / n of all bf16 numbers a turn: a reduce-scatter is one, as an all-gather is."""
+    for n_gpus, n_micro, link in ((8, 2, 450e9), (16, 1, 50e9)):  # inside a node; between two
+        plan = Plan(n_gpus=n_gpus, batch_size=16, seq_len=10, zero_stage=zero)
+        turns = (2, 2, n_micro + 1, 3 * n_micro)[zero]
+        sent = turns * (n_gpus - 1) / n_gpus * 2 * count_parameters(SMALL).total
+        time = step_time(SMALL, plan, H100)
+        hidden = 2 / 3 * (time.compute + time.elementwise)  # under the backward pass
+        assert plan.n_micro == n_micro and time.data == pytest.approx(sent / link - hidden) and time.data > 0
+    assert step_time(SMALL, Plan(n_gpus=8, batch_size=16, seq_len=2000), H100).data == 0, "all of it is hidden"
+
+
+def test_memory_by_hand() -> None:
+    """One micro-batch of 30 tokens on one of 4 GPUs, with vocabulary 100, width 24, 5 blocks."""
+    plan = Plan(n_gpus=4, batch_size=4, seq_len=30, zero_stage=3)
+    n, block = count_parameters(SMALL).total, sum(block_activations(SMALL, 30).values())
+    held = memory(SMALL, plan)
+    assert (held.weights, held.gradients, held.optimizer) == pytest.approx((2 * n / 4, 2 * n / 4, 12 * n / 4))
+    assert held.activations == pytest.approx(5 * block + 2 * 4 * 30 * 100), "logits and their gradient in float32"
+    matrices = 2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40  # q and out, k and v, gate and up and down
+    assert held.gathered == 2 * 2 * matrices, "this block and the next, in bf16"
+    assert held.total == pytest.approx(sum(dataclasses.astuple(held)))
+    alone = memory(SMALL, dataclasses.replace(plan, n_gpus=1))
+    assert alone.gathered == 0 and alone.weights == 2 * n
+    full = memory(SMALL, dataclasses.replace(plan, recompute="full"))
+    assert full.activations == pytest.approx(5 * 2 * 30 * 24 + block + 2 * 4 * 30 * 100), "one block is whole at a time"
+
+
+def test_days_of_a_plan() -> None:
+    estimate = estimate_plan(SMALL, Plan(n_gpus=2, batch_size=8, seq_len=10), H100)
+    assert estimate.days(80 * 1000) == pytest.approx(1000 * estimate.time.total / 86_400)
+
+
 def test_definitions_of_utilisation_are_in_their_order() -> None:
     model, plan = known_model("Llama-3.1-8B"), Plan(n_gpus=64, batch_size=128, recompute="full")
     shares = utilisations(model, plan, 10.0, H100)

@@ -63,8 +63,8 @@ def test_scale_and_zero_point_equal_the_observer(quiet, parity) -> None:
     from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
     generator = torch.Generator().manual_seed(0)
-    for offset in (0.0, 4.0, -4.0):
-        weight = torch.randn(5, 37, generator=generator) + offset
+    for offset in (0.0, 4.0, -4.0, None):
+        weight = torch.zeros(5, 37) if offset is None else torch.randn(5, 37, generator=generator) + offset
         observer = MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
         observer(weight)
         theirs = [part.float() for part in observer.calculate_qparams()]
@@ -248,6 +248,8 @@ def test_shape_comments(checked_shapes) -> None:
         (lambda: QuantFormat(scheme="absmin"), "unknown scheme 'absmin'; did you mean 'absmax'?"),
         (lambda: quantise(torch.tensor([[1.0, math.nan]]), QuantFormat()), "1 values that are NaN or infinite"),
         (lambda: quantise(torch.full((1, 2), 1e8), QuantFormat()), "exceeds float16"),
+        (lambda: quantise(torch.ones(0, 4), QuantFormat()), "a matrix of shape (0, 4) has no weight to quantise"),
+        (lambda: int_matmul(*[torch.ones(1, 2**17, dtype=torch.int8)] * 2), "may leave int32; split the columns"),
         (lambda: int_matmul(torch.ones(1, 2), torch.ones(1, 2)), "int8 by int8, got torch.float32"),
     ],
 )
