@@ -1020,6 +1020,19 @@ def test_generated_rows_hold_padding_after_their_end() -> None:
     assert after.any() and (drawn[after] == 0).all() and ((drawn == 2).sum(dim=1) <= 1).all()
 
 
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_dropout_stands_at_every_place_that_the_paper_names(positions: str, norm_order: str, monkeypatch) -> None:
+    """Vaswani et al. 2017, section 5.4: the sum of embeddings and positions, and the output of each sub-layer; and, as
+    in nn.Transformer, the attention weights and the hidden features."""
+    config = ModelConfig(9, 12, 2, 3, 20, dropout=0.5, norm_order=norm_order, positions=positions)
+    model, shapes = CausalTransformer(config, 11), []
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: shapes.append(tuple(x.shape)) or x)
+    model(torch.zeros(2, 5, dtype=torch.long))
+    stream, weights, hidden = (2, 5, 12), (2, 3, 5, 5), (2, 5, 20)
+    assert shapes == [stream] + 2 * [weights, stream, hidden, stream]
+
+
 def test_dropout_zeroes_the_stated_fraction_in_training_only() -> None:
     layer = EncoderLayer(64, 4, 256, dropout=0.3)
     x = torch.randn(8, 40, 64)

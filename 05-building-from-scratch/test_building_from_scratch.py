@@ -391,6 +391,8 @@ def test_every_epoch_has_every_pair_once_and_the_order_is_reproducible() -> None
     assert [next(later) for _ in range(7)] == everything[13:]
     slack = [len(pair.source) / max(len(p.source) for p in batch) for batch in batches for pair in batch]
     assert sum(slack) / len(slack) > 0.9, "batches hold pairs of similar length"
+    lengths = [len(batch[0].source) for batch in batches]
+    assert lengths != sorted(lengths), "long batches come between short ones"
 
 
 def test_codec_round_trip_and_shift() -> None:
@@ -789,11 +791,18 @@ def test_sampling_follows_the_softmax_at_each_temperature() -> None:
     assert torch.equal(greedy, cold)  # logits / temperature would overflow
 
 
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_acts_in_training_only(monkeypatch) -> None:
     model, (src_ids, tgt_ids, _) = small_model(dropout=0.3), padded_batch()
     assert torch.equal(model(src_ids, tgt_ids), model(src_ids, tgt_ids))
     model.train()
     assert not torch.equal(model(src_ids, tgt_ids), model(src_ids, tgt_ids))
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: shapes.append(tuple(x.shape)) or x)
+    model(src_ids, tgt_ids)
+    embedded = [(*ids.shape, model.config.d_model) for ids in (src_ids, tgt_ids)]
+    layers = 4 * model.config.n_encoder_layers + 6 * model.config.n_decoder_layers  # weights, hidden, each sub-layer
+    assert shapes[0] == embedded[0] and shapes.count(embedded[1]) == 1 + 3 * model.config.n_decoder_layers
+    assert len(shapes) == 2 + layers
 
 
 def test_defaults_of_the_command_line_are_valid() -> None:
