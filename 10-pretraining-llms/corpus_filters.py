@@ -36,10 +36,12 @@ INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")  # no byte of Windows-1252
 SOFT_HYPHEN = "\u00ad"  # but as this one: it may be half of a character that repair_mojibake puts together
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 FRAME_LINES = re.compile(
-    r"(cookies?\b.*\b(accept|improve|consent)|^skip to |all rights reserved|^copyright\b|\bnewsletter\b"
+    r"(^skip to |all rights reserved|^copyright\b|\bnewsletter\b"
     r"|^share on |privacy policy|terms of (use|service)|^(\w+ [|>] ){2,})",
     re.IGNORECASE,
 )
+COOKIES = re.compile(r"cookies?\b", re.IGNORECASE)
+CONSENT = re.compile(r"\b(accept|improve|consent)", re.IGNORECASE)  # behind cookies
 
 
 def cp1252_bytes(text: str) -> bytes:
@@ -60,14 +62,22 @@ def repair_mojibake(text: str) -> str:
         return text
 
 
+def is_frame(line: str) -> bool:
+    """Whether a line is empty, or belongs to the site and not to the page.
+
+    Behind the *first* mention of cookies: one pattern for both words would try every mention with every rest of a line.
+    """
+    cookies = COOKIES.search(line)
+    asked = cookies is not None and CONSENT.search(line, cookies.end()) is not None
+    return not line.strip() or asked or FRAME_LINES.search(line) is not None
+
+
 def strip_frame(text: str) -> str:
     """Drop the lines at the beginning and the end that belong to the site and not to the page."""
     lines = text.split("\n")
-    while lines and (not lines[0].strip() or FRAME_LINES.search(lines[0])):
-        lines.pop(0)
-    while lines and (not lines[-1].strip() or FRAME_LINES.search(lines[-1])):
-        lines.pop()
-    return "\n".join(lines)
+    first = next((place for place, line in enumerate(lines) if not is_frame(line)), len(lines))
+    last = next((place for place in range(len(lines), first, -1) if not is_frame(lines[place - 1])), first)
+    return "\n".join(lines[first:last])
 
 
 def normalise(text: str) -> str:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -164,6 +165,7 @@ def quality_model(trusted: Sequence[str], crawl: Sequence[str], kept: float) -> 
 # The pipeline
 
 
+HALVES = re.compile("[\ud800-\udfff]")
 N_SAMPLED = 600  # first pages of the crawl, which the quality classifier sets against trusted ones
 
 
@@ -383,15 +385,20 @@ def read_records(config: CorpusConfig, seed: int) -> Iterator[Record]:
     else:
         found = ((text, config.data) for text in stream_texts(config.data, "train", config.column))
     for number, (text, source) in enumerate(itertools.islice(found, config.max_texts or None)):
-        yield Record(number, text, source)
+        yield Record(number, whole_characters(text), whole_characters(source))
+
+
+def whole_characters(text: str) -> str:
+    """A text in which half a surrogate pair, which JSON may name and no file in UTF-8 can hold, is U+FFFD."""
+    return HALVES.sub("\ufffd", text)
 
 
 def all_texts(name_or_path: str, split: str, column: str) -> list[str]:
     """Every text of a local file; of a data set those of the split."""
     path = Path(name_or_path)
     if path.is_file() and path.suffix not in (".parquet", ".arrow", ".json"):
-        return read_file(path, column)
-    return load_texts(name_or_path, split, column)
+        return [whole_characters(text) for text in read_file(path, column)]
+    return [whole_characters(text) for text in load_texts(name_or_path, split, column)]
 
 
 def read_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:

@@ -109,6 +109,8 @@ def write_shard(folder: Path, number: int, documents: list[Sequence[int]], vocab
     ids = np.concatenate([np.asarray(document) for document in documents])
     if ids.dtype.kind not in "iu":
         raise ValueError(f"ids must be whole numbers, got {ids.dtype} in shard {number}")
+    if ids.ndim != 1:
+        raise ValueError(f"a document is one row of ids, got {ids.ndim} axes in shard {number}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise ValueError(f"id {bad} in shard {number} is outside the vocabulary 0..{vocab_size - 1}")
@@ -201,7 +203,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 if os.path.basename(name) != name:
                     raise ValueError(f"{shown(path)} names {name!r}, which is not a file of its folder")
         return {**manifest, "id_type": check_name("id_type", manifest["id_type"], ("<u2", "<u4"))}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise DamagedShard(f"{shown(path)} is no manifest of a corpus ({one_line(error)}); write it again") from error
 
 

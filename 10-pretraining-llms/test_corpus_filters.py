@@ -239,6 +239,13 @@ def test_masking_is_linear_in_hostile_text() -> None:
         assert len(mask_private(text)[0]) <= len(text)  # a pattern that backtracks would run into the test's timeout
 
 
+def test_a_frame_is_found_by_the_order_of_its_words_and_in_linear_time() -> None:
+    for frame in ("We use COOKIES to improve this page.", "cookie settings: accept", "a | b | c", "Skip to content"):
+        assert normalise(f"{frame}\n\nThe page.\n{frame}") == "The page."
+    for page in ("Accept it: we ate cookies.", "cookies, unacceptable", "a | b", "cookies " * 20_000):
+        assert normalise(page) == page.rstrip()  # a pattern that backtracks would run into the test's timeout
+
+
 def test_what_is_invisible_does_not_hide_damage_and_a_soft_hyphen_may_be_half_a_letter() -> None:
     assert normalise("x\u200b\u00c3\u00a9 y") == "x\u00e9 y" == normalise(normalise("x\u200b\u00c3\u00a9 y"))
     assert normalise("\u00c3\u00ad") == "\u00ed" and normalise("so\u00adft") == "soft"
@@ -262,7 +269,8 @@ def test_scores_and_thresholds_have_no_edge_to_fall_from() -> None:
 
 @pytest.mark.parametrize(
     ("address", "is_somebodys"),
-    [("8.8.4.4", True), ("192.168.1.20", False), ("172.16.0.9", False), ("172.32.0.9", True), ("10.1.2.3", False)],
+    [("8.8.4.4", True), ("192.168.1.20", False), ("172.16.0.9", False), ("172.32.0.9", True), ("10.1.2.3", False)]
+    + [("8.8.4.255", True), ("8.8.4.256", False)],
 )
 def test_addresses_of_private_networks_stay(address: str, is_somebodys: bool) -> None:
     assert (mask_private(f"It came from {address} again.")[0] == "It came from [ip] again.") == is_somebodys

@@ -15,6 +15,7 @@ from corpus_pipeline import (
     LinesFile,
     Pipeline,
     Record,
+    all_texts,
     clean_pages,
     corpus,
     mixed,
@@ -185,6 +186,16 @@ def test_a_line_that_cannot_be_read_is_named(content: bytes, message: str, tmp_p
     with pytest.raises(ValueError, match=message):
         corpus(CorpusConfig(data=str(path)), RunConfig(out=tmp_path / "out"))
     assert not (tmp_path / "out" / "cleaned.jsonl").exists() and not list((tmp_path / "out").glob(".*tmp*"))
+
+
+def test_half_a_surrogate_pair_spoils_no_crawl(tmp_path) -> None:
+    path, skip = tmp_path / "crawl.jsonl", "language,rules,quality,near,private,decontaminate"
+    path.write_text('{"text": "one \\ud800", "source": "\\udc00"}\n{"text": "two \\ud83d\\ude00"}\n')
+    corpus(CorpusConfig(data=str(path), skip=skip), RunConfig(out=tmp_path / "out"))
+    lines = (tmp_path / "out" / "cleaned.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [(line["text"], line["source"]) for line in map(json.loads, lines)]
+    assert found == [("one \ufffd", "\ufffd"), ("two \U0001f600", "crawl")]
+    assert all_texts(str(path), "train", "text") == ["one \ufffd", "two \U0001f600"]  # trusted ones, too
 
 
 def test_an_empty_folder_and_bad_settings_are_named(tmp_path) -> None:

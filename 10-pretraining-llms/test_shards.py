@@ -84,6 +84,7 @@ def test_a_truncated_a_missing_and_an_absent_file_are_named(corpus: Shards, tmp_
         (lambda m: json.dumps({**m, "shards": [{**m["shards"][0], "ids": "../secret"}]}), "not a file of its folder"),
         (lambda m: json.dumps({**m, "id_type": "<f8"}), "id_type"),
         (lambda m: "[]", "is no manifest"),
+        (lambda m: "[" * 100_000, "is no manifest"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(corpus: Shards, change, message: str) -> None:
@@ -103,6 +104,32 @@ def test_nothing_half_written_looks_whole(tmp_path) -> None:
     with pytest.raises(ValueError, match="holds no corpus"):
         Shards(tmp_path / "c")
     assert len(write_shards(some_documents(), tmp_path / "c", 300, "abc", "a test", shard_tokens=100)) == 60
+
+
+def test_a_shard_is_full_with_as_many_ids_as_were_asked_for() -> None:
+    documents = [[1, 2, 3, 4]] * 5
+    assert [len(shard) for shard in topic.cut_into_shards(documents, 8)] == [2, 2, 1]
+    assert [len(shard) for shard in topic.cut_into_shards(documents, 9)] == [3, 2]
+
+
+def test_documents_behind_65_536_ids_are_found(tmp_path) -> None:
+    documents = [np.full(40_000, number) for number in (3, 4, 5)]
+    corpus = write_shards(documents, tmp_path / "long", 9, "x", "test")
+    assert len(corpus.entries) == 1 and [set(corpus[index].tolist()) for index in range(3)] == [{3}, {4}, {5}]
+
+
+def test_lengths_that_do_not_add_up_are_damage(corpus: Shards) -> None:
+    path = corpus.folder / corpus.entries[0].lengths
+    lengths = np.fromfile(path, dtype="<u4")
+    (lengths + (np.arange(len(lengths)) == 0)).astype("<u4").tofile(path)  # as many bytes, one id too many
+    with pytest.raises(DamagedShard, match="does not add up to"):
+        Shards(corpus.folder)
+
+
+def test_blank_rows_of_a_stream_are_no_documents() -> None:
+    rows = [{"text": " \n"}, {"text": None}, {"text": "One day."}]
+    sides = [list(topic.side_of_stream(iter(rows), "x", split, "text")) for split in ("train", "validation")]
+    assert sorted(sides) == [[], ["One day."]]
 
 
 def test_bad_documents_and_a_second_corpus_are_refused(corpus: Shards, tmp_path) -> None:
@@ -237,6 +264,8 @@ def test_a_corpus_may_be_larger_than_memory(corpus: Shards) -> None:
 def test_ids_that_are_no_whole_numbers_and_empty_rows_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="ids must be whole numbers, got float64 in shard 0"):
         write_shards([[1.5, 2.0]], tmp_path / "a", 9, "x", "test")
+    with pytest.raises(ValueError, match="a document is one row of ids, got 2 axes in shard 0"):
+        write_shards([[[1, 2], [3, 4]]], tmp_path / "a", 9, "x", "test")
     corpus = write_shards([[1, 2, 3]], tmp_path / "b", 9, "x", "test")
     with pytest.raises(ValueError, match="seq_len must be >= 1, got 0"):
         ShardBatches(corpus, 1, 0, seed=0)
