@@ -37,7 +37,8 @@ def check_url(url: str) -> str:
     """The address of a server without a slash at its end. Raises ValueError for what is none."""
     parts = urlsplit(url)
     try:
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+        right = right and parts.hostname.encode("idna")  # a name that no network can ask for
     except ValueError:
         right = False
     if not right or parts.query or parts.fragment:

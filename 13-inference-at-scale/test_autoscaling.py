@@ -128,6 +128,26 @@ def test_real_replicas_come_and_go_with_their_load() -> None:
     asyncio.run(live())
 
 
+def test_a_replica_is_ended_only_when_what_it_was_sent_is_answered() -> None:
+    class Ended:
+        async def stop(self, grace: float) -> None:
+            under_way.append(replica.in_flight)
+
+    under_way, replica = [], Replica("http://127.0.0.1:9", in_flight=1)
+
+    async def live() -> None:
+        router = Router([replica.url], RouterConfig())
+        fleet = Fleet(router, [Ended()], [], grace=60)
+        draining = asyncio.create_task(fleet.drain(fleet.processes[0], replica))
+        await asyncio.sleep(0)  # it looks, and waits
+        assert not under_way
+        replica.in_flight = 0
+        await draining
+
+    asyncio.run(live())
+    assert under_way == [0]
+
+
 def test_a_replica_that_does_not_start_says_why(monkeypatch) -> None:
     """Its own last words and its exit code; loading a server to refuse its flags would take seconds."""
     words = "import sys; print('block_size must be >= 1', sys.argv[-1], file=sys.stderr); sys.exit(2)"

@@ -140,6 +140,7 @@ def test_separators_stand_between_and_nowhere_else() -> None:
         ("a*?", "a quantifier of a quantifier"),
         ("a{3,2}", r"\{3,2\} from more to less"),
         ("a{2001}", "more than 2000 repetitions"),
+        ("a{2001,}", "more than 2000 repetitions"),
         ("a{x}", r"'\{' begins no \{m\}"),
         ("(?=a)", r"'\(\?=' is not supported, only \( \) and \(\?: \) at character 0"),
         ("(?P<n>a)", r"'\(\?P' is not supported"),

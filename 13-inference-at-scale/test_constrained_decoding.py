@@ -97,6 +97,9 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer() -> None:
     )
     with pytest.raises(ValueError, match="the model has 2000 tokens but the tokenizer 2048: not a pair"):
         TokenBytes(COURSE, vocab_size=2000)
+    with pytest.raises(ValueError, match="the model has 2047 tokens but the tokenizer 2048: not a pair"):
+        TokenBytes(COURSE, vocab_size=2047)
+    assert len(TokenBytes(COURSE, vocab_size=2048)) == 2048
 
 
 def test_sentencepiece_tokens_and_strange_ones() -> None:
@@ -252,6 +255,11 @@ SCHEMAS = [
     thing({"any": {}, "more": True}, "any", "more"),
     thing({"arguments": thing({"town": SHORT}, "town")}, "arguments"),
 ]
+
+
+def test_true_is_not_one_in_a_schema() -> None:
+    dfa = build_dfa(schema_tree({"enum": [True, 1, [1], [True]], "const": 1}))
+    assert dfa.matches("1") and not dfa.matches("true") and not dfa.matches("[1]")
 
 
 @pytest.mark.parametrize("number", range(len(SCHEMAS)))

@@ -199,7 +199,11 @@ def test_errors_are_told_with_their_reason(server, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:0", "http://a:99999", "http://a?b"]
+    "url",
+    [
+        *("", "127.0.0.1:8000", "ftp://a", "http://", "http://a:0", "http://a:99999", "http://a?b"),
+        *("http://a..b:80", f"http://{'a' * 64}.b", "http://user:word@a:80"),
+    ],
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="is no address of a server"):
