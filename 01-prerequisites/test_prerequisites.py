@@ -539,6 +539,10 @@ def test_no_grad_records_nothing_and_ends() -> None:
         raise KeyError
     assert (x * 2).requires_grad
     assert not no_grad()(lambda: x * 2)().requires_grad
+    with no_grad():
+        with no_grad():
+            pass
+        assert not (x * 2).requires_grad, "the end of the inner block does not end the outer one"
 
 
 def test_only_what_requires_a_gradient_is_followed() -> None:
@@ -756,6 +760,7 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: Tensor([1.0]) + "x", "data must be real numbers, got 'x'"),
         (lambda: Tensor([1, 2], requires_grad=True), "only floating-point tensors can require a gradient, got int64"),
         (lambda: Tensor(np.ones((2, 3)), requires_grad=True).backward(), r"shape \(2, 3\) needs a gradient"),
+        (lambda: Tensor([1.0, 2.0], requires_grad=True).backward(), r"shape \(2,\) needs a gradient"),
         (lambda: Tensor(np.ones(2), requires_grad=True).backward(np.ones(3)), r"gradient has shape \(3,\)"),
         (lambda: Tensor(1.0).backward(), "nothing to differentiate"),
         (lambda: Tensor(np.ones((2, 3))) + Tensor(np.ones(2)), "could not be broadcast"),
