@@ -344,18 +344,20 @@ def test_skips_that_are_not_in_a_row_are_forgiven() -> None:
     assert rows[-1]["n_skipped"] == 5 and math.isfinite(rows[-1]["loss"])
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(capsys) -> None:
-    """A constant of infinity has no gradient; and it is no overflow, so that the loss scale stays."""
+@pytest.mark.parametrize(("factor", "more"), [(1.0, math.inf), (math.nan, 0.0)])
+def test_a_loss_that_is_not_finite_is_skipped_and_is_no_overflow(capsys, factor: float, more: float) -> None:
+    """Infinity as a constant leaves the gradient finite, NaN as a factor does not; the loss scale is not to blame."""
 
     def at_step_3(model: nn.Module, batch: dict) -> tuple:
         loss, count = language_model_loss(model, batch)
-        return (loss + math.inf if batch["targets"][-1, 0] == uneven_batch(3)["targets"][-1, 0] else loss), count
+        bad = batch["targets"][-1, 0] == uneven_batch(3)["targets"][-1, 0]
+        return (factor * loss + more if bad else loss), count
 
     config = dataclasses.replace(BASIC, max_steps=5, dtype="fp16", loss_scale=8.0)
     rows = fit(small_model(dtype=torch.float32), uneven_batch, at_step_3, config)
-    assert [row["loss"] == math.inf for row in rows] == [False, False, False, True, False]
+    assert [math.isfinite(row["loss"]) for row in rows] == [True, True, True, False, True]
     assert [row["n_skipped"] for row in rows] == [0, 0, 0, 1, 1] and {row["loss_scale"] for row in rows} == {8.0}
-    assert capsys.readouterr().err.count("the loss is inf at step 4") == 1
+    assert capsys.readouterr().err.count(f"the loss is {factor * 1.0 + more} at step 4") == 1
 
 
 def test_resuming_does_not_forgive_skipped_steps(tmp_path) -> None:
@@ -740,8 +742,6 @@ def test_buckets_hold_every_document_once_with_less_padding() -> None:
         epoch = [batches(step) for step in range(batches.order.n_batches)]
         rows = [row[row != IGNORE].tolist() for batch in epoch for row in batch["targets"]]
         assert sorted(rows) == sorted(document[1:] for document in documents)
-        widths = [batch["targets"].shape[1] for batch in epoch]
-        assert widths != sorted(widths), "short and long batches take turns"
         shares[pool_size] = sum(map(len, rows)) / sum(batch["targets"].numel() for batch in epoch)
         assert all(
             torch.equal(
@@ -751,6 +751,9 @@ def test_buckets_hold_every_document_once_with_less_padding() -> None:
             for batch in epoch
         )
     assert shares[5] > 0.85 > shares[1] + 0.1
+    one_pool = BucketedBatches(documents, 4, seed=1, pool_size=10)
+    widths = [one_pool(step)["targets"].shape[1] for step in range(10)]
+    assert widths != sorted(widths), "short and long batches take turns"
     with pytest.raises(ValueError, match=r"batch_size=41 is more than the data has rows \(40\)"):
         BucketedBatches(documents, 41, seed=1)
     assert len(BucketedBatches(documents, 40, seed=1)(0)["inputs"]) == 40
@@ -829,7 +832,8 @@ def test_dead_units_are_counted() -> None:
         for block in model.encoder.blocks:
             block.ffn.up_proj.bias.fill_(100.0)
         model.encoder.blocks[1].ffn.up_proj.bias[:5] = -100.0
-        model.encoder.blocks[2].ffn.up_proj.bias[:9] = 1.0  # below 0 at some positions only: alive
+        mixed = model.encoder.blocks[2].ffn.up_proj  # a unit that repeats a normalised feature: below 0 at some places
+        mixed.weight[0], mixed.bias[0] = torch.eye(12)[0], 0.0
     assert list(dead_units(model, ids).values()) == [0.0, 0.25, 0.0]
 
 
@@ -875,7 +879,7 @@ def test_the_range_test_finds_a_rate_below_the_one_that_breaks() -> None:
 
 def test_one_lucky_batch_does_not_choose_the_rate() -> None:
     """Losses told in advance: a dip of one step, then a broad valley whose smoothed loss is lowest at its end."""
-    told = [1.0] * 10 + [0.3] + [1.0] * 10 + [0.5] * 6 + [2.0] * 13
+    told = [1.0] * 10 + [0.3] + [1.0] * 10 + [0.5] * 6 + [2.0] * 12 + [math.nan]
 
     def batches(step: int) -> dict:
         return {"loss": torch.tensor([told[step]])}
@@ -885,7 +889,8 @@ def test_one_lucky_batch_does_not_choose_the_rate() -> None:
 
     config = TrainConfig(max_steps=40, warmup_steps=0, batch_size=1)
     rates, losses, suggested = range_test(nn.Linear(1, 1), batches, as_told, config, 1e-4, 1.0)
-    assert losses == pytest.approx(told) and suggested == rates[26] / 10
+    assert losses[:-1] == pytest.approx(told[:-1]) and losses[-1] == math.inf, "no number is the worst of all"
+    assert suggested == rates[26] / 10
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,7 @@ def plot_newton_schulz(start: np.ndarray, after: list[np.ndarray]) -> Figure:
     axis.plot(start, start, color="grey", lw=1, label="before")
     axis.axhline(1, color="black", ls="--", lw=1)
     axis.set(xlabel="singular value / Frobenius norm", ylabel="singular value after", xscale="log")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

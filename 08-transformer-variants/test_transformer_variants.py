@@ -354,7 +354,11 @@ def test_the_dropout_of_a_folder_is_ours_in_every_place(kind, tmp_path, parity, 
         assert found and set(found.values()) == {dropout}, found
         if dropout:
             places = [dropped(model, kind, monkeypatch) for model in (ours.train(), theirs)]
-            assert places[0] - places[1] == more_than_theirs(kind) and set(places[1] - places[0]) <= {(1, 24)}
+            assert places[0] - places[1] == more_than_theirs(kind)
+            head = (
+                [(1, 24)] if kind.__name__ == "AlbertForPreTraining" else []
+            )  # a rate of its own, not ALBERT's paper's
+            assert list(places[1] - places[0]) == head
             assert sum(places[1].values()) > 3
     given, ids = (IMAGES if hasattr(ours, "patch_proj") else IDS,), IDS
     theirs_given = {"decoder_input_ids": ids} if hasattr(ours, "decoder_blocks") else {}
