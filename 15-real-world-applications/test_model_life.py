@@ -421,8 +421,8 @@ def lived(right=0.5):
         row |= {"n_bytes": 1000 * number, "seconds": 2.0 + number, "threads": {}}
         if name in gaps:
             row["threads"] = {gaps[name]: {"gap": [7.0, 6.0, 8.0]}}
-    for name, of in (("base", ["base"]), ("chat", ["chat"]), ("quantised", ["4 bits"])):
-        rows[name]["threads"] = {each: NOTHING | {"right": [right, 0.0, 1.0]} for each in of}
+    for name, of in (("base", {"base": 1}), ("chat", {"chat": 1}), ("quantised", {"8 bits": 0.8, "4 bits": 0.4})):
+        rows[name]["threads"] = {each: NOTHING | {"right": [part * right, 0.0, 1.0]} for each, part in of.items()}
     rows["quantised"]["n_bits"] = 4
     rows["attacked"]["attacks"] = {"no defence": [0.4, 0.2, 0.6], "guard": [0.0, 0.0, 0.1]}
     return rows
@@ -455,7 +455,7 @@ def test_a_life_is_told_and_tabled(tmp_path, monkeypatch, capsys):
     assert [row[0] for row in tables["model-life-thread"]["rows"]] == [*threads(lived())]
     both = tables["model-life-from-nothing"]["rows"]
     assert both[0][:4] == ["02 world", "world!", "world!", "world!"] and both[-1] == ["in all", "", "", "", 54.0]
-    assert ["what is served", "answered rightly", "50% [0%, 100%]", "75% [0%, 100%]", ""] in both
+    assert ["what is served", "answered rightly", "20% [0%, 100%]", "30% [0%, 100%]", ""] in both
     (tmp_path / "out/from-nothing").mkdir(parents=True)
     (tmp_path / "out/from-nothing/deployed.json").write_text("{}")
     model_life.model_life(config, run)
