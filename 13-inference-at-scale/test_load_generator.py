@@ -1,20 +1,24 @@
 """Tests of load_generator: arrivals, reports of records known beforehand, Little's law, and a server under load."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import load_generator
 from chat_model import FOLDER
 from engine_thread import EngineThread
-from http_streams import NoAnswer, call, check_url, events
+from http_streams import NoAnswer, Reply, call, check_url, events
 from load_generator import (
     LoadConfig,
     LoadRun,
@@ -22,6 +26,7 @@ from load_generator import (
     arrivals,
     bodies,
     load,
+    one_request,
     percentiles,
     report_of,
     run_load,
@@ -288,3 +293,21 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
     with pytest.raises(NoAnswer, match="TimeoutError"):
         asyncio.run(ask())
     assert time.monotonic() - before < 30
+
+
+def test_the_first_text_is_timed_once_and_the_last_at_the_end(monkeypatch) -> None:
+    async def pieces():
+        for text in ("", "a", "b", "c"):  # a role, then three texts
+            yield f"data: {json.dumps({'choices': [{'delta': {'content': text}}]})}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+    @contextlib.asynccontextmanager
+    async def answered(*args):
+        yield Reply(200, {}, pieces())
+
+    clock = itertools.count(1)  # a second passes from look to look
+    monkeypatch.setattr(load_generator, "call", answered)
+    monkeypatch.setattr(load_generator, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    record = asyncio.run(one_request(LoadConfig(), b"{}", Record(due=0.5)))
+    assert (record.sent, record.first, record.last, record.n_tokens, record.outcome) == (1.0, 2.0, 5.0, 3, "ok")
+    assert (record.ttft, record.tpot, record.latency) == (1.5, 1.5, 4.5)

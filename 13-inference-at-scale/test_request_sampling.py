@@ -334,3 +334,9 @@ def test_shape_comments_hold(checked_shapes) -> None:
 def test_parameters_that_make_no_sense_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RequestParams(**settings)
+
+
+def test_top_p_ends_with_the_token_that_reaches_it() -> None:
+    probs = torch.tensor([[0.125, 0.5, 0.125, 0.25]] * 3, dtype=torch.float64)  # sums without rounding
+    kept = keep_likely_rows(probs, [RequestParams(top_p=top_p) for top_p in (0.5, 0.75, 0.76)]) > 0
+    assert kept.tolist() == [[False, True, False, False], [False, True, False, True], [True] * 4]

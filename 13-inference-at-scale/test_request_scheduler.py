@@ -340,3 +340,20 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
         Scheduler(SchedulerConfig(8, 24), BlockPool(4), n_ahead=2)
     with pytest.raises(ValueError, match="ageing must be finite and >= 1, got 0"):
         SchedulerConfig(ageing=0)
+
+
+def test_guesses_take_their_part_of_a_step() -> None:
+    machine = Machine(SchedulerConfig(max_batch=3, max_step_tokens=12, prefill_chunk=10), n_ahead=2)
+    machine.add(request("a", 3, max_tokens=20))
+    machine.add(request("b", 3, max_tokens=20))
+    machine.step()
+    machine.add(request("long", 25))
+    plan = machine.step()  # two answers with two guesses each take six of twelve
+    assert len(plan.decodes) == 2 and [n for _, n in plan.chunks] == [6]
+
+
+def test_a_request_is_overdue_after_as_many_steps_as_the_setting_says() -> None:
+    waiting = request("old")
+    waiting.arrived_at = 5
+    line = Scheduler(SMALL, BlockPool(4)).line
+    assert [line.overdue(waiting, step) for step in (16, 17)] == [False, True]  # ageing is 12
