@@ -385,3 +385,17 @@ def test_candidates_divide_evenly() -> None:
     for plan in plans:
         check_plan(SMALL, plan)
         assert plan.pipeline_size > 1 or plan.n_chunks == 1
+
+
+def test_links_recomputation_and_zero_2_by_hand() -> None:
+    """Eight tensor-parallel GPUs are one node still, sixteen are not; what is done again also moves again."""
+    for size, link in ((8, 450e9), (16, 50e9)):
+        time = step_time(SMALL, Plan(n_gpus=size, tensor_size=size, batch_size=16, seq_len=10), H100)
+        assert time.tensor == pytest.approx(4 * 5 * 2 * (size - 1) / size * 2 * 160 * 24 / link)
+    plain, selective, full = (
+        step_time(SMALL, Plan(n_gpus=8, batch_size=16, seq_len=10, recompute=kept), H100)
+        for kept in ("none", "selective", "full")
+    )
+    assert full.elementwise == selective.elementwise == pytest.approx(1.5 * plain.elementwise)
+    with pytest.raises(ValueError, match="zero_stage=2 with pipeline_size=2 .*use zero_stage 0 or 1 with a pipeline"):
+        check_plan(SMALL, Plan(n_gpus=8, pipeline_size=2, zero_stage=2, batch_size=16))

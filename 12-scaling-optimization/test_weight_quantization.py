@@ -257,3 +257,12 @@ def test_bad_input(make, message) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_a_zero_point_is_added_after_rounding(quiet, parity) -> None:
+    """Halves go to the even neighbour of x / scale; an odd zero point added before would turn them otherwise."""
+    x, scale = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]) * 0.25, torch.tensor(0.25)
+    for zero in (0, 3, 4):
+        ours = from_codes(to_codes(x, scale, zero, 0, 15), scale, zero)
+        theirs = torch.fake_quantize_per_tensor_affine(x, 0.25, zero, 0, 15)
+        parity("to_codes, halves", "torch.fake_quantize_per_tensor_affine", "output", ours, theirs, 0)
