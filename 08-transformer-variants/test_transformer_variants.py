@@ -194,7 +194,7 @@ def test_a_budget_below_one_step_is_refused() -> None:
 
 
 def test_slots_hold_the_worlds_posterior() -> None:
-    for slot in slots(30):
+    for slot in slots(42):
         assert sum(slot.posterior.values()) == pytest.approx(1) and slot.posterior[slot.truth] > 0
         assert slot.posterior == word_world()[0].fill_in(slot.tokens, slot.position)
         assert held_out(join(slot.tokens[:-1])) and slot.truth != "<eos>"
