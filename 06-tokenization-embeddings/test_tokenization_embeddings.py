@@ -445,6 +445,11 @@ def test_wordpiece_learns_the_library_pieces_but_for_ties(corpus: str, parity) -
     parity("WordPiece", "tokenizers, pieces that differ", "output", differing, 0, 8)
 
 
+def test_no_word_becomes_a_special_token_of_wordpiece() -> None:
+    tokenizer = WordPiece({"pad": 0, "p": 1, "##a": 2, "##d": 3, "[UNK]": 4}, ("pad", "[UNK]"))
+    assert tokenizer.encode("pad") == [1, 2, 3] and tokenizer.encode("pad", ("pad",)) == [0]
+
+
 def test_every_character_of_the_corpus_has_both_its_pieces() -> None:
     ours = WordPiece.train(["abc cab", "bca"], 20)
     assert set("abc") | {"##a", "##b", "##c"} <= ours.vocab.keys()
