@@ -629,6 +629,10 @@ def test_infinite_logits_make_no_nan() -> None:
     loss = cross_entropy(x, [0])
     loss.backward()
     assert abs(loss.item() - math.log(2)) < 1e-15 and x.grad.tolist() == [[-0.5, 0, 0.5]]
+    x = Tensor(logits[1:2], requires_grad=True)
+    loss = cross_entropy(x, [[0.25, 0.0, 0.75]])  # what is impossible to both costs nothing: 0 log 0 = 0
+    loss.backward()
+    assert abs(loss.item() - math.log(2)) < 1e-15 and x.grad.tolist() == [[0.25, 0, -0.25]]
 
 
 def test_sigmoid_and_gelu_saturate_without_warning(recwarn) -> None:
@@ -651,6 +655,9 @@ def test_nothing_to_learn_from_is_loss_zero_not_nan() -> None:
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()
     assert cross_entropy(np.empty((0, 4)), np.empty(0, dtype=int)) == 0
+    rows = Tensor(np.empty((0, 4)), requires_grad=True)
+    rows.mean(axis=1).backward(np.ones(0))  # no row, so no mean to divide for
+    assert rows.grad.shape == (0, 4)
 
 
 def test_cross_entropy_is_entropy_plus_divergence(parity) -> None:
