@@ -72,6 +72,17 @@ def test_pmi_vectors_rebuild_the_matrix_at_full_width() -> None:
     assert pmi_vectors(counts, 2).shape == (4, 2)
 
 
+def test_negatives_are_drawn_by_frequency_to_the_three_quarters(monkeypatch) -> None:
+    counts = torch.tensor([[0.0, 3.0], [3.0, 2.0]], dtype=torch.float64)  # the words meet 3 and 5 others
+    wanted = torch.tensor([3.0, 5.0], dtype=torch.float64) ** 0.75
+    assert torch.allclose(noise_shares(counts, 0.75), wanted / wanted.sum())
+    powers = []
+    monkeypatch.setattr(topic, "noise_shares", lambda table, power: powers.append(power) or noise_shares(table, power))
+    config = VectorConfig(d_model=2, max_steps=1)
+    sgns_vectors(counts, config, torch.Generator().manual_seed(0))
+    assert powers == [0.75]  # as in word2vec
+
+
 def test_sgns_gradients_equal_autograd(parity) -> None:
     inputs = [
         normal(5, 3).requires_grad_(),
