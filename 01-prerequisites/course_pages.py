@@ -527,8 +527,11 @@ def trap_row(name: str, rows: list[dict[str, str]]) -> tuple[str, str, str]:
         cause = pick(row, "cause", "slip", "cause and repair", "cause and fix").partition(" (`--break")[0]
         cause = re.sub(r"^(`[a-z-]+`,? ?)+:? ?", "", cause) if f"`{name}`" in cause else cause
         bug = bug or cause
-        broken = pick(row, "broken", "with the failure", "accuracy, one token at a time")
-        sound = pick(row, "sound", "as it should be", "accuracy, all positions at once")
+        broken = pick(row, "broken", "with the failure")
+        sound = pick(row, "sound", "as it should be")
+        together, alone = pick(row, "accuracy, all positions at once"), pick(row, "accuracy, one token at a time")
+        if together and alone:
+            measured = measured or f"accuracy: {together} with the future in sight, {alone} without"
         if broken and sound and not measured:
             heads = ("what is measured", "measured", "what happens, and what is measured", "check that finds it")
             what = pick(row, *heads) or ("" if "broken" not in row else pick(row, "symptom", "failure", "slip", "what"))

@@ -228,6 +228,8 @@ def test_a_trap_is_described_by_the_chapters_tables() -> None:
     assert trap_row("other", rows) == ("e", "d", "how far: 3 → 4")
     assert trap_row("third", rows) == ("a thing is left out", "", "how far it is: 1 → 2")
     assert trap_row("odd", rows) == ("", "", "")
+    seen = {"accuracy, all positions at once": "97 %", "accuracy, one token at a time": "50 %", "--break": "`mask`"}
+    assert trap_row("mask", [seen])[2] == "accuracy: 97 % with the future in sight, 50 % without"
 
 
 def test_traps_are_listed_by_topic_with_the_real_bugs(tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """Topic 01: the workbench - seeds, devices, command line, files, results, links, exercises - and the ledger."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -171,6 +173,50 @@ def test_interrupt_exits_130_without_a_traceback(capsys) -> None:
     assert exit_info.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
+def run_into(stream, monkeypatch, text: str = "√ → 9\n") -> int:
+    """Exit code of a verb that prints `text` into this stream."""
+
+    def demo() -> None:
+        """Print."""
+        print(text, end="")
+
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", stream)
+        try:
+            run_verbs("Toy.", {"demo": (demo,)}, [])
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark(monkeypatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert run_into(stream, monkeypatch) == 0
+    assert stream.buffer.getvalue() == b"? ? 9\n"
+
+
+@pytest.mark.parametrize("n_lines", [1, 100_000])
+def test_a_reader_that_leaves_early_gets_no_complaint(monkeypatch, capsys, n_lines) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with io.TextIOWrapper(os.fdopen(writing, "wb")) as stream:
+        assert run_into(stream, monkeypatch, "line\n" * n_lines) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_told_though_the_last_lines_alone_meet_it(monkeypatch, capsys) -> None:
+    with contextlib.suppress(OSError), open("/dev/full", "w", encoding="utf-8") as stream:  # closing it fails as well
+        assert run_into(stream, monkeypatch) == 2
+    assert "error: the disk is full" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_is_named_with_a_remedy() -> None:
+    told = workbench.advice_on(PermissionError(13, "Permission denied", "theirs/log.csv"))
+    assert told == "theirs/log.csv: Permission denied; choose another folder, as with --out, or make it yours (chown)"
+    assert workbench.advice_on(BrokenPipeError(32, "Broken pipe")) == "[Errno 32] Broken pipe"
+
+
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(
@@ -334,6 +380,22 @@ def write_example(folder: Path) -> None:
     columns = [Column("model"), Column("loss", "nats", ".2f"), Column("accuracy", "", ".1%")]
     rows = [["ours", [1.0, 2.0, 3.0], 0.5], ["chance", 4.0, [0.25]]]
     save_results(folder / "figures" / "results.json", "losses", columns, rows, [0, 1, 2], "python x.py figures")
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (["ours", "theirs"], True),
+        (["`--flag`", 3.0], True),
+        (["2 data x 1 tensor", "1.09x the speed"], True),
+        (["3.2 MB", "12"], False),
+        ([1.0, [1.0, 2.0]], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_columns_of_words_stand_left(cells, read) -> None:
+    assert workbench.words(cells) is read
 
 
 def test_results_become_the_table_of_the_chapter(tmp_path: Path) -> None:

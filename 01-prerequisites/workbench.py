@@ -33,6 +33,7 @@ import os
 import platform
 import random
 import re
+import select
 import subprocess
 import time
 import types
@@ -195,9 +196,12 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     """Parse `[verb] [--flag value ...]` and call verbs[verb] = (function, *config classes); no verb means demo.
 
     A mistake in the input (ValueError, OSError, a size beyond memory) becomes one line on stderr and exit code 2;
-    Ctrl-C becomes exit code 130. Neither prints a traceback.
+    Ctrl-C becomes exit code 130, a reader of the output that has left (`| head`) 141. None prints a traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?", and the run goes on
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["demo", *argv]
     parser = OneLineParser(
@@ -219,17 +223,40 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
             if isinstance(config, RunConfig):
                 torch.set_num_threads(config.threads)
         function(*configs)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a full disk still gets its line
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; what was saved stays\n")
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = f"the disk is full ({error}); free some space or choose a folder on another disk, as with --out"
-        commands.choices[args.verb].error(advice if full else str(error))
+        if isinstance(error, BrokenPipeError) and reader_has_left():
+            sys.exit(141)
+        commands.choices[args.verb].error(advice_on(error))
     except Exception as error:
         if not is_too_large(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         commands.choices[args.verb].error(f"a size is too large for this machine; choose a smaller one ({reason})")
+
+
+def reader_has_left() -> bool:
+    """Whether nobody reads our output any more; what is still to be written then goes nowhere, without complaint."""
+    if not sys.stdout or not hasattr(select, "poll"):
+        return False
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if left := any(event & select.POLLERR for _, event in watched.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
+def advice_on(error: ValueError | OSError) -> str:
+    """What happened, and, where only the system speaks, what helps."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}); free some space or choose a folder on another disk, as with --out"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return f"{error.filename}: {error.strerror}; choose another folder, as with --out, or make it yours (chown)"
+    return str(error)
 
 
 def is_too_large(error: Exception) -> bool:
@@ -382,8 +409,9 @@ def render_table(result: dict) -> str:
 
 
 def words(cells: list[str | float | list[float]]) -> bool:
-    """Whether a column is read rather than compared: most of its cells begin with a letter, or with code."""
-    return 2 * sum(isinstance(cell, str) and bool(re.match(r"`|[^\W\d_]", cell)) for cell in cells) > len(cells)
+    """Whether a column is read, not compared: half of its cells begin with a letter or code, or hold two words."""
+    read = re.compile(r"`|[^\W\d_]|.*[^\W\d_]{2}.* .*[^\W\d_]{2}")
+    return 2 * sum(isinstance(cell, str) and bool(read.match(cell)) for cell in cells) >= max(1, len(cells))
 
 
 def render_cell(cell: str | float | list[float], digits: str) -> str:
