@@ -780,7 +780,8 @@ def notebooks(config: NotebookConfig) -> None:
     for path in progress(paths, "notebooks"):
         notebook = nbformat.read(path, as_version=4)
         try:
-            NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+            settings = {"timeout": 300, "coalesce_streams": True, "resources": {"metadata": {"path": path.parent}}}
+            NotebookClient(notebook, **settings).execute()
         except CellExecutionError as error:
             sys.exit(f"{shown(path)} failed:\n{error}")
         if not config.check:

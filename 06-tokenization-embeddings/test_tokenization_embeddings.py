@@ -437,10 +437,13 @@ def test_every_sign_and_mark_is_normalised_as_by_the_library(parity) -> None:
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_wordpiece_learns_the_library_pieces_but_for_ties(corpus: str, parity) -> None:
-    """The library numbers the ## characters in an order that changes from run to run, and ties follow the numbers."""
+    """The library numbers the ## characters in an order that changes from run to run, and ties follow the numbers.
+
+    One run in four is further away than the closest may be: 9 of 40 runs were.
+    """
     vocab_size = {"python-text": 900, "tiny-world": 300}[corpus]
     ours = set(WordPiece.train(CORPORA[corpus], vocab_size).vocab)
-    runs = [set(model_of(library_wordpiece(CORPORA[corpus], vocab_size))["vocab"]) for _ in range(3)]
+    runs = [set(model_of(library_wordpiece(CORPORA[corpus], vocab_size))["vocab"]) for _ in range(12)]
     differing = min(len(ours ^ run) for run in runs)
     parity("WordPiece", "tokenizers, pieces that differ", "output", differing, 0, 8)
 

@@ -325,7 +325,7 @@ def pruned(model: CausalLM, what: str, share: float, batches: list[Batch]) -> Ca
     config, statistics = model.config, input_statistics(model, batches) if what != "layers" else {}
 
     def staying(n: int) -> int:
-        return math.ceil((1 - share) * n - 1e-9)  # (1 - 0.7) * 40 is 12.000000000000002
+        return math.ceil((1 - share) * n - 1e-9)  # 0.3 of 40, computed so, is 12.000000000000002
 
     if what == "layers":
         return prune_layers(model, staying(config.n_layers), batches)

@@ -37,10 +37,12 @@ def check_url(url: str) -> str:
     """The address of a server without a slash at its end. Raises ValueError for what is none."""
     parts = urlsplit(url)
     try:
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         right = right and parts.hostname.encode("idna")  # a name that no network can ask for
     except ValueError:
         right = False
+    if "@" in parts.netloc:  # never shown: it may hold a secret
+        raise ValueError("the address holds a name or password; give the key in the environment variable")
     if not right or parts.query or parts.fragment:
         raise ValueError(f"url={url!r} is no address of a server; write it like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")

@@ -429,10 +429,7 @@ def checked_base_url(base_url: str) -> str:
         check_url(base_url)
     except ValueError as error:
         raise EndpointError(str(error)) from None
-    parts = urlsplit(base_url)
-    if parts.username or parts.password:
-        raise EndpointError("the address holds a name or password; give the key in the environment variable")
-    return base_url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+    return base_url.rstrip("/") + ("" if urlsplit(base_url).path.strip("/") else "/v1")
 
 
 def retry_after(value: str | None) -> float | None:
