@@ -161,6 +161,15 @@ def checked_shapes() -> Callable:
     return trace_shapes
 
 
+@pytest.fixture
+def forks() -> None:
+    """For tests that train in a forked process: with a GPU the backward pass has threads, which no fork survives."""
+    import torch
+
+    if not hasattr(os, "fork") or torch.cuda.is_available():
+        pytest.skip("no forked process can train here; where there is a GPU, CUDA_VISIBLE_DEVICES= hides it")
+
+
 # No network beyond this machine
 
 

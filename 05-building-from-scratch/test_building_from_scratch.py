@@ -723,15 +723,18 @@ def train_in_child(arguments: list[str]) -> int:
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
         torch.set_num_threads(1)
+        code = 1
         try:
             main(arguments)
-        except SystemExit as error:
-            os._exit(error.code or 0)
-        os._exit(0)
+            code = 0
+        except SystemExit as ending:
+            code = ending.code
+        finally:  # whatever happens: a child that went on would run the rest of the tests
+            os._exit(code)
     return child
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("forks")
 def test_kill_at_any_moment_loses_at_most_one_interval_and_the_resumed_run_is_identical(tmp_path, parity) -> None:
     data = ["--data", str(write_number_words(tmp_path / "numbers.tsv")), "--n-beams", "1", "--max-new-tokens", "6"]
     arguments = [*data, *TINY, "--save-every", "5", "--max-steps", "60", "--dropout", "0.1", "--device", "cpu"]

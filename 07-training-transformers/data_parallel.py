@@ -14,7 +14,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from workbench import pick_device
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)  # the default is 30: a dead neighbour would cost half an hour
+
+
+def rank_device(name: str = "auto") -> torch.device:
+    """The device of this process: under torchrun every process has a GPU of its own, or all compute on the CPU.
+
+    Raises ValueError for "cuda" where this machine has more of our processes than GPUs: NCCL refuses to share one.
+    """
+    if "LOCAL_RANK" not in os.environ or name not in ("auto", "cuda"):
+        return pick_device(name)
+    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_gpus >= n_processes:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if name == "cuda":
+        raise ValueError(
+            f"{n_processes} processes need a GPU each, this machine has {n_gpus}; "
+            f"use --nproc-per-node {n_gpus or 1} or --device cpu"
+        )
+    return torch.device("cpu")
 
 
 @contextlib.contextmanager

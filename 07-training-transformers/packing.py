@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import causal_mask, document_mask
-from sequence_modeling import IGNORE, PAD_ID, check_token_ids
+from sequence_modeling import IGNORE, PAD_ID, check_token_ids, device_of
 from transformer_architecture import CausalTransformer, KeyValueCache
 
 Batch = dict[str, Tensor]  # every tensor has the rows of the batch on its first axis
@@ -145,8 +145,16 @@ class PackedTransformer(CausalTransformer):
         return logits
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def language_model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Nats of all counted targets of a batch together, and their number; passes document_ids on if there are any."""
+    """Nats of all counted targets of a batch together, and their number; passes document_ids on if there are any.
+
+    The batch may lie on another device than the model.
+    """
+    batch = to_device(batch, device_of(model))
     documents = {"document_ids": batch["document_ids"]} if "document_ids" in batch else {}
     logits = model(batch["inputs"], **documents)  # (batch, seq, vocab)
     if logits.dtype in (torch.bfloat16, torch.float16):

@@ -133,6 +133,7 @@ def test_parts_come_back_as_they_were(tmp_path, parity) -> None:
         folder.load(("ema",))
 
 
+@pytest.mark.usefixtures("forks")
 def test_kill_at_twenty_random_moments_loses_one_interval_at_most_and_changes_nothing(tmp_path, parity) -> None:
     """CK1 and CK2."""
     steps, rng, out = 20 * (3 * INTERVAL + 2), random.Random(0), tmp_path / "killed"
@@ -205,6 +206,7 @@ def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path) -> No
     assert exit_code_of(in_child(log_too_much)) == 3
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_command_line_reports_a_full_disk_in_one_line(tmp_path) -> None:
     """CK3 from outside: an optimizer part of 1.5 MB does not fit, the earlier checkpoint does not suffer."""
     out, said = tmp_path / "run", tmp_path / "stderr"
@@ -448,6 +450,7 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint_as_if_nothing_had_happened(tm
     parity("resume behind a damaged checkpoint", "an uninterrupted run", "trajectory", *prints, 0)
 
 
+@pytest.mark.usefixtures("forks")
 def test_two_trainers_cannot_share_a_folder(tmp_path, capsys) -> None:
     """CK11: the second one is refused, in one line, whether the first is this process or another."""
     with locked(tmp_path), pytest.raises(SystemExit) as refused:
@@ -547,6 +550,7 @@ def test_a_run_does_not_go_on_from_a_log_that_was_changed(tmp_path) -> None:
 # Signals
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_mid_step_saves_and_leaves(tmp_path, parity, signum: int, code: int) -> None:
     """CK7: at most 10 s; the run then goes on as if it had never stopped."""
@@ -600,6 +604,7 @@ def test_signals_are_left_as_they_were_and_outside_the_main_thread_alone() -> No
     assert seen == [0]
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path) -> None:
     """As under nohup, or for a job that a script put in the background."""
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import packing
 import training_transformers as topic
 from checkpoints import Checkpoints, check_header
-from data_parallel import COLLECTIVE_TIMEOUT, Team, process_group
+from data_parallel import COLLECTIVE_TIMEOUT, Team, process_group, rank_device
 from packing import BucketedBatches, EpochOrder, PackedBatches, PackedTransformer, language_model_loss, pack
 from sequence_modeling import BOS_ID, EOS_ID, IGNORE, device_of
 from tiny_world import held_out, join
@@ -603,6 +603,7 @@ def member(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_train_as_one(tmp_path, parity, size: int) -> None:
     context = torch.multiprocessing.start_processes(
@@ -627,6 +628,7 @@ def test_several_processes_train_as_one(tmp_path, parity, size: int) -> None:
     assert not torch.equal(saved["run"]["rng"][0]["torch"], saved["run"]["rng"][1]["torch"]), "dropout of its own"
 
 
+@pytest.mark.usefixtures("forks")
 def test_torchrun_trains_with_two_processes(tmp_path, capfd) -> None:
     """The smoke test of the whole path: torchrun, gloo, the command line, one log and one set of checkpoints.
 
@@ -645,6 +647,33 @@ def test_torchrun_trains_with_two_processes(tmp_path, capfd) -> None:
     main(["train", *arguments[:-1], str(tmp_path / "one")])
     logs = [topic.CsvLog(tmp_path / name / "log.csv", 4).rows[-1] for name in ("one", "two")]
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5) and logs[0]["n_counted"] == logs[1]["n_counted"]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_gpus", "expected"),
+    [("auto", 2, "cuda:1"), ("cuda", 3, "cuda:1"), ("cpu", 2, "cpu"), ("auto", 1, "cpu"), ("auto", 0, "cpu")],
+)
+def test_each_process_has_a_gpu_of_its_own_or_all_use_the_cpu(monkeypatch, name: str, n_gpus: int, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    for variable, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    assert str(rank_device(name)) == expected
+    monkeypatch.delenv("LOCAL_RANK")
+    assert str(rank_device("cpu")) == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused_where_a_gpu_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for variable, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="2 processes need a GPU each, this machine has 1; use --nproc-per-node 1 or"):
+        rank_device("cuda")
+
+
+def test_a_batch_goes_to_where_the_model_is() -> None:
+    model = small_model().to("meta")
+    loss, _ = language_model_loss(model, {"inputs": torch.tensor([[5, 6]]), "targets": torch.tensor([[6, 7]])})
+    assert loss.is_meta
 
 
 def test_a_team_needs_torchruns_variables(monkeypatch) -> None:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -44,9 +43,9 @@ from checkpoints import (
     set_rng_state,
     stop_requests,
 )
-from data_parallel import Team, process_group
+from data_parallel import Team, process_group, rank_device
 from optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, schedule_factor, set_learning_rates
-from packing import Batch, PackedBatches, PackedTransformer, language_model_loss
+from packing import Batch, PackedBatches, PackedTransformer, language_model_loss, to_device
 from python_text import load_texts
 from sequence_modeling import (
     BOS_ID,
@@ -267,7 +266,7 @@ def backward_in_parts(
     device, total, n_counted = device_of(model), 0.0, 0.0
     size = config.micro_batch_size or config.batch_size
     for start in range(0, len(next(iter(batch.values()))), size):
-        part = {name: tensor[start : start + size].to(device) for name, tensor in batch.items()}
+        part = to_device({name: tensor[start : start + size] for name, tensor in batch.items()}, device)
         with torch.autocast(device.type, DTYPES[config.dtype], enabled=config.dtype != "fp32"):
             loss, count = loss_fn(model, part)
         if (count := float(count)) > 0:
@@ -689,9 +688,9 @@ def world_losses(model: nn.Module, documents: list[Document], vocabulary: Vocabu
 @torch.no_grad()
 def text_losses(model: nn.Module, batches: PackedBatches, n_bytes: int) -> dict[str, float]:
     """Held-out nats per token, and bits per byte, <eos> included; a long text is read in pieces without context."""
-    device, nats, n_tokens = device_of(model), 0.0, 0
+    nats, n_tokens = 0.0, 0
     for step in range(batches.order.n_batches):
-        loss, count = language_model_loss(model, {name: part.to(device) for name, part in batches(step).items()})
+        loss, count = language_model_loss(model, batches(step))
         nats, n_tokens = nats + loss.item(), n_tokens + int(count)
     return {"held_out": nats / n_tokens, "bits_per_byte": bits_per_byte(nats, n_bytes)}
 
@@ -716,8 +715,7 @@ def train_model(
     model = PackedTransformer(model_config, task.vocab_size)
     start_as_identity(model)
     header = {"model_config": asdict(model_config), "data": asdict(data), "seed": run.seed}
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else None
-    model.to(pick_device(device or run.device))
+    model.to(rank_device(run.device))
     rows = fit(
         *(model, task.batches, language_model_loss, config),
         out=run.out,

@@ -64,6 +64,7 @@ from efficient_attention import (
 )
 from gpt2 import GPT2, GPT2Config, SamplingConfig, keep_likely, left_padded
 from huggingface_folders import FolderModel, read_config
+from packing import to_device
 from sequence_modeling import BOS_ID, EOS_ID
 from t5 import (
     T5,
@@ -595,7 +596,7 @@ def held_out_loss(model: nn.Module, batches: Callable[[int], dict[str, Tensor]],
     """Mean loss over the targets of ten batches, in nats."""
     device, total, n_targets = next(model.parameters()).device, 0.0, 0
     for step in range(10):
-        loss, count = loss_fn(model, {name: tensor.to(device) for name, tensor in batches(step).items()})
+        loss, count = loss_fn(model, to_device(batches(step), device))
         total, n_targets = total + loss.item(), n_targets + int(count)
     return total / n_targets
 

@@ -40,11 +40,12 @@ from bert_family import (
 )
 from byte_level_bpe import ByteLevelBPE
 from gpt2 import GPT2, GPT2Config, init_weights
+from packing import Batch, to_device
 from python_text import load_texts
 from sequence_modeling import BOS_ID, EOS_ID, IGNORE, PAD_ID, Vocabulary, device_of
 from t5 import T5, Bart, BartConfig, EncoderDecoder, SpanConfig, T5Config, corrupt_spans, draw_spans
 from tiny_world import SPECIAL_TOKENS, World, WorldConfig, join
-from training_transformers import Batch, TrainConfig, fit
+from training_transformers import TrainConfig, fit
 from transformer_architecture import MatmulCounter
 from workbench import check_name, check_range, shown
 
@@ -372,7 +373,7 @@ def step_flops(model: nn.Module, batches: Callable[[int], Batch], loss_fn: Calla
     n_steps = n_steps or GROUP
     with MatmulCounter() as counter:
         for step in range(n_steps):
-            batch = {name: tensor.to(device_of(model)) for name, tensor in batches(step).items()}
+            batch = to_device(batches(step), device_of(model))
             loss_fn(model, batch)[0].backward()
     model.zero_grad(set_to_none=True)
     return counter.flops / n_steps

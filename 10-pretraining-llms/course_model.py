@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from course_tokenizer import FOLDER as TOKENIZER_FOLDER
 from course_tokenizer import CourseTokenizer, load_course_tokenizer
-from data_parallel import Team, process_group
+from data_parallel import Team, process_group, rank_device
 from gpt2 import SamplingConfig, left_padded
 from huggingface_folders import WEIGHTS
 from modern_llm_architectures import CausalLM, ModelConfig
@@ -313,12 +313,6 @@ def held_out_exam(tokenizer: CourseTokenizer, source: SourceConfig, n_documents:
     return examine_loss, None
 
 
-def rank_device(run: RunConfig) -> torch.device:
-    """The device of this process: under torchrun each has a GPU of its own where there are GPUs."""
-    own_gpu = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else run.device)
-
-
 def pretrain(sizes: ModelSizes, source: SourceConfig, config: PretrainConfig, exam: ExamConfig, run: RunConfig) -> None:
     """Pretrain a language model, and save it as a Llama folder with tokenizer, chat template and model card."""
     n_tokens = config.max_steps * config.batch_size * config.seq_len
@@ -343,7 +337,7 @@ def pretrain_model(
     tokenizer = load_course_tokenizer(source.tokenizer or TOKENIZER_FOLDER)
     corpus = shared_corpus(source, run.out)
     seed_everything(run.seed)
-    model = start_small(CausalLM(sizes.config(tokenizer))).to(rank_device(run))
+    model = start_small(CausalLM(sizes.config(tokenizer))).to(rank_device(run.device))
     batches = ShardBatches(corpus, config.batch_size, config.seq_len, run.seed, source.packing)
     exam, floor = held_out_exam(tokenizer, source)
     header = {"sizes": asdict(sizes), "corpus": corpus.manifest, "packing": source.packing, "seed": run.seed}

@@ -23,7 +23,7 @@ from data_parallel import Team
 from llm_config import ModelConfig
 from manual_parallel import MANUAL, DataParallel, Ring, train_with
 from modern_llm_architectures import CausalLM
-from packing import Batch, language_model_loss
+from packing import Batch, language_model_loss, to_device
 from pipeline_parallel import SCHEDULES, Pipeline, bubble_share, order_of, plot_timetables, simulate
 from process_launch import (
     Fault,
@@ -107,10 +107,10 @@ class ParallelConfig:
         )
 
 
-def build_scheme(config: ParallelConfig, team: Team, seed: int) -> Any:
+def build_scheme(config: ParallelConfig, team: Team, run: RunConfig) -> Any:
     """A fresh model on this process's device, and the scheme that trains it."""
-    seed_everything(seed)
-    model, training = CausalLM(config.model).to(own_device()), config.training
+    seed_everything(run.seed)
+    model, training = CausalLM(config.model).to(own_device(run.device)), config.training
     if config.scheme in MANUAL:
         return MANUAL[config.scheme](model, training, team)
     if config.scheme == "tensor-by-hand":
@@ -122,10 +122,10 @@ def build_scheme(config: ParallelConfig, team: Team, seed: int) -> Any:
     return Sharded(model, training, team, tensor_size, splits_sequence, share_loss=splits_sequence)
 
 
-def batches_of(config: ParallelConfig, seed: int) -> Callable[[int], Batch]:
+def batches_of(config: ParallelConfig, seed: int, device: str = "auto") -> Callable[[int], Batch]:
     """Rows of TinyWorld on this process's device, a pure function of the step: what a resumed run needs."""
-    rows, device = WorldBatches(config.training, seed), own_device()
-    return lambda step: {name: tensor.to(device) for name, tensor in rows(step).items()}
+    rows, place = WorldBatches(config.training, seed), own_device(device)
+    return lambda step: to_device(rows(step), place)
 
 
 def train_in_team(team: Team, config: ParallelConfig, run: RunConfig) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def train_in_team(team: Team, config: ParallelConfig, run: RunConfig) -> dict[st
     A restarted process goes on from the newest checkpoint, if there is one. Raises ValueError if it is told to resume
     and there is none.
     """
-    scheme, batches = build_scheme(config, team, run.seed), batches_of(config, run.seed)
+    scheme, batches = build_scheme(config, team, run), batches_of(config, run.seed, run.device)
     checkpoints = ShardedCheckpoints(run.out / "checkpoints", team)
     header = {"scheme": config.scheme, "model": dataclasses.asdict(config.model), "seed": run.seed}
     header |= {"training": dataclasses.asdict(config.training)}
@@ -168,7 +168,12 @@ def train_in_team(team: Team, config: ParallelConfig, run: RunConfig) -> dict[st
 
 
 def parallel(config: ParallelConfig, run: RunConfig) -> None:
-    """Train a small model with several processes and one of the parallel schemes; under torchrun, or by forking."""
+    """Train a small model with several processes and one of the parallel schemes; torchrun's, or our own on the CPU."""
+    if run.device not in ("auto", "cpu") and "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            f"the processes that this command starts compute on the CPU, got --device {run.device}; "
+            "for GPUs start it by torchrun --nproc-per-node N"
+        )
     if config.break_ == "parameter-order":
         show_parameter_order(config, run)
         return

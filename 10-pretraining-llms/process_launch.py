@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 --max-restarts 1 10-pretraining-llms/pretraining_llms.py parallel --scheme zero1
 
-`joined` reads the variables that torchrun sets; `run_processes` is a small torchrun for one machine, which forks and so
-starts within a tenth of a second. Both give a restarted process a clean table of addresses.
+`joined` reads the variables that torchrun sets; `run_processes` is a small torchrun for one machine and its CPU, which
+forks where it can and so starts within a tenth of a second. Both give a restarted process a clean table of addresses.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from data_parallel import COLLECTIVE_TIMEOUT, Team
+from data_parallel import COLLECTIVE_TIMEOUT, Team, rank_device
 from workbench import check_range
 
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
@@ -44,11 +44,9 @@ def attempt() -> int:
     return int(os.environ.get(ATTEMPT, "0"))
 
 
-def own_device() -> torch.device:
-    """The GPU of this process's place on its machine, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+def own_device(name: str = "auto") -> torch.device:
+    """The device of this process: under torchrun that of its place, otherwise the CPU, as in `run_processes`."""
+    return rank_device(name) if "LOCAL_RANK" in os.environ else torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -71,9 +69,9 @@ def joined(timeout: datetime.timedelta = COLLECTIVE_TIMEOUT, apart: bool = True)
     store = dist.TCPStore(host, port, size, is_master=we_hold, timeout=timeout)
     if apart:
         store = dist.PrefixStore(f"attempt-{attempt()}", store)
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(own_device())
+    device, backend = own_device(), "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # counts and messages stay on the CPU
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     yield Team(rank, size)
@@ -133,16 +131,13 @@ class LaunchConfig:
 
 
 def run_processes(worker: Callable, launch: LaunchConfig, *args: Any) -> list[Any]:
-    """Call worker(team, *args) in `size` forked processes that can talk to each other; return their results by rank.
+    """Call worker(team, *args) in `size` processes that can talk to each other, on the CPU; their results by rank.
 
     Results are tensors and plain values. When one process fails all others are ended, and everything starts again as
-    often as max_restarts allows. Raises ProcessFailed with the first cause, or ValueError if the cause is one; and
-    ValueError where processes cannot be forked (Windows) or must not be (CUDA): there torchrun starts them.
+    often as max_restarts allows. Raises ProcessFailed with the first cause, or ValueError if the cause is one.
     """
     if launch.size == 1:
         return [worker(Team(), *args)]
-    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
-        raise ValueError("processes cannot be forked here; start them with torchrun --nproc-per-node N")
     with address_table() as port:  # one for all attempts, as torchrun has it
         for number in itertools.count():
             try:
@@ -153,6 +148,15 @@ def run_processes(worker: Callable, launch: LaunchConfig, *args: Any) -> list[An
                 print(f"{failure}; starting again ({number + 1} of {launch.max_restarts})", file=sys.stderr)
 
 
+def start_method() -> str:
+    """How processes start: forked; or afresh, some seconds slower, on Windows and where there is a GPU.
+
+    With a GPU the backward pass has threads, and refuses to run in a process that was forked after they had started.
+    """
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    return "fork" if can_fork and not torch.cuda.is_available() else "spawn"
+
+
 @contextlib.contextmanager
 def address_table() -> Iterator[int]:
     """Within the block a process of its own holds the table of addresses at this port.
@@ -160,7 +164,7 @@ def address_table() -> Iterator[int]:
     Not this process: the table is served by a thread, and a process that is forked while a thread holds a lock waits
     for that lock for ever.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(start_method())
     ours, theirs = context.Pipe()
     host = context.Process(target=hold_table, args=(theirs,), daemon=True)
     host.start()
@@ -180,7 +184,7 @@ def hold_table(pipe: Connection) -> None:
 
 def run_once(worker: Callable, launch: LaunchConfig, port: int, number: int, args: tuple) -> list[Any]:
     """One attempt: start all, wait until all are done or one failed, and leave no process behind."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(start_method())
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=member, args=(rank, worker, launch, port, number, Path(folder), args), daemon=True)
@@ -209,10 +213,14 @@ def run_once(worker: Callable, launch: LaunchConfig, port: int, number: int, arg
 def member(
     rank: int, worker: Callable, launch: LaunchConfig, port: int, number: int, folder: Path, args: tuple
 ) -> None:
-    """The life of one process; what it returns or raises lies in the folder afterwards."""
+    """The life of one process; what it returns or raises lies in the folder afterwards.
+
+    It ends at once, without destructors: those of a broken group may wait for its dead, or end the process themselves.
+    """
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": launch.size, ATTEMPT: number, AGENT_STORE: True}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"LOCAL_WORLD_SIZE": launch.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"CUDA_VISIBLE_DEVICES": ""}  # all compute on the CPU, however many GPUs there are
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         if number and rank == launch.size - 1:
@@ -220,11 +228,15 @@ def member(
         with joined(datetime.timedelta(seconds=launch.timeout), launch.apart) as team:
             result = worker(team, *args)
         torch.save(result, folder / f"{rank}.pt")
+        sys.stdout.flush()
+        os._exit(0)
+    except SystemExit as left:
+        os._exit(left.code if isinstance(left.code, int) else 1)
     except Exception as error:
         text = " ".join(str(error).split())
         record = {"time": time.monotonic(), "kind": type(error).__name__, "text": text, "all": traceback.format_exc()}
         torch.save(record, folder / f"{rank}.error")
-        os._exit(1)  # at once: the destructors of a broken group may wait for its dead
+        os._exit(1)
 
 
 def first_failure(processes: list, folder: Path) -> Exception:

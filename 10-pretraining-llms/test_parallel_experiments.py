@@ -39,6 +39,13 @@ TINY = ParallelConfig(
 )
 
 
+def test_processes_of_our_own_do_not_take_a_gpu(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="compute on the CPU, got --device cuda; for GPUs start it by torchrun"):
+        parallel_experiments.parallel(TINY, RunConfig(device="cuda", out=tmp_path))
+
+
 def test_killed_and_restarted_comes_to_the_same_bits_and_goes_on_with_four(tmp_path, parity, capfd) -> None:
     whole = run_processes(train_in_team, LaunchConfig(2), TINY, RunConfig(out=tmp_path / "whole"))[0]
     config = dataclasses.replace(TINY, fault="kill", fault_step=5)

@@ -6,9 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import process_launch
 from data_parallel import Team
-from process_launch import AGENT_STORE, ATTEMPT, Fault, LaunchConfig, ProcessFailed, attempt, joined, run_processes
+from process_launch import (
+    AGENT_STORE,
+    ATTEMPT,
+    Fault,
+    LaunchConfig,
+    ProcessFailed,
+    attempt,
+    joined,
+    own_device,
+    run_processes,
+)
 
 QUICK = LaunchConfig(2, timeout=20.0)
 
@@ -42,6 +54,16 @@ def test_results_come_in_the_order_of_ranks() -> None:
 
 def rank_of(team: Team) -> int:
     return team.rank
+
+
+def test_where_there_is_a_gpu_processes_start_afresh_and_compute_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert process_launch.start_method() == "spawn"
+    assert run_processes(work_and_place, LaunchConfig(2), Fault()) == [[0, 9.0, "cpu"]] * 2
+
+
+def work_and_place(team: Team, fault: Fault) -> list:
+    return [*work(team, fault), str(own_device())]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from low_rank_adapters import (
 )
 from modern_llm_architectures import CausalLM
 from nf4 import quantize_model, weight_bytes
-from packing import Batch, EpochOrder, pack
+from packing import Batch, EpochOrder, pack, to_device
 from prompt_tuning import PromptTuned, add_biases, add_bottlenecks, add_prefix, trained_parameters
 from sequence_modeling import IGNORE, device_of
 from tiny_world import (
@@ -248,7 +248,7 @@ def answer_gap(model: nn.Module, tokenizer: CourseTokenizer, config: AnswerConfi
     for category in INSTRUCT:
         asked = world.instructions(config.n_questions, config.exam_seed, config.exam_split, category)
         batch = DialogueBatches(encode_dialogues(tokenizer, asked), len(asked), 0)(0)
-        loss, count = answer_loss(model.eval(), {name: part.to(device_of(model)) for name, part in batch.items()})
+        loss, count = answer_loss(model.eval(), to_device(batch, device_of(model)))
         paid, n_tokens = paid + loss.item(), n_tokens + int(count)
         floor += sum(sum(item.surprisal) for item in asked)
     return (paid - floor) / n_tokens
@@ -394,7 +394,7 @@ def fisher_diagonal(
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
     for step in range(n_batches):
-        batch = {name: part.to(device_of(model)) for name, part in batches(step).items()}
+        batch = to_device(batches(step), device_of(model))
         logits, _ = counted_logits(model, batch)  # (tokens, vocab)
         drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]  # (tokens)
         loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")

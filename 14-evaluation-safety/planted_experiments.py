@@ -240,7 +240,7 @@ def bias(config: PlantedFiguresConfig, run: RunConfig) -> None:
     ]
     for row in rows:
         columns = [[row[place + 1][seed] for place in range(len(STRENGTHS))] for seed in seeds]
-        row.append([spearman(STRENGTHS, column) if np.std(column) else 0.0 for column in columns])
+        row.append([spearman(STRENGTHS, column) if len(set(column)) > 1 else 0.0 for column in columns])
     heads = [Column("measure", digits="s"), *(Column(f"{strength:+g}", "planted", "+.2f") for strength in STRENGTHS)]
     config.save("bias", [*heads, Column("rank correlation", digits="+.2f")], rows)
     p_values = [
