@@ -28,6 +28,7 @@ from workbench import (
     Column,
     Exercise,
     RunConfig,
+    alone,
     check_folder,
     check_range,
     describe_machine,
@@ -352,6 +353,23 @@ def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_a_verb_that_writes_several_files_runs_alone_in_its_folder(tmp_path: Path, capsys) -> None:
+    ran = []
+
+    @alone
+    def save(run: RunConfig) -> None:
+        """Save two files."""
+        with locked(run.out):  # as training does
+            ran.append(run.out)
+
+    arguments = ["save", "--out", str(tmp_path)]
+    with locked(tmp_path, ".verb.lock"), pytest.raises(SystemExit) as refused:
+        run_verbs("", {"save": (save, RunConfig)}, arguments)
+    assert refused.value.code == 2 and not ran and "is in use by another run" in capsys.readouterr().err
+    run_verbs("", {"save": (save, RunConfig)}, arguments)
+    assert ran == [tmp_path]
 
 
 def draw_figure():

@@ -192,6 +192,12 @@ def field_notes(config_cls: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", "\n".join(sources), re.MULTILINE))
 
 
+def alone(verb: Callable) -> Callable:
+    """Mark a verb that writes several files: `run_verbs` holds --out for it, so that two runs never mix theirs."""
+    verb.alone = True
+    return verb
+
+
 def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None = None) -> None:
     """Parse `[verb] [--flag value ...]` and call verbs[verb] = (function, *config classes); no verb means demo.
 
@@ -219,10 +225,13 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     function, *config_classes = verbs[args.verb]
     try:
         configs = [config_from_args(config_cls, args) for config_cls in config_classes]
-        for config in configs:
-            if isinstance(config, RunConfig):
-                torch.set_num_threads(config.threads)
-        function(*configs)
+        with contextlib.ExitStack() as held:
+            for config in configs:
+                if isinstance(config, RunConfig):
+                    torch.set_num_threads(config.threads)
+                    if getattr(function, "alone", False):
+                        held.enter_context(locked(config.out, ".verb.lock"))  # what it calls may hold .lock
+            function(*configs)
         if sys.stdout:
             sys.stdout.flush()  # here, where a full disk still gets its line
     except KeyboardInterrupt:
@@ -314,10 +323,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Hold `folder` for one run; raise ValueError at once if another run holds it. The lock dies with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / name, "a+") as file:
         try:
             if sys.platform == "win32":
                 import msvcrt

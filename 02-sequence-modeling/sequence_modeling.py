@@ -1139,7 +1139,7 @@ def bench(config: BenchConfig, run: RunConfig) -> None:
     x = torch.randn(config.batch_size, config.seq_len, config.d_hidden, device=device)
     for cell, layer_cls in CELLS.items():
         ours = layer_cls(config.d_hidden, config.d_hidden).to(device)
-        layers = {"ours": ours, "torch": ours.to_torch()}
+        layers = {"ours": ours, "torch": ours.to_torch().to(device)}
         seconds = time_in_turns(
             {name: partial(forward_backward, layer, x) for name, layer in layers.items()}, config.n_repeats
         )

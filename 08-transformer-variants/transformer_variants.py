@@ -120,6 +120,7 @@ from vision_transformer import (
 from workbench import (
     ROOT,
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -617,6 +618,7 @@ def pretrain_vit(run: RunConfig, folder: Path, device: torch.device) -> None:
     print(f"\nNow ask it: python {shown(SCRIPT)} classify picture.png{where(run)}")
 
 
+@alone
 def finetune(config: FinetuneConfig, run: RunConfig) -> None:
     """Turn a pretrained BERT into a classifier of whole texts, of your own classes or of what TinyWorld can say."""
     seed_everything(run.seed)

@@ -57,6 +57,7 @@ from tiny_world import held_out as on_held_out_side
 from training_transformers import TrainConfig, fit
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_range,
     describe_machine,
@@ -341,6 +342,7 @@ def samples(model: nn.Module, tokenizer: CourseTokenizer) -> list[tuple[str, str
 # The verbs
 
 
+@alone
 def chat(config: ChatConfig, exam: AnswerConfig, run: RunConfig, folder: Path = BASE_FOLDER) -> None:
     """Make the chat model from the course model; save it as a Llama folder with tokenizer, chat template and card."""
     announce(f"train on conversations, {config.chat_steps:,} steps", 30 + 0.2 * config.chat_steps)

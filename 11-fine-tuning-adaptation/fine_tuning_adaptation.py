@@ -49,7 +49,17 @@ from tiny_world import (
     words,
 )
 from training_transformers import LossFn, TrainConfig, fit
-from workbench import RunConfig, announce, check_name, check_range, pick_device, run_verbs, seed_everything, shown
+from workbench import (
+    RunConfig,
+    alone,
+    announce,
+    check_name,
+    check_range,
+    pick_device,
+    run_verbs,
+    seed_everything,
+    shown,
+)
 
 # Dialogues: what is written, and what of it the loss counts
 
@@ -595,6 +605,7 @@ def base_parameters() -> int:
     return sum(parameter.numel() for parameter in load_course_model()[0].parameters())
 
 
+@alone
 def sft(how: MethodConfig, lora: LoraConfig, config: SftConfig, exam: AnswerConfig, run: RunConfig) -> None:
     """Fine-tune the course model on instructions by any method; save a model or, for LoRA and DoRA, an adapter."""
     model, before, after = adapted(how, lora, config, exam, run)
@@ -640,6 +651,7 @@ def evaluate(chosen: AdapterConfig, exam: AnswerConfig, run: RunConfig) -> None:
         print(f"  {join(item.prompt)} -> {text}{'' if item.check(words(text)) else '   (wrong)'}")
 
 
+@alone
 def merge_folder(chosen: AdapterConfig, run: RunConfig) -> None:
     """Add an adapter to its base model and save the whole as one Llama folder."""
     if not chosen.adapter:

@@ -30,7 +30,7 @@ from sequence_modeling import IGNORE, device_of
 from shards import ShardBatches, ShardConfig
 from tiny_world import World
 from training_transformers import LossFn, TrainConfig, fit
-from workbench import RunConfig, announce, check_name, check_range, pick_device, seed_everything, shown
+from workbench import RunConfig, alone, announce, check_name, check_range, pick_device, seed_everything, shown
 
 MODES = ("scratch", "logits", "features", "on-policy")
 
@@ -246,6 +246,7 @@ def student_training(max_steps: int, learning_rate: float, batch_size: int = 8, 
     )
 
 
+@alone
 def distill(config: StudentConfig, run: RunConfig) -> None:
     """Train a small model from a large one, and one of the same size without it for the same FLOPs; save the first."""
     announce(f"distil {shown(config.folder)} ({config.mode}), and train from scratch beside it", 0.2 * config.max_steps)

@@ -28,7 +28,7 @@ from quantized_model import Exam, float_bytes
 from tiny_world import World
 from training_transformers import TrainConfig, fit
 from weight_quantization import pack_codes, unpack_codes
-from workbench import RunConfig, announce, check_name, check_range, seed_everything, shown
+from workbench import RunConfig, alone, announce, check_name, check_range, seed_everything, shown
 
 Pattern = tuple[int, int]  # (n, m): n of every m neighbours stay
 UNSTRUCTURED, STRUCTURED = ("magnitude", "wanda"), ("heads", "neurons", "layers")
@@ -339,6 +339,7 @@ def pruned(model: CausalLM, what: str, share: float, batches: list[Batch]) -> Ca
     return copied
 
 
+@alone
 def prune(config: PruneConfig, run: RunConfig) -> None:
     """Prune a model, save it as a Llama folder, and say what became smaller and what was lost."""
     announce(f"prune {shown(config.folder)} by {config.what}", 20)

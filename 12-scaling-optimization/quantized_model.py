@@ -55,6 +55,7 @@ from training_transformers import TrainConfig, fit
 from weight_quantization import QuantFormat, Quantised, quantise
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -372,6 +373,7 @@ class QuantizeConfig(CheckpointConfig):
         return Recipe(self.method, fmt, self.embedding_bits)
 
 
+@alone
 def quantize(config: QuantizeConfig, run: RunConfig) -> None:
     """Quantise a model, save it as a folder, and say what it weighs and what it lost."""
     announce(f"quantise {shown(config.folder)} by {config.method} to {config.n_bits} bits", 20)

@@ -32,6 +32,7 @@ from modern_llm_architectures import Block, CausalLM
 from sequence_modeling import IGNORE
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_range,
     describe_machine,
@@ -104,6 +105,7 @@ def agreement(target: CausalLM, draft: CausalLM, batches: DialogueBatches, n_bat
     return torch.cat(found).mean().item()
 
 
+@alone
 def draft(config: DraftConfig, run: RunConfig) -> None:
     """Teach a small model to speak like the chat model, for speculative decoding; save it as a folder with a card."""
     announce(f"distil the chat model into a draft, {config.max_steps:,} steps", 15 + 0.15 * config.max_steps)

@@ -44,7 +44,16 @@ from served_model import CourseServing, ServedModel
 from serving_engine import EngineConfig
 from tiny_world import ATTRIBUTES, join, pick
 from training_transformers import TrainConfig, fit
-from workbench import RunConfig, announce, check_range, describe_machine, seed_everything, shown, write_atomically
+from workbench import (
+    RunConfig,
+    alone,
+    announce,
+    check_range,
+    describe_machine,
+    seed_everything,
+    shown,
+    write_atomically,
+)
 
 ADAPTER = Path(__file__).parent / "agent_adapter"
 BASE = "11-fine-tuning-adaptation/model"
@@ -270,6 +279,7 @@ def train_agent(config: AgentTrainConfig, run: RunConfig) -> tuple[CausalLM, Cou
     return model, tokenizer, log
 
 
+@alone
 def teach_agent(config: AgentTrainConfig, run: RunConfig) -> None:
     """Train the policy on the oracle's traces, examine it, and write its adapter with a card to --out."""
     announce(f"train an agent's policy, {config.agent_steps} steps", 30 + 0.5 * config.agent_steps)

@@ -41,7 +41,16 @@ from sandbox import Limits, Sandbox, Submission, Verdict, judge
 from sequence_modeling import device_of
 from text_metrics import mean_pass_at_k, score_texts
 from training_transformers import fit
-from workbench import RunConfig, announce, check_range, describe_machine, seed_everything, shown, write_atomically
+from workbench import (
+    RunConfig,
+    alone,
+    announce,
+    check_range,
+    describe_machine,
+    seed_everything,
+    shown,
+    write_atomically,
+)
 
 FOLDER = Path(__file__).parent / "code_model"
 ROW = 256  # positions of a training row
@@ -459,6 +468,7 @@ def quick_exam(code: CodeModel) -> dict[str, float]:
     return examine(code, exam_tasks(12, 3), 10)
 
 
+@alone
 def code_train(config: CodeTrainConfig, run: RunConfig) -> None:
     """Make the code model: references, then expert iteration with the sandbox; save it as a folder with a card."""
     seconds = 0.25 * (config.base_steps + config.n_rounds * config.tune_steps) + 40 * config.n_rounds + 60

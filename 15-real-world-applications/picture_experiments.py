@@ -52,6 +52,7 @@ from scene_pictures import (
 from workbench import (
     Column,
     RunConfig,
+    alone,
     announce,
     check_range,
     describe_machine,
@@ -319,6 +320,7 @@ def picture(config: PictureQuestionConfig, run: RunConfig) -> None:
         print(model.answer(tokenizer, pixels[None], [prompt])[0].strip())
 
 
+@alone
 def train_pictures(config: PictureConfig, exam: PictureExam, run: RunConfig) -> None:
     """Train encoders, projector and updates, examine them, and write out/picture_model with its card."""
     announce(

@@ -56,7 +56,7 @@ from retrieval_answers import (
 )
 from text_chunks import Chunk, ChunkConfig
 from tiny_world import ATTRIBUTES, World
-from workbench import Column, RunConfig, announce, check_range, save_figure, save_results
+from workbench import Column, RunConfig, alone, announce, check_range, save_figure, save_results
 
 QUESTION_SET = Path(__file__).parent / "question_set.jsonl"
 COMMAND = "python 15-real-world-applications/real_world_applications.py figures"
@@ -470,6 +470,7 @@ class EncoderConfig(DenseConfig):
     """How the encoder of passages is trained."""
 
 
+@alone
 def encoder(config: EncoderConfig, run: RunConfig) -> None:
     """Train the encoder on the course and Python's reference, and save an index with its vectors in --out."""
     chunks, words = shelf_words(course_documents())

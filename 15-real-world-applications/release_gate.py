@@ -50,7 +50,7 @@ from server import background_server
 from serving_engine import Engine, EngineConfig
 from tiny_world import World
 from weight_quantization import QuantFormat
-from workbench import RunConfig, announce, check_name, check_range, describe_machine, shown, write_atomically
+from workbench import RunConfig, alone, announce, check_name, check_range, describe_machine, shown, write_atomically
 
 THRESHOLDS = Path(__file__).parent / "release_thresholds.json"
 LEVEL = 0.95  # of every interval
@@ -383,6 +383,7 @@ def measure(endpoint: Endpoint, url: str, config: GateConfig, seed: int, key: st
     return made
 
 
+@alone
 def release_gate(config: GateConfig, run: RunConfig) -> None:
     """Say whether a chat model may ship: exit code 0, or 1 with the reasons."""
     thresholds = read_thresholds(Path(config.thresholds))

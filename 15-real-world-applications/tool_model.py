@@ -48,6 +48,7 @@ from tiny_world import held_out as on_held_out_side
 from training_transformers import TrainConfig, fit
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -589,6 +590,7 @@ def tool_card(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@alone
 def tool_adapter(config: ToolTrainConfig, exam: ToolExamConfig, run: RunConfig) -> None:
     """Teach the course chat model its tools; save the adapter with report and card to --out."""
     announce(f"train on tool dialogues, {config.tool_steps:,} steps", 60 + 0.2 * config.tool_steps)
