@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from optimizers import AdamW, RuleOptimizer, build_optimizer, shrink
-from packing import Batch, BucketedBatches, PackedTransformer, language_model_loss
-from sequence_modeling import BOS_ID, FIRST_TOKENS
+from packing import Batch, BucketedBatches, PackedTransformer, language_model_loss, to_device
+from sequence_modeling import BOS_ID, FIRST_TOKENS, device_of
 from training_monitors import attention_entropy, loss_spikes
 from training_transformers import TrainConfig, WorldBatches, backward_in_parts, fit, gradient_norm, world_losses
 from transformer_architecture import ModelConfig, held_out_documents, start_as_identity, tiny_world
@@ -260,7 +260,7 @@ def precision_gallery(n_steps: int, run: RunConfig) -> list[Row]:
     config = TrainConfig(max_steps=n_steps, warmup_steps=n_steps // 10)
     model = new_model(MODEL, run)
     fit(model, WorldBatches(config, run.seed), language_model_loss, config)
-    batch = WorldBatches(dataclasses.replace(config, batch_size=64), run.seed + 1)(0)
+    batch = to_device(WorldBatches(dataclasses.replace(config, batch_size=64), run.seed + 1)(0), device_of(model))
     with torch.no_grad():
         probabilities = model(batch["inputs"]).softmax(dim=-1).flatten() / batch["targets"].numel()
     zeros = [(scale * probabilities).half().eq(0).float().mean().item() for scale in (2.0**16, 1.0)]
