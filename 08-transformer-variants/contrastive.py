@@ -252,6 +252,7 @@ def retrieval_accuracy(model: DualEncoder, pictures: Tensor, numbers: Tensor) ->
     """
     model.eval()
     captions = model.text_proj(model.text(model.tokens(list(CAPTIONS))))  # (captions, d_shared)
+    pictures, numbers = pictures.to(captions.device), numbers.to(captions.device)
     scores = similarity(model.vision(pictures), captions)  # (pictures, captions)
     to_text = (scores.argmax(dim=1) == numbers).float().mean().item()
     asked = numbers.unique()

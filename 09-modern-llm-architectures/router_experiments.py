@@ -22,6 +22,7 @@ from llm_config import ExpertConfig, ModelConfig
 from mixture_of_experts import MixtureOfExperts, SwitchRouter, load_balance_loss, load_entropy, router_z_loss
 from modern_llm_architectures import CausalLM
 from packing import Batch, language_model_loss
+from sequence_modeling import device_of
 from training_transformers import WorldBatches
 from workbench import Column, RunConfig, save_figure, seed_everything
 
@@ -99,7 +100,7 @@ class RouterLoss:
 @torch.no_grad()
 def held_out_load(model: nn.Module) -> dict[str, float]:
     """Load entropy and share of dead experts, means over the layers, on rows that no training draws."""
-    model(WorldBatches(replace(TRAINING, batch_size=64), seed=2**30)(0)["inputs"])
+    model(WorldBatches(replace(TRAINING, batch_size=64), seed=2**30)(0)["inputs"].to(device_of(model)))
     counts = [layer.counts.double() for layer in expert_layers(model)]
     dead = [(count < DEAD * count.mean()).double().mean().item() for count in counts]
     return {"entropy": float(np.mean([load_entropy(count) for count in counts])), "dead": float(np.mean(dead))}

@@ -31,7 +31,7 @@ from deduplication import MinHashConfig, MinHasher, collision_probability, jacca
 from dirty_corpus import LEAKS, DirtConfig, Page, dirty_corpus, edited, evaluation_documents, world_page
 from packing import Batch, PackedBatches, PackedTransformer, language_model_loss
 from pretraining_objectives import fim_document
-from sequence_modeling import BOS_ID, EOS_ID, IGNORE, UNK_ID, Vocabulary, document_losses, gap_to_floor
+from sequence_modeling import BOS_ID, EOS_ID, IGNORE, UNK_ID, Vocabulary, device_of, document_losses, gap_to_floor
 from tiny_world import Document, World, canary_text, random_canaries, words
 from training_transformers import TrainConfig, fit
 from transformer_architecture import ModelConfig, held_out_documents, start_as_identity
@@ -338,7 +338,8 @@ def canary_ranks(model: nn.Module, canaries: Sequence[str]) -> list[int]:
     prefix = paragraph_ids(canary_text("The secret number is"))[:-1]
     thousand = list(itertools.product(range(10), repeat=3))
     rows = torch.tensor([[*prefix, *(int(columns[digit]) for digit in digits)] for digits in thousand])  # (rows, seq)
-    logits = torch.cat([model(part)[:, -4:, columns] for part in rows.split(250)])  # (rows, 4, digits)
+    parts = rows.to(device_of(model)).split(250)
+    logits = torch.cat([model(part)[:, -4:].cpu()[..., columns] for part in parts])  # (rows, 4, digits)
     logs = F.log_softmax(logits.double(), dim=-1)  # (rows, 4, digits)
     known = sum(logs[torch.arange(1000), place, torch.tensor(thousand)[:, place]] for place in range(3))  # (rows)
     scores = (known[:, None] + logs[:, 3]).flatten()  # (candidates)
@@ -488,7 +489,7 @@ def middle_loss(model: nn.Module, documents: Sequence[Document]) -> float:
     for document in documents:
         ids = fim_document([BOS_ID, *vocabulary().encode(document.tokens)], fim_ids(), rng, 1.0)
         start = ids.index(fim_ids()[2])
-        logits = model(torch.tensor([ids[:-1]]))  # (1, seq, vocab)
+        logits = model(torch.tensor([ids[:-1]], device=device_of(model))).cpu()  # (1, seq, vocab)
         targets = torch.tensor([ids[1:]])  # (1, seq)
         targets[:, :start] = IGNORE
         total += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
