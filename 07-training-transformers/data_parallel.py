@@ -26,7 +26,8 @@ def rank_device(name: str = "auto") -> torch.device:
     """
     if "LOCAL_RANK" not in os.environ or name not in ("auto", "cuda"):
         return pick_device(name)
-    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    n_gpus = torch.cuda.device_count()
     if n_gpus >= n_processes:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if name == "cuda":

@@ -106,13 +106,15 @@ def test_every_failure_has_a_row_with_its_sound_and_its_broken_value(tmp_path, m
 
 def as_torchrun_would(rank: int, port: int, config: ParallelConfig, out: Path) -> None:
     """One process of the verb, told where it is by the variables that torchrun sets."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | {AGENT_STORE: "True"})
     torch.set_num_threads(1)
     parallel(config, RunConfig(out=out))
     sys.stdout.flush()
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_verb_runs_under_torchruns_variables(tmp_path, capfd) -> None:
     context = multiprocessing.get_context("fork")
     with address_table() as port:
