@@ -4,6 +4,8 @@ python 01-prerequisites/exercises_01.py                 # statements and hints
 python 01-prerequisites/exercises_01.py my_answers.py   # check your file
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import copy
 import math
 

@@ -13,6 +13,8 @@ differentiation); Polyak 1964 (momentum); Kingma and Ba 2015, arXiv:1412.6980 (A
 al. 2015, arXiv:1502.01852 (initialisation); Williams, Waterman and Patterson 2009 (roofline).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator

@@ -6,6 +6,8 @@ python 01-prerequisites/workbench.py links        # rewrite the line ranges of l
 python 01-prerequisites/workbench.py --help
 """
 
+import interrupts
+
 import sys
 
 if __name__ == "__main__" and sys.argv[1:2] == ["doctor"]:  # asked where the imports below may fail
@@ -235,7 +237,7 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
         if sys.stdout:
             sys.stdout.flush()  # here, where a full disk still gets its line
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; what was saved stays\n")
+        parser.exit(interrupts.EXIT_CODE, interrupts.FAREWELL + "\n")
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():
             sys.exit(141)

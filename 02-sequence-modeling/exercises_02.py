@@ -4,6 +4,8 @@ python 02-sequence-modeling/exercises_02.py                # print the exercises
 python 02-sequence-modeling/exercises_02.py my_answers.py  # check your answers
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 from collections import Counter

@@ -11,6 +11,8 @@ library. It is the work of the Python Software Foundation and its contributors, 
 (https://docs.python.org/3/license.html); nothing of it is copied into this repository.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import ast
 import bz2
 import csv

@@ -10,6 +10,8 @@ Papers: Kneser and Ney 1995; Elman 1990; Hochreiter and Schmidhuber 1997; Cho et
 Sutskever et al. 2014 (arXiv 1409.3215).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import hashlib
 import itertools
 import json

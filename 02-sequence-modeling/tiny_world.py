@@ -17,6 +17,8 @@ another noun, arXiv 1611.01368); Weston et al. 2015 (stories with questions, arX
 (canaries, arXiv 1802.08232).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 import random

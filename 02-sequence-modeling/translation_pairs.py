@@ -13,6 +13,8 @@ open, a rule decides: `they` is `ils`, `them` is masculine, `your` is `votre`.
 lies between 1950 and 2049.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import datetime
 import random
 import re

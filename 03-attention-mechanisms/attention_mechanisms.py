@@ -9,6 +9,8 @@ concat; Vaswani et al. 2017 (arXiv 1706.03762), scaled dot products and heads; D
 attention tile by tile; Katharopoulos et al. 2020 (arXiv 2006.16236), linear attention.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 from collections.abc import Callable, Iterator

@@ -4,6 +4,8 @@ python 03-attention-mechanisms/exercises_03.py                # the exercises
 python 03-attention-mechanisms/exercises_03.py my_answers.py  # grade the functions that your file defines
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 from collections.abc import Callable
 

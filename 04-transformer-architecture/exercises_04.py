@@ -4,6 +4,8 @@ python 04-transformer-architecture/exercises_04.py                # the exercise
 python 04-transformer-architecture/exercises_04.py my_answers.py  # grade the functions that your file defines
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 from collections.abc import Callable
 

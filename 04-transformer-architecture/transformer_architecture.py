@@ -12,6 +12,8 @@ al. 2020 (arXiv 1910.10683), relative positions; Su et al. 2021 (arXiv 2104.0986
 Lewis 2022 (arXiv 2108.12409), attention with linear biases.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import functools
 import math
 import statistics

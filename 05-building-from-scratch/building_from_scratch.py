@@ -9,6 +9,8 @@ Papers: Vaswani et al. 2017 (arXiv 1706.03762), the architecture and the schedul
 1512.00567), label smoothing; Wu et al. 2016 (arXiv 1609.08144), beam search with a length penalty.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import difflib
 import hashlib
 import io

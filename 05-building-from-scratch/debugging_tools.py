@@ -8,6 +8,8 @@ A bug in a Transformer seldom raises an error: shapes fit, the loss falls, and t
 measures one number with a known right value.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,6 +3,8 @@
 python 05-building-from-scratch/exercises_05.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 from collections.abc import Callable
 

@@ -3,6 +3,8 @@
 python 06-tokenization-embeddings/exercises_06.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import codecs
 import itertools
 import math

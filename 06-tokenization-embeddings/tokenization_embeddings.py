@@ -9,6 +9,8 @@ Each tokenizer has a file of its own and all names can be imported from here. Ea
 of the Hugging Face library.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import os
 import random

@@ -9,6 +9,8 @@ skip-gram, negative sampling, subsampling), Pennington et al. 2014 (GloVe), Levy
 factorises), Linzen 2016 (arXiv 1606.07736: what an analogy test measures without its offset).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 import random

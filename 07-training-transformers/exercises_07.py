@@ -3,6 +3,8 @@
 python 07-training-transformers/exercises_07.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import hashlib
 import json
 import math

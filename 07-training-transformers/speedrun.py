@@ -12,6 +12,8 @@ Papers: Jordan et al. 2024, Muon; Henry et al. 2020 (arXiv 2010.04245), normalis
 (https://github.com/karpathy/nanoGPT).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import functools
 import math
 import re

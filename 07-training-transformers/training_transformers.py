@@ -10,6 +10,8 @@ Papers: Micikevicius et al. 2018 (arXiv 1710.03740), mixed precision and loss sc
 averaging of the weights; Smith 2017 (arXiv 1506.01186), the range test.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import contextlib
 import copy
 import dataclasses

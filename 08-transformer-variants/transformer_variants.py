@@ -11,6 +11,8 @@ Papers: Devlin et al. 2019 (arXiv 1810.04805), BERT; Radford et al. 2019, GPT-2;
 T5; Dosovitskiy et al. 2021 (arXiv 2010.11929), ViT; the modules named below give the others.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import json
 import math
 import re

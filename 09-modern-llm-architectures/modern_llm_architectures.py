@@ -9,6 +9,8 @@ Touvron et al. 2023 (Llama 2, arXiv 2307.09288), Jiang et al. 2023 (Mistral, arX
 arXiv 2505.09388), Jiang et al. 2024 (Mixtral, arXiv 2401.04088), DeepSeek-AI 2024 (V3, arXiv 2412.19437).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import json
 import math
 from collections.abc import Callable, Iterator

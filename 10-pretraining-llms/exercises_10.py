@@ -3,6 +3,8 @@
 python 10-pretraining-llms/exercises_10.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import random
 from collections.abc import Callable
 

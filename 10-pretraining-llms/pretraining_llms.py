@@ -8,6 +8,8 @@ torchrun --nproc-per-node 2 10-pretraining-llms/pretraining_llms.py pretrain   #
 torchrun --nproc-per-node 2 10-pretraining-llms/pretraining_llms.py parallel --scheme zero1
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import dataclasses
 import tempfile
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ Wei et al. 2022 (FLAN, arXiv 2109.01652), Ouyang et al. 2022 (InstructGPT, arXiv
 (ULMFiT, arXiv 1801.06146: discriminative rates), Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

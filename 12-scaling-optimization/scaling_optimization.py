@@ -11,6 +11,8 @@ Kaplan et al. 2020 (arXiv 2001.08361), Hoffmann et al. 2022 (arXiv 2203.15556), 
 1910.02054), Narayanan et al. 2021 (arXiv 2104.04473).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import datetime
 import json
 from dataclasses import asdict, dataclass, replace

@@ -5,6 +5,8 @@ python 13-inference-at-scale/exercises_13.py my_answers.py
 Two of them mend what is broken in broken_parts.py.
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 import random

@@ -12,6 +12,8 @@ Kwon et al. 2023 (paged cache, arXiv 2309.06180), Yu et al. 2022 (continuous bat
 (speculative decoding, arXiv 2211.17192).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import time
 from dataclasses import dataclass
 from typing import Any, Literal

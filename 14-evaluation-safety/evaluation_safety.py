@@ -13,6 +13,8 @@ python 14-evaluation-safety/evaluation_safety.py figures coverage judge   # meas
 Chen et al. 2021 (pass@k, arXiv 2107.03374), Gao et al. 2024 (lm-evaluation-harness, doi 10.5281/zenodo.12608602).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

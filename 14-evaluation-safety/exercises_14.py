@@ -3,6 +3,8 @@
 python 14-evaluation-safety/exercises_14.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import itertools
 import math
 import random

@@ -3,6 +3,8 @@
 python 15-real-world-applications/exercises_15.py my_answers.py
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 import json
 import math
 import random

@@ -15,6 +15,8 @@ Robertson and Zaragoza 2009 (BM25), Lewis et al. 2020 (retrieval-augmented gener
 2022 (ReAct, arXiv 2210.03629), Liu et al. 2023 (LLaVA, arXiv 2304.08485).
 """
 
+import interrupts  # noqa: F401 - Ctrl-C during the imports below ends in one line
+
 from dataclasses import dataclass
 from typing import Any, Literal
 
