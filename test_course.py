@@ -61,7 +61,7 @@ def test_folder_lists_in_pyproject_equal_the_disk() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     on_disk = [topic.name for topic in TOPICS]
     assert project["hatch"]["build"]["dev-mode-dirs"] == on_disk
-    assert project["pytest"]["ini_options"]["pythonpath"] == on_disk
+    assert project["pytest"]["ini_options"]["pythonpath"] == [".", *on_disk]  # the root: for processes started afresh
     assert project["pyright"]["extraPaths"] == on_disk
 
 
