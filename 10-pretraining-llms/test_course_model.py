@@ -40,7 +40,8 @@ SHORT = PretrainConfig(max_steps=6, batch_size=3, seq_len=80, warmup_steps=2, co
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrained")
-    model, tokenizer, corpus, log = pretrain_model(TINY, SOURCE, replace(SHORT, save_every=3), RunConfig(out=out))
+    run = RunConfig(out=out, device="cpu")
+    model, tokenizer, corpus, log = pretrain_model(TINY, SOURCE, replace(SHORT, save_every=3), run)
     return model, tokenizer, corpus, log, out
 
 
