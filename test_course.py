@@ -52,6 +52,41 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+ALONE = {  # the verbs that write several files which belong together, by their modules
+    "agent_tasks": ("teach_agent",),
+    "chat_model": ("chat",),
+    "code_model": ("code_train",),
+    "course_model": ("pretrain", "shards"),
+    "distillation": ("distill",),
+    "draft_model": ("draft",),
+    "evaluation_safety": ("report", "task"),
+    "fine_tuning_adaptation": ("merge_folder", "sft"),
+    "guard_suite": ("guard",),
+    "language_experiments": ("train_language",),
+    "modern_llm_architectures": ("demo",),
+    "picture_experiments": ("train_pictures",),
+    "pruning": ("prune",),
+    "quantized_model": ("quantize",),
+    "rag_experiments": ("encoder",),
+    "release_gate": ("release_gate",),
+    "tokenization_embeddings": ("course",),
+    "tool_model": ("tool_adapter",),
+    "training_transformers": ("demo",),
+    "transformer_variants": ("finetune", "pretrain"),
+}
+
+
+def test_verbs_that_write_several_files_refuse_a_second_run_in_their_folder() -> None:
+    found = {}
+    for path in PLAIN_MODULES:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+        marked = [node.name for node in functions if "alone" in map(ast.unparse, node.decorator_list)]
+        if marked:
+            found[path.stem] = tuple(sorted(marked))
+    assert found == ALONE
+
+
 def test_fifteen_topics_each_with_a_chapter() -> None:
     assert [topic.name[:2] for topic in TOPICS] == [f"{number:02d}" for number in range(1, 16)]
     assert not [name_of(chapter) for chapter in CHAPTERS if not chapter.exists()]

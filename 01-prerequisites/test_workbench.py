@@ -355,7 +355,7 @@ def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_verb_that_writes_several_files_runs_alone_in_its_folder(tmp_path: Path, capsys) -> None:
+def test_a_verb_that_writes_several_files_runs_alone_in_its_folder(tmp_path: Path, monkeypatch, capsys) -> None:
     ran = []
 
     @alone
@@ -370,6 +370,10 @@ def test_a_verb_that_writes_several_files_runs_alone_in_its_folder(tmp_path: Pat
     assert refused.value.code == 2 and not ran and "is in use by another run" in capsys.readouterr().err
     run_verbs("", {"save": (save, RunConfig)}, arguments)
     assert ran == [tmp_path]
+    monkeypatch.setenv("RANK", "1")
+    with locked(tmp_path, ".verb.lock"):  # as the first of torchrun's processes does
+        run_verbs("", {"save": (save, RunConfig)}, arguments)
+    assert ran == [tmp_path, tmp_path]
 
 
 def draw_figure():

@@ -195,7 +195,10 @@ def field_notes(config_cls: type) -> dict[str, str]:
 
 
 def alone(verb: Callable) -> Callable:
-    """Mark a verb that writes several files: `run_verbs` holds --out for it, so that two runs never mix theirs."""
+    """Mark a verb that writes several files: `run_verbs` holds --out for it, so that two runs never mix theirs.
+
+    The processes that torchrun starts are one run: the first of them holds the folder.
+    """
     verb.alone = True
     return verb
 
@@ -231,7 +234,7 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
             for config in configs:
                 if isinstance(config, RunConfig):
                     torch.set_num_threads(config.threads)
-                    if getattr(function, "alone", False):
+                    if getattr(function, "alone", False) and os.environ.get("RANK", "0") == "0":
                         held.enter_context(locked(config.out, ".verb.lock"))  # what it calls may hold .lock
             function(*configs)
         if sys.stdout:

@@ -98,6 +98,7 @@ from wordpiece import (
 from workbench import (
     Column,
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -536,6 +537,7 @@ def encode(config: EncodeConfig, run: RunConfig) -> None:
         print(" ".join(f"{text[slice(*token.span)]!r}:{token.token_id}" for token in tokens))
 
 
+@alone
 def course(config: CourseConfig, run: RunConfig) -> None:
     """Train the course tokenizer and write it, with its settings, chat template and card, to OUT/tokenizer."""
     announce(f"train the course tokenizer, {config.vocab_size} tokens", 40)

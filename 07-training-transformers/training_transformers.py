@@ -66,6 +66,7 @@ from training_monitors import BlockMonitor
 from transformer_architecture import ModelConfig, check_length, held_out_documents, start_as_identity, tiny_world
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -771,6 +772,7 @@ class BreakConfig:
     break_: Literal["none", *BREAK_NAMES] = "none"  # the failure to show
 
 
+@alone
 def demo(broken: BreakConfig, model_config: ModelConfig, data: DataConfig, config: TrainConfig, run: RunConfig) -> None:
     """Train a language model; then train it again, kill it with SIGKILL on the way, let it go on, and compare."""
     if broken.break_ != "none":

@@ -546,6 +546,7 @@ def show_slot(slot: Slot, models: dict[str, nn.Module]) -> None:
         print(f"{name:8} " + "  ".join(f"{token} {chance:.1%}" for token, chance in row.items()))
 
 
+@alone
 def pretrain(config: PretrainConfig, sizes: VariantConfig, masking: VariantMasking, run: RunConfig) -> None:
     """Pretrain one kind of model, on TinyWorld or on your own text, and save it as a Hugging Face folder."""
     seed_everything(run.seed)

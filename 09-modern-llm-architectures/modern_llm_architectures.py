@@ -51,6 +51,7 @@ from training_transformers import TrainConfig, WorldBatches, fit, world_losses
 from transformer_architecture import held_out_documents, tiny_world
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_range,
     largest_difference,
@@ -335,6 +336,7 @@ class DemoConfig:
         check_range(self, "n_documents", least=2)
 
 
+@alone
 def demo(config: DemoConfig, run: RunConfig) -> None:
     """Train a small Qwen3 on TinyWorld, save it as a Hugging Face folder, and let transformers compute the same."""
     if config.break_ != "none":

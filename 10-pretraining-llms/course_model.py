@@ -39,6 +39,7 @@ from tiny_world import Document, World, join, ratio_of_means, words
 from training_transformers import TrainConfig, fit
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -264,6 +265,7 @@ def make_shards(config: ShardConfig, folder: Path) -> Shards:
     return write_shards(ids, folder, len(tokenizer.vocab), identity, source, config.shard_tokens)
 
 
+@alone
 def shards(config: ShardConfig, run: RunConfig) -> None:
     """Tokenise texts and write them as checked, memory-mapped shards."""
     announce(f"tokenise up to {config.n_documents:,} documents of {config.data}", config.n_documents / 6000)
@@ -313,6 +315,7 @@ def held_out_exam(tokenizer: CourseTokenizer, source: SourceConfig, n_documents:
     return examine_loss, None
 
 
+@alone
 def pretrain(sizes: ModelSizes, source: SourceConfig, config: PretrainConfig, exam: ExamConfig, run: RunConfig) -> None:
     """Pretrain a language model, and save it as a Llama folder with tokenizer, chat template and model card."""
     n_tokens = config.max_steps * config.batch_size * config.seq_len

@@ -39,6 +39,7 @@ from report_verdict import headline
 from text_model import TextModel, load_text_model
 from workbench import (
     RunConfig,
+    alone,
     announce,
     check_name,
     check_range,
@@ -105,6 +106,7 @@ class TaskConfig(EvaluateConfig):
     harness: bool = False  # also for lm-evaluation-harness, in OUT/harness
 
 
+@alone
 def task(config: TaskConfig, run: RunConfig) -> None:
     """Write tasks of the world as files, a question in each line; on demand for lm-evaluation-harness too."""
     for made in config.tasks(run.seed):
@@ -135,6 +137,7 @@ class ReportConfig(ReportPlan):
         return [subject_of(place.strip()) for place in self.checkpoint.split(",") if place.strip()]
 
 
+@alone
 def report(config: ReportConfig, run: RunConfig) -> None:
     """Examine models with everything that stands in this topic; write one page with plots and a verdict."""
     subjects = config.subjects()

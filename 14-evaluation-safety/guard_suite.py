@@ -23,7 +23,16 @@ from content_guard import CATEGORIES, WEIGHTS, Guard, GuardConfig, load_guard, s
 from course_model import command_line
 from evaluation_statistics import wilson
 from guard_corpus import ATTACKS, SIDES, SLOTS, GuardText, draw_texts, n_templates, templates, world_texts
-from workbench import RunConfig, announce, check_range, describe_machine, seed_everything, shown, write_atomically
+from workbench import (
+    RunConfig,
+    alone,
+    announce,
+    check_range,
+    describe_machine,
+    seed_everything,
+    shown,
+    write_atomically,
+)
 
 REPORT = "report.json"
 GERMAN = dict(
@@ -210,6 +219,7 @@ def examine(guard: Guard, texts: Sequence[GuardText]) -> dict[str, Any]:
     return {"counts": counts, "verdicts": {name: "".join("01"[one] for one in row) for name, row in blocked.items()}}
 
 
+@alone
 def guard(config: GuardTrainConfig, run: RunConfig) -> None:
     """Train the guard, choose its limit, examine it on held-out texts in nine forms; write its folder with a card."""
     announce("train the guard five times and examine it on nine forms of 420 texts", 90)

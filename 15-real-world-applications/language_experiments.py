@@ -52,6 +52,7 @@ from translation_pairs import Pair, join_tokens
 from workbench import (
     Column,
     RunConfig,
+    alone,
     announce,
     check_range,
     describe_machine,
@@ -108,6 +109,7 @@ class TrainLanguageConfig:
         check_range(self, "n_exam", least=1)
 
 
+@alone
 def train_language(config: TrainLanguageConfig, pairs: PairTrainConfig, summary: SummaryConfig, run: RunConfig) -> None:
     """Train the translator and the summariser, and write their folders with cards."""
     announce("train a translator and a summariser", 0.08 * pairs.max_steps + 0.25 * summary.summary_steps + 30)
