@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -277,6 +278,18 @@ def test_a_size_beyond_memory_is_one_line(size: int, make, capsys) -> None:
         run_verbs("Toy.", {"demo": (demo,)}, [])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "choose a smaller one" in error
+
+
+def test_an_error_below_a_progress_bar_has_a_line_of_its_own(capsys) -> None:
+    def demo() -> None:
+        """Go wrong on the way."""
+        for _ in workbench.progress(range(3), "train"):
+            raise ValueError("no room")
+
+    with pytest.raises(SystemExit):
+        run_verbs("Toy.", {"demo": (demo,)}, [])
+    bar, message = capsys.readouterr().err.splitlines()[-2:]
+    assert "train" in bar and re.fullmatch(r"\S+ demo: error: no room \(--help lists the options\)", message)
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -158,6 +158,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        for bar in list(tqdm._instances):  # those that the error left open: the message gets a line of its own
+            bar.close()
         text = " ".join(str(message).split())
         text = text if len(text) <= 1000 else f"{text[:400]} [...] {text[-400:]}"  # a value may be a whole text
         self.exit(2, f"{self.prog}: error: {text} (--help lists the options)\n")
