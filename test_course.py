@@ -56,6 +56,7 @@ ALONE = {  # the verbs that write several files which belong together, by their 
     "agent_tasks": ("teach_agent",),
     "chat_model": ("chat",),
     "code_model": ("code_train",),
+    "corpus_pipeline": ("corpus",),
     "course_model": ("pretrain", "shards"),
     "distillation": ("distill",),
     "draft_model": ("draft",),

@@ -12,6 +12,7 @@ Penedo et al. 2024 (arXiv 2406.17557, FineWeb) and Soldaini et al. 2024 (arXiv 2
 pipelines at full size; Conneau et al. 2020 (arXiv 1911.02116) mix sources with a power of their size.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -41,7 +42,7 @@ from dirty_corpus import (
 from python_text import load_texts, read_file, text_field
 from shards import stream_texts
 from tiny_world import World
-from workbench import RunConfig, announce, check_name, check_range, locked, progress, shown, write_atomically
+from workbench import RunConfig, alone, announce, check_name, check_range, locked, progress, shown, write_atomically
 
 STAGES = {  # in this order: the cheap ones and those that repair before those that compare
     "normalise": "repair line ends, encoding, entities and the frame around the text",
@@ -426,6 +427,8 @@ class LinesFile:
 
     def __enter__(self) -> "LinesFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.parent.glob(f".{self.path.name}.tmp.*"):  # of a run that was killed
+            stale.unlink(missing_ok=True)
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by __exit__
         return self
 
@@ -436,18 +439,22 @@ class LinesFile:
         self.n_lines += 1
 
     def __exit__(self, kind: type | None, *exc_info) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if kind:
+        try:
+            if not kind:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                os.replace(self.temporary, self.path)
+        finally:
+            with contextlib.suppress(OSError):  # what the full disk did not take; its error is on the way already
+                self.file.close()
             self.temporary.unlink(missing_ok=True)
-        else:
-            os.replace(self.temporary, self.path)
 
 
 # The verb
 
 
+@alone
 def corpus(config: CorpusConfig, run: RunConfig) -> None:
     """Clean a crawl: write cleaned.jsonl, removed.jsonl and manifest.json, and print what each stage did."""
     announce(f"clean {config.data}", 20 + config.n_pages / 100 if config.data == "dirty" else 30)

@@ -1,5 +1,6 @@
 """Topic 10: the pipeline counts every page, finds what was planted, writes whole files, and mixes as stated."""
 
+import errno
 import hashlib
 import json
 import math
@@ -244,6 +245,19 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path) -> None:
         file.write(text="new")
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == {"text": "old"} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "lines.jsonl"
+    path.write_text("old")
+    (tmp_path / ".lines.jsonl.tmp.1").write_text("half a li")  # of a run that was killed
+    monkeypatch.setattr("corpus_pipeline.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"), LinesFile(path) as file:
+        file.write(text="new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path] and file.file.closed
 
 
 def test_dirt_is_read_in_the_order_of_the_crawl() -> None:
