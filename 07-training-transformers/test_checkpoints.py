@@ -291,6 +291,18 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path, how: 
         assert refused.value.code == 2 and error.count("\n") == 1 and "missing: lm_head.weight" in error
 
 
+@pytest.mark.parametrize("part", ["model", "ema", "run"])
+def test_evaluate_goes_back_to_a_whole_checkpoint(part, tmp_path, capsys) -> None:
+    decay = ["--ema-decay", "0.5"] if part == "ema" else []
+    main(["train", *TINY, "--max-steps", "2", "--save-every", "1", *decay, "--out", str(tmp_path)])
+    damaged = tmp_path / "step-000002" / f"{part}.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    capsys.readouterr()
+    main(["evaluate", "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert said.out.startswith("step 1 of 2") and "going back to step 1" in said.err
+
+
 # Hostile files
 
 

@@ -747,14 +747,14 @@ def print_result(row: dict[str, float], out: Path) -> None:
 def evaluate(run: RunConfig) -> None:
     """Examine the newest checkpoint in --out on the held-out side of its own data."""
     folder = Checkpoints(run.out)
-    parts = folder.load(("run",))
+    parts = folder.load(("run", "model"))
     header = parts["run"]["header"]
     config = TrainConfig(**header["train_config"])
     task = load_task(DataConfig(**header["data"]), config, header["seed"], header["model_config"]["max_seq_len"])
     model = PackedTransformer(ModelConfig(**header["model_config"]), header["vocab_size"])
-    name = "ema" if config.ema_decay else "model"
-    weights = folder.load((name,), parts["step"])[name]
-    load_weights(model, weights["weights"] if name == "ema" else weights)
+    if config.ema_decay:
+        parts = folder.load(("run", "ema"))
+    load_weights(model, parts["ema"]["weights"] if config.ema_decay else parts["model"])
     print(f"step {parts['step']} of {config.max_steps}")
     print_result(task.evaluate(model.to(pick_device(run.device)).eval()), run.out)
 
