@@ -645,6 +645,10 @@ def test_gaps_and_words_that_a_model_cannot_answer_are_named(tmp_path, capsys) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no tokenizer that loads"):
         load_tokenizer(tmp_path / "empty")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # it named the token for the unknown
+    with pytest.raises(ValueError, match="has no tokenizer that loads .*UNK"):
+        load_tokenizer(tmp_path)
     writer = T5(T5Config(vocab_size, 8, 4, 12, 1, 1, 2, eos_id=EOS_ID)).eval()
     with pytest.raises(ValueError, match="no 33 sentinels"):
         fill_text(writer, tokenizer, "[MASK] " * 32, 1)

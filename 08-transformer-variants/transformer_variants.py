@@ -321,7 +321,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer("\u2603")  # one without its token for the unknown loads, and fails at the first unknown word
+        return tokenizer
     except Exception as error:  # their loaders raise whatever they meet; for the reader it is one fact
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
