@@ -184,7 +184,7 @@ def sampled_tokens(
     last = [start + min(n, len(states) - 1) for start, n, states in zip(first, kept, ahead, strict=True)]
     p_last, q_last = probs[last], torch.zeros_like(probs[last])  # (rows, vocab)
     for index, (n, draft) in enumerate(zip(kept, drafts, strict=True)):
-        if n < min(len(draft.ids), len(ahead[index])):  # rejected; without a rejection the whole of p remains
+        if n < len(draft.ids):  # rejected, or cut by an end, which nothing follows; else the whole of p remains
             if draft.probs is None:
                 q_last[index, draft.ids[n]] = 1.0
             else:

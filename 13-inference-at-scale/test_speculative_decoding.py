@@ -112,6 +112,13 @@ def test_by_enumeration_the_tokens_of_one_pass_have_the_targets_joint_distributi
     parity("verify, two tokens", "the target by enumeration", "invariant", joint, p[start][:, None] * p, 1e-12)
 
 
+def test_where_target_and_draft_agree_nothing_is_left_and_the_target_stands_in() -> None:
+    p = table(3).softmax(1)
+    assert torch.equal(remainder(p, p), p)  # not a row of zeros, from which nothing can be drawn
+    never = torch.zeros(1, 2, dtype=torch.float64)
+    assert acceptance_chances(never, never).tolist() == [[0, 0]]  # a guess that its own draft calls impossible
+
+
 # The implementation, by what it draws (KV9)
 
 
@@ -293,6 +300,14 @@ def test_a_row_gets_the_same_alone_and_among_neighbours() -> None:
             assert alone == together[index]
 
 
+def test_a_draft_that_runs_past_an_end_takes_nothing_from_its_neighbour() -> None:
+    logits = torch.zeros(2, 4, VOCAB, dtype=torch.float64)
+    logits[0, :, 2], logits[1, torch.arange(4), torch.tensor([4, 5, 6, 0])] = 1.0, 1.0
+    rows = [new_row(RequestParams(temperature=0.0), [1]) for _ in range(2)]
+    verdicts = verify(logits, rows, [Draft([2, 2, 2]), Draft([4, 5, 6])], end_ids=(2,))
+    assert [verdict.ids for verdict in verdicts] == [[2], [4, 5, 6, 0]]
+
+
 def test_without_guesses_it_is_choose() -> None:
     for seed in range(20):
         logits, rows, _ = mixed(seed)
@@ -402,6 +417,34 @@ def test_a_model_drafts_its_own_greedy_text_and_says_how_likely_it_was() -> None
     with torch.no_grad():
         exact = small(torch.tensor([[1, 2, *draft.ids]]))[0, 1:4]
     torch.testing.assert_close(draft.probs, (exact / 1.5).softmax(1), rtol=0, atol=1e-12)
+
+
+def test_drafts_beside_each_other_are_those_alone() -> None:
+    """One that has ended waits for the other: it takes no further guess and no further number of its generator."""
+    scores = table(4).repeat(2, 1, 1)
+    scores[0, :, 2] = 50.0  # row 0 ends at once
+
+    def drafted(members: list[int]) -> list[tuple[list[int], Tensor]]:
+        rows = [new_row(RequestParams(seed=index), [1]) for index in members]
+        ids = [[1] for _ in members]
+
+        def next_logits(newest: list[int] | None) -> Tensor:
+            ids[:] = ids if newest is None else [[token] for token in newest]
+            return torch.stack([scores[index, last] for index, (last,) in zip(members, ids, strict=True)])
+
+        made = draft_tokens(next_logits, rows, 4, end_ids=(2,))
+        return [(draft.ids, row.generator.get_state()) for draft, row in zip(made, rows, strict=True)]
+
+    together, alone = drafted([0, 1]), drafted([0]) + drafted([1])
+    assert together[0][0] == [2] and len(together[1][0]) > 1
+    assert [ids for ids, _ in together] == [ids for ids, _ in alone]
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(together, alone, strict=True))
+
+
+def test_a_draft_is_penalised_for_all_that_it_has_guessed() -> None:
+    falling = torch.linspace(1, 0, VOCAB, dtype=torch.float64)[None]
+    row = new_row(RequestParams(temperature=0.0, frequency_penalty=2.0), [1])
+    assert draft_tokens(lambda newest: falling, [row], 4)[0].ids == [0, 1, 2, 3]
 
 
 def test_a_draft_ends_at_its_end_and_at_its_models_last_position() -> None:
