@@ -280,6 +280,18 @@ def test_a_size_beyond_memory_is_one_line(size: int, make, capsys) -> None:
     assert caught.value.code == 2 and error.count("\n") == 1 and "choose a smaller one" in error
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"a": ', "is not JSON"), (b"", "is not JSON"), (b"\xff", "is not JSON"), (b"[]", "a JSON object, got list")],
+)
+def test_a_damaged_file_of_results_is_named_and_kept(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"results.json .*{message}"):
+        save_results(path, "table", [Column("loss")], [[1.0]], [0], "command")
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
 def test_an_error_below_a_progress_bar_has_a_line_of_its_own(capsys) -> None:
     def demo() -> None:
         """Go wrong on the way."""

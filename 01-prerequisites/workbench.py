@@ -310,6 +310,19 @@ def read_utf8(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises ValueError with the file's name if it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is not JSON: {error}; write it again, or remove it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(path)} must hold a JSON object, got {type(value).__name__}; write it again")
+    return value
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that a reader finds the old file or the new one, never half, even after a crash or full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +405,7 @@ def save_results(
     """
     if any(len(row) != len(columns) for row in rows):
         raise ValueError(f"table {name!r}: every row needs {len(columns)} cells, got {[len(row) for row in rows]}")
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_object(path) if path.exists() else {}
     results[name] = {
         "columns": [dataclasses.asdict(column) for column in columns],
         "rows": rows,

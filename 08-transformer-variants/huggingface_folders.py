@@ -23,7 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from optimizers import shapes_alone
-from workbench import shown, write_atomically
+from workbench import read_object, shown, write_atomically
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_NAMED = 6  # names that one error message lists
@@ -72,17 +72,9 @@ def file_tensors(pairs: dict[str, str], names: tuple[str, ...] = ("weight", "bia
 
 
 def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{shown(path.parent)} has no {path.name}; give a folder in Hugging Face's layout") from None
-    except OSError as error:
-        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{shown(path)} must hold a JSON object, got {type(value).__name__}")
-    return value
+    if not path.exists():
+        raise ValueError(f"{shown(path.parent)} has no {path.name}; give a folder in Hugging Face's layout")
+    return read_object(path)
 
 
 def read_config(folder: Path | str, model_type: str = "") -> dict:

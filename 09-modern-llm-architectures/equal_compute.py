@@ -21,7 +21,7 @@ from packing import language_model_loss
 from sequence_modeling import BOS_ID, EOS_ID, PAD_ID
 from training_transformers import LossFn, TrainConfig, WorldBatches, fit, world_losses
 from transformer_architecture import held_out_documents, tiny_world
-from workbench import RunConfig, pick_device, shown, write_atomically
+from workbench import RunConfig, pick_device, read_object, shown, write_atomically
 
 if TYPE_CHECKING:
     from modern_llm_experiments import FiguresConfig
@@ -49,12 +49,12 @@ TRAINING = TrainConfig(batch_size=8, seq_len=64, learning_rate=7e-3, warmup_step
 def remembered(config: "FiguresConfig", run: RunConfig, what: str, measure: Callable[[], dict]) -> dict[str, Any]:
     """The numbers that `measure()` gives for `what`, or those of an earlier run with these words in --out."""
     path = run.out / "measured.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_object(path) if path.exists() else {}
     if what in known and not config.again:
         print(f"{what}: taken from {shown(path)}; --again trains it anew", flush=True)
         return known[what]
     numbers = measure()
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_object(path) if path.exists() else {}
     write_atomically(path, json.dumps(known | {what: numbers}, indent=1).encode())
     return numbers
 

@@ -136,6 +136,9 @@ def test_a_measurement_is_kept_until_it_is_wanted_again(tmp_path, capsys) -> Non
     assert remembered(config, run, "b", measure)["gap"] == 2.0
     assert remembered(replace(config, again=True), run, "a", measure)["gap"] == 3.0
     assert json.loads((tmp_path / "measured.json").read_text()) == {"a": {"gap": 3.0}, "b": {"gap": 2.0}}
+    (tmp_path / "measured.json").write_text("[]")
+    with pytest.raises(ValueError, match="measured.json must hold a JSON object"):
+        remembered(config, run, "a", lambda: pytest.fail("nothing is measured that cannot be kept"))
 
 
 # The router

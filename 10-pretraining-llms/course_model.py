@@ -45,6 +45,7 @@ from workbench import (
     check_range,
     describe_machine,
     pick_device,
+    read_object,
     seed_everything,
     shown,
     write_atomically,
@@ -490,7 +491,7 @@ def examine_folder(chosen: CheckpointConfig, exam: ExamConfig, run: RunConfig) -
     show_report(report)
     known = chosen.folder / REPORT
     if known.exists():
-        gap = json.loads(known.read_text(encoding="utf-8")).get("gaps", {}).get("all", [math.nan, math.nan])[1]
+        gap = read_object(known).get("gaps", {}).get("all", [math.nan, math.nan])[1]
         print(f"its report says {gap:.4f} nats per token above the floor; measured here {report['gaps']['all'][1]:.4f}")
 
 

@@ -249,5 +249,17 @@ def test_mistakes_get_one_line(flags: list[str], message: str, tmp_path, capsys)
     assert stopped.value.code == 2 and message in errors and errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", ["[]", '{"gaps": {'])
+def test_a_damaged_report_is_named(content: str, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "report.json").write_text(content)
+    monkeypatch.setattr(topic, "load_course_model", lambda folder: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(topic, "examine", lambda *_: {})
+    monkeypatch.setattr(topic, "show_report", lambda report: None)
+    with pytest.raises(SystemExit) as stopped:
+        pretraining_llms.main(["examine", "--checkpoint", str(tmp_path), "--out", str(tmp_path)])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and "report.json" in errors and errors.count("\n") == 1
+
+
 def test_an_answer_ends_before_its_first_end() -> None:
     assert upto([5, 3, 9, 3], 3) == [5] and upto([5, 9], 3) == [5, 9] and upto([3], 3) == []

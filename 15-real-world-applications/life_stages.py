@@ -54,6 +54,7 @@ from weight_quantization import QuantFormat
 from workbench import (
     RunConfig,
     check_range,
+    read_object,
     seed_everything,
     shown,
     time_in_turns,
@@ -163,12 +164,13 @@ class Life:
             return 0.0
         folder, settings = self.out / name, self.config.sizes(made=True) | {"seed": self.run.seed}
         note = folder / "made.json"
-        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {"settings": settings, "seconds": 0}
-        other = {key: value for key, value in known["settings"].items() if settings.get(key) != value}
+        known = read_object(note) if note.exists() else {}
+        other = {key: value for key, value in known.get("settings", {}).items() if settings.get(key) != value}
         if other:
             raise ValueError(f"{shown(folder)} was made with {other}; give the same settings, or another --out")
+        so_far = known.get("seconds", 0.0)
         if known.get("done"):
-            return known["seconds"]
+            return so_far
         before, done = time.perf_counter(), False
         try:
             work(replace(self.run, out=folder), bool(Checkpoints(folder).steps()))
@@ -176,7 +178,7 @@ class Life:
         finally:
             spent = time.perf_counter() - before
             self.making += spent
-            seconds = known["seconds"] + spent
+            seconds = so_far + spent
             write_atomically(note, json.dumps({"settings": settings, "seconds": seconds, "done": done}).encode())
         return seconds
 

@@ -43,6 +43,7 @@ from workbench import (
     RunConfig,
     announce,
     locked,
+    read_object,
     save_figure,
     save_results,
     seed_everything,
@@ -89,7 +90,7 @@ def live(config: LifeConfig, run: RunConfig) -> dict[str, dict[str, Any]]:
     kept: dict[str, dict[str, Any]] = {}
     for name in STAGES:
         path = life.out / f"{name}.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not config.again else {}
+        known = read_object(path) if path.exists() and not config.again else {}
         if known.get("settings") != settings:
             break
         kept[name] = known["row"]

@@ -109,6 +109,11 @@ def test_a_part_that_was_stopped_is_finished_and_then_kept(tmp_path):
     seconds = life.make("base", work)
     assert calls == [False, True] and not first["done"] and seconds > first["seconds"] > 0
     assert life.make("base", work) == seconds and len(calls) == 2
+    kept = (life.out / "base/made.json").read_text()
+    (life.out / "base/made.json").write_text("[]")
+    with pytest.raises(ValueError, match="made.json must hold a JSON object"):
+        life.make("base", work)
+    (life.out / "base/made.json").write_text(kept)
     assert life_in(tmp_path).make("base", work) == 0 and len(calls) == 2
     with pytest.raises(
         ValueError, match=r"made with {'pretrain_steps': 4000}; give the same settings, or another --out"
@@ -147,6 +152,12 @@ def test_a_life_that_was_stopped_keeps_its_finished_stages(tmp_path, monkeypatch
     assert lived == ["one", "two", "third"] == [*rows] == [*threads(rows)]
     assert said[0].startswith("1 stages of one model's life, 2 are kept") and len(said) == 4
     assert said[1].endswith("(kept)") and said[3].startswith("02 third: third! -> third! | gained: third!")
+    second = next(tmp_path.rglob("two.json"))
+    kept = second.read_text()
+    second.write_text(kept[:-9])
+    with pytest.raises(ValueError, match="two.json is not JSON"):
+        live(SMALL, run)
+    second.write_text(kept)
     live(replace(SMALL, again=True), run)
     assert lived == ["one", "two", "third"] * 2
     live(replace(SMALL, n_served=6), run)
