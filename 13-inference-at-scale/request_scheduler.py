@@ -236,8 +236,6 @@ class Scheduler:
         for request in list(self.running):
             if request.phase == "decode" and self.make_room(request, plan):
                 plan.decodes.append(request)
-        if plan.preempted:
-            plan.decodes = [request for request in plan.decodes if request.phase == "decode"]
         budget = self.config.max_step_tokens - len(plan.decodes) * (1 + self.n_ahead)
         for request in self.running:
             if request.phase == "prefill":
@@ -269,7 +267,8 @@ class Scheduler:
     def preempt(self, plan: Plan) -> None:
         """Take the blocks of the request that was admitted last, except from those that have lost theirs often enough.
 
-        Such a request holds all it can need since it was admitted again, so there is always another one to choose.
+        Such a request holds all it can need since it was admitted again, so there is always another one to choose: at
+        worst the one that asks, and never one before it, which has its place in this step already.
         """
         limit = self.config.max_preemptions
         victim = next(request for request in reversed(self.running) if request.n_preempted < max(1, limit))
@@ -314,6 +313,6 @@ class Scheduler:
             return False
         self.line.remove(request)
         if request.phase == "queued":
-            request.n_cached = min(table.n_tokens, len(request.row.prompt_ids))
+            request.n_cached = table.n_tokens
         self.start(request, table, "prefill")
         return True

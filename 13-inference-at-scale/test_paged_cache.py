@@ -276,6 +276,16 @@ def test_the_least_recently_used_content_goes_first_and_ends_before_starts() -> 
     assert blocks["b"][0] not in pool.contents and set(blocks["a"][:2]) == set(pool.contents)
 
 
+def test_of_what_is_cut_off_the_end_is_used_up_first() -> None:
+    pool, ids = BlockPool(4, 2), [1, 2, 3, 4, 5, 6, 7, 8]
+    table = pool.open(ids, 8)
+    pool.advance(table, ids)
+    first, second, third, last = table.blocks
+    pool.truncate(table, 2)
+    assert [pool.allocate(1) for _ in range(2)] == [[last], [third]]
+    assert pool.matched(ids, "") == [first, second]  # the end of a prefix is of use only with its start
+
+
 def test_a_pool_that_is_too_full_for_a_known_prefix_is_left_as_it_was() -> None:
     pool = BlockPool(4, 2)
     held = pool.open([9], 1)

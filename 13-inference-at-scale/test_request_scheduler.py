@@ -37,6 +37,9 @@ class Machine:
         n_tokens = len(plan.decodes) * (1 + scheduler.n_ahead) + sum(n for _, n in plan.chunks)
         assert n_tokens <= scheduler.config.max_step_tokens and len(scheduler.running) <= scheduler.config.max_batch
         assert set(running) == set(plan.decodes) | {gone for gone in plan.preempted if gone in running}
+        assert all(request.phase == "decode" for request in plan.decodes)
+        for request in scheduler.running:
+            assert len(request.table.blocks) <= self.pool.blocks_for(request.most_positions)
         slots = [request.slot for request in scheduler.running]
         assert sorted(slots + scheduler.slots) == list(range(scheduler.config.max_batch))
         for request, n in plan.chunks:
@@ -143,6 +146,22 @@ def test_what_does_not_fit_lets_others_pass_until_it_is_overdue() -> None:
     assert names.index("wide") < names.index("late")
 
 
+def test_eight_are_tried_behind_one_that_does_not_fit_and_no_ninth() -> None:
+    for n_wide, started in ((8, ["thin0", "thin1"]), (9, [])):
+        machine = Machine(SchedulerConfig(max_batch=20, max_step_tokens=60, prefill_chunk=20), n_blocks=12)
+        machine.add(request("first", 12, 20))  # holds 3 of 12 blocks
+        machine.step()
+        for number in range(n_wide):
+            machine.add(request(f"wide{number}", 40, 2))  # needs 10
+        for number in range(2):
+            machine.add(request(f"thin{number}", 2, 2))
+        tried, open_table = [], machine.pool.open
+        machine.pool.open = lambda *given, tried=tried, open_table=open_table: tried.append(1) or open_table(*given)
+        machine.step()
+        assert list(machine.started) == ["first", *started] and len(tried) == 9 + (n_wide == 8)  # nobody twice
+        machine.drain()
+
+
 def test_priorities_go_first_but_not_for_ever() -> None:
     machine = Machine()
     for step in range(80):
@@ -202,6 +221,15 @@ def test_the_last_admitted_loses_its_blocks_and_keeps_its_place_in_the_queue() -
     machine.drain()
     assert second.n_preempted == 1 and machine.tokens["first"] == list(range(1, 13))
     assert len(second.row.new_ids) == 12
+
+
+def test_what_a_preempted_request_finds_of_its_own_was_not_cached_for_it() -> None:
+    machine, own = Machine(), request("own", 9)
+    machine.add(own)
+    machine.step()
+    machine.scheduler.preempt(Plan())
+    machine.step()
+    assert own.phase == "decode" and own.table.n_tokens == 10 and own.n_cached == 0
 
 
 # Followers
@@ -350,6 +378,18 @@ def test_guesses_take_their_part_of_a_step() -> None:
     machine.add(request("long", 25))
     plan = machine.step()  # two answers with two guesses each take six of twelve
     assert len(plan.decodes) == 2 and [n for _, n in plan.chunks] == [6]
+
+
+def test_guesses_are_left_out_before_anybody_loses_its_blocks() -> None:
+    config = SchedulerConfig(max_batch=2, max_step_tokens=12, prefill_chunk=10)
+    machine = Machine(config, n_blocks=9, block_size=1, n_ahead=2)
+    machine.add(request("short", 3, max_tokens=2))
+    machine.add(request("long", 3, max_tokens=6))
+    machine.step()
+    plan = machine.step()  # one of the three free blocks is short's, and two are too few for a token and two guesses
+    assert len(plan.decodes) == 2
+    machine.drain()
+    assert machine.scheduler.n_preemptions == 0
 
 
 def test_a_request_is_overdue_after_as_many_steps_as_the_setting_says() -> None:
