@@ -230,6 +230,26 @@ def test_a_prefix_is_found_again_block_by_block_and_only_where_all_before_it_is_
     assert pool.counts[first.blocks[0]] == 2 and pool.n_free == 8
 
 
+def test_a_third_block_is_found_behind_the_second_alone() -> None:
+    pool, ids = BlockPool(8, 2), [1, 2, 3, 4, 5, 6, 0]
+    table = pool.open(ids, 7)
+    pool.advance(table, ids)
+    assert pool.matched(ids, "") == table.blocks[:3]
+    assert pool.matched([1, 2, 5, 6, 0], "") == table.blocks[:1]
+
+
+def test_copies_that_go_on_differently_are_both_found() -> None:
+    pool = BlockPool(8, 2)
+    first = pool.open([1, 2], 4)
+    pool.advance(first, [1, 2])
+    second = pool.fork(first)
+    assert second.blocks == first.blocks[:1]  # room that holds nothing yet is not shared
+    for table, ids in ((first, [1, 2, 3, 4]), (second, [1, 2, 5, 6])):
+        pool.reserve(table, 2)
+        pool.advance(table, ids)
+    assert pool.matched([1, 2, 3, 4, 0], "") == first.blocks and pool.matched([1, 2, 5, 6, 0], "") == second.blocks
+
+
 @pytest.mark.parametrize("constant", [0, 12345])
 def test_equal_hashes_share_nothing(monkeypatch, constant: int) -> None:
     monkeypatch.setattr(paged_cache, "content_hash", lambda *_: constant)
