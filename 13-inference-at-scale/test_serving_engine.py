@@ -399,6 +399,17 @@ def test_sharing_prefixes_changes_no_token_and_saves_their_computation(llama, mo
         assert stats.cached_tokens + stats.prompt_tokens == sum(map(len, prompts))
 
 
+def test_a_draft_model_reads_what_is_shared_once(llama, models, monkeypatch) -> None:
+    engine, read = Engine(llama, LETTERS, replace(SMALL, speculate="draft"), models["mixtral"]), []
+    hidden = engine.draft.runner.hidden
+    monkeypatch.setattr(
+        engine.draft.runner, "hidden", lambda groups: read.append(sum(len(g.flat) for g in groups)) or hidden(groups)
+    )
+    for _ in range(2):
+        engine.generate([[9] * 8], RequestParams(1, temperature=0))
+    assert read == [8, 4]  # a block of four is known; the last id is always read
+
+
 def test_tenants_never_share(llama) -> None:
     prompt, engine = some_prompts(1, 3)[0] * 3, Engine(llama, LETTERS, SMALL)
     found = [
@@ -456,6 +467,7 @@ def test_a_quantised_store_computes_what_topic_12s_cache_does(llama, n_bits: int
 def test_a_pool_of_no_given_size_is_as_large_as_the_contexts_or_the_memory(llama, n_bits: int) -> None:
     config = replace(SMALL, n_blocks=0, kv_bits=n_bits)
     assert Engine(llama, None, config).stats().n_blocks == 5 * 64 // 4
+    assert Engine(llama, None, replace(config, block_size=10)).stats().n_blocks == 5 * 7  # 64 positions need 7 of 10
     engine = Engine(llama, None, replace(config, cache_gib=20_000 / 2**30))
     assert 20_000 - engine.store.n_bytes // engine.pool.n_blocks < engine.store.n_bytes <= 20_000
 
@@ -537,8 +549,8 @@ def test_what_can_never_be_answered_is_refused_and_leaves_no_trace(llama) -> Non
         ([], GREEDY, "the prompt is empty"),
         ([3, VOCAB], GREEDY, "holds 61, which is no token id of 0..60"),
         ([3, True], GREEDY, "holds True"),
-        ([3] * 60, GREEDY, r"prompt \(60 tokens\) and max_tokens \(12\) exceed the model's context of 64 tokens"),
-        ([3] * 40, GREEDY, "need 13 blocks of 4 positions, but the pool has 10"),
+        ([3] * 53, GREEDY, r"prompt \(53 tokens\) and max_tokens \(12\) exceed the model's context of 64 tokens"),
+        ([3] * 52, GREEDY, "need 16 blocks of 4 positions, but the pool has 10"),
         ([3], replace(GREEDY, logit_bias=((VOCAB, 1.0),)), "logit_bias names id 61"),
         ([3], replace(GREEDY, stop=("a",)), "stop texts need an engine with a tokenizer"),
     ]:
