@@ -314,6 +314,23 @@ def test_a_draft_that_is_the_model_itself_is_always_accepted(models, name: str) 
     assert stats.steps < 0.6 * stats.generated_tokens
 
 
+def test_nothing_is_guessed_beyond_the_answer(llama, monkeypatch) -> None:
+    """The last block has room for more positions than the model has."""
+    engine = Engine(llama, None, replace(SMALL, speculate="ngram", block_size=10, max_step_tokens=64))
+    guess = engine.guess
+
+    def checked(decodes):
+        drafts = guess(decodes)
+        for request, draft in zip(decodes, drafts, strict=True):
+            assert len(draft.ids) < request.row.params.max_tokens - len(request.row.new_ids)
+        return drafts
+
+    monkeypatch.setattr(engine, "guess", checked)
+    monkeypatch.setattr(engine.lookup, "copied", lambda ids, n_draft: [7] * n_draft)
+    (output,) = engine.generate([[9] * 52], replace(GREEDY, ignore_eos=True))
+    assert output.n_generated == 12 and engine.stats().proposed_tokens > 0
+
+
 def test_speculation_does_not_mix_up_neighbours_that_sample(llama, models) -> None:
     """With a seed each, rows give what they give alone."""
     prompts = some_prompts(8, seed=4, longest=9)
