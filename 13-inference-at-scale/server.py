@@ -605,6 +605,14 @@ class GracefulServer(uvicorn.Server):
         self.drain_until: float | None = None
         self.url = ""
 
+    def serve_at(self, sock: socket.socket) -> None:
+        """Serve until told to end; exit code 1 if the engine died, KeyboardInterrupt after Ctrl-C."""
+        self.run(sockets=[sock])
+        if self.service.thread.failure is not None:
+            sys.exit(1)
+        if signal.SIGINT in self.signals:
+            raise KeyboardInterrupt
+
     def handle_exit(self, sig: int, frame: object) -> None:
         self.signals.append(sig)
         if len(self.signals) > 1:
@@ -723,11 +731,7 @@ def serve(config: ServeConfig, engine: EngineConfig, run: RunConfig) -> None:
     if config.tied:
         end_with_parent()
     print(f"serving {served.name} at http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
-    server.run(sockets=[sock])
-    if thread.failure is not None:
-        sys.exit(1)
-    if signal.SIGINT in server.signals:
-        raise KeyboardInterrupt
+    server.serve_at(sock)
 
 
 SERVER_VERBS: dict[str, tuple[Any, ...]] = {"serve": (serve, ServeConfig, EngineConfig, RunConfig)}

@@ -9,10 +9,12 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -754,3 +756,16 @@ def test_limits_must_make_sense() -> None:
     for field in ("max_body", "max_head", "head_timeout", "body_timeout", "write_timeout", "max_connections"):
         with pytest.raises(ValueError, match=field):
             HttpLimits(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("told", "failure", "end"),
+    [(signal.SIGINT, None, KeyboardInterrupt), (signal.SIGTERM, None, None), (signal.SIGTERM, "died", SystemExit)],
+)
+def test_a_server_ends_as_it_was_told(told, failure, end, monkeypatch) -> None:
+    service = SimpleNamespace(thread=SimpleNamespace(failure=failure), draining=False)
+    server = GracefulServer(uvicorn.Config(None), service)
+    monkeypatch.setattr(server, "run", lambda sockets: server.handle_exit(told, None))
+    with pytest.raises(end) if end else contextlib.nullcontext():
+        server.serve_at(None)
+    assert service.draining

@@ -326,12 +326,14 @@ def background_site(site: ChatSite, port: int = 0) -> Iterator[str]:
 
 def chat_server(config: ChatServerConfig, chat: ChatbotConfig, engine: EngineConfig, run: RunConfig) -> None:
     """Serve the chat page at 127.0.0.1 until Ctrl-C."""
-    site, thread = make_site(config, chat, engine, str(pick_device(run.device)))
+    site, _ = make_site(config, chat, engine, str(pick_device(run.device)))
     sock = listen("127.0.0.1", config.port)
     print(f"the chat is at http://127.0.0.1:{sock.getsockname()[1]}/ (Ctrl-C ends)", flush=True)
-    site_server(site).run(sockets=[sock])
-    if thread is not None and thread.failure is not None:
-        sys.exit(1)
+    server = site_server(site)
+    if isinstance(server, GracefulServer):
+        server.serve_at(sock)
+    else:
+        server.run(sockets=[sock])  # uvicorn's own, which raises what Ctrl-C means
 
 
 @dataclass(frozen=True)

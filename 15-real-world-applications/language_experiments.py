@@ -290,7 +290,7 @@ def serve_language(config: ServeConfig, engine: EngineConfig, run: RunConfig) ->
     server = GracefulServer(uvicorn.Config(app, **uvicorn_settings(config)), app.state.service)
     host, port = sock.getsockname()[:2]
     print(f"serving {served.name}, also /v1/translate and /v1/summarize, at http://{host}:{port}/v1", flush=True)
-    server.run(sockets=[sock])
+    server.serve_at(sock)
 
 
 LANGUAGE_VERBS: dict[str, tuple[Any, ...]] = {
