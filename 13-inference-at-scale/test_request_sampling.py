@@ -22,6 +22,7 @@ from request_sampling import (
     filtered_probs,
     keep_likely_rows,
     kept_probs,
+    token_logprobs,
     uniforms,
 )
 
@@ -340,3 +341,38 @@ def test_top_p_ends_with_the_token_that_reaches_it() -> None:
     probs = torch.tensor([[0.125, 0.5, 0.125, 0.25]] * 3, dtype=torch.float64)  # sums without rounding
     kept = keep_likely_rows(probs, [RequestParams(top_p=top_p) for top_p in (0.5, 0.75, 0.76)]) > 0
     assert kept.tolist() == [[False, True, False, False], [False, True, False, True], [True] * 4]
+
+
+def test_without_top_p_the_rarest_token_stays_whatever_its_neighbours_ask() -> None:
+    probs = torch.tensor([[0.5, 0.5, 1e-9]] * 2)  # in float32 the first two have all of the sum
+    kept = keep_likely_rows(probs, [RequestParams(), RequestParams(top_p=0.9)]) > 0
+    assert kept.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_the_constraints_own_mask_is_not_written() -> None:
+    class Kept(Odd):
+        mask = torch.arange(VOCAB) % 2 == 1
+
+        def allowed(self, state: int) -> Tensor:
+            return self.mask
+
+    row = row_of(temperature=0.0, constraint=Kept())
+    row.constraint_state = 3  # the text may end
+    choose(logits_of(1), [row], end_ids=(8,))
+    assert not Kept.mask[8]
+
+
+def test_what_is_rare_in_a_large_vocabulary_is_drawn_as_often_as_it_should() -> None:
+    probs = torch.full((1, 12_801), 1e-10)
+    probs[0, 0] = 1.0  # in float32 no span of the others would move the running sum
+    quantiles = torch.tensor([[1 - 5e-7]], dtype=torch.float64)
+    sums = probs[0].double().cumsum(0)
+    expected = int((sums > quantiles * sums[-1]).nonzero()[0, 1])
+    assert expected > 5000 and at_quantile(probs, quantiles).tolist() == [expected]
+
+
+def test_log_probabilities_of_half_precision_are_computed_in_float32() -> None:
+    logits, rows = logits_of(2).bfloat16(), [row_of(logprobs=1), row_of(logprobs=0)]
+    found = token_logprobs(logits, [3, 4], rows)
+    exact = logits.float().log_softmax(dim=1)
+    assert [item.logprob for item in found] == pytest.approx([exact[0, 3].item(), exact[1, 4].item()], abs=1e-6)

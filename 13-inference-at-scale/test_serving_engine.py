@@ -513,6 +513,13 @@ def test_stop_strings_ends_and_lengths(llama) -> None:
     assert (output.new_ids, output.finish_reason, output.n_prompt) == ([first], "length", len(prompt))
 
 
+def test_tokens_behind_a_stop_string_are_not_counted(llama) -> None:
+    engine = Engine(llama, LETTERS, replace(SMALL, speculate="draft"), llama)  # every guess is accepted
+    outputs = engine.generate(some_prompts(6, 2), replace(GREEDY, stop=("a", "b"), ignore_eos=True))
+    assert {output.finish_reason for output in outputs} == {"stop"}
+    assert engine.stats().generated_tokens == sum(output.n_generated for output in outputs)
+
+
 def test_logprobs_are_the_models(llama) -> None:
     prompt = some_prompts(1, 15)[0]
     [output] = Engine(llama, LETTERS, SMALL).generate([prompt], RequestParams(6, 0.7, seed=1, logprobs=3))
