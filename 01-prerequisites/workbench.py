@@ -145,13 +145,13 @@ def check_name(kind: str, name: str, known: Collection[str]) -> str:
     return name
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, name: str = "out") -> None:
     """Raise ValueError unless `folder` is, or could become, a folder that this user can write to; creates nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"out={folder} cannot be a folder: {existing} is a file; choose another --out")
+        raise ValueError(f"{name}={folder} cannot be a folder: {existing} is a file; choose another --{name}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"out={folder} cannot be written: no permission in {existing}; choose another --out")
+        raise ValueError(f"{name}={folder} cannot be written: no permission in {existing}; choose another --{name}")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -54,6 +54,7 @@ from workbench import (
     RunConfig,
     alone,
     announce,
+    check_folder,
     check_range,
     describe_machine,
     save_results,
@@ -107,6 +108,8 @@ class TrainLanguageConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "n_exam", least=1)
+        for name in ("translator", "summariser"):
+            check_folder(getattr(self, name), name)
 
 
 @alone

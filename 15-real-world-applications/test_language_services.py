@@ -11,6 +11,7 @@ import torch
 from building_from_scratch import Codec, ModelConfig, Transformer
 from chat_endpoint import Reply
 from engine_thread import EngineThread
+from language_experiments import TrainLanguageConfig
 from language_services import (
     CLAIMS,
     SUMMARISER,
@@ -274,3 +275,10 @@ def test_a_folder_that_is_no_translators_is_refused_in_one_line(about, tmp_path)
     with pytest.raises(ValueError, match="translator.json is no translator's") as error:
         load_translator_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["translator", "summariser"])
+def test_a_folder_that_cannot_be_written_is_named_before_the_training(name, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=f"{name}=.* is a file; choose another --{name}"):
+        TrainLanguageConfig(**{name: tmp_path / "file" / "model"})
