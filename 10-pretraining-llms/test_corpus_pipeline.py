@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import corpus_pipeline
 from corpus_pipeline import (
     STAGES,
     CorpusConfig,
@@ -21,6 +22,7 @@ from corpus_pipeline import (
     corpus,
     mixed,
     mixture,
+    quality_model,
     read_records,
     render_report,
     scores,
@@ -264,3 +266,23 @@ def test_dirt_is_read_in_the_order_of_the_crawl() -> None:
     records = list(read_records(CorpusConfig(n_pages=80, dirt=0.5, max_texts=50), seed=4))
     assert [record.number for record in records] == list(range(50))
     assert len({record.source for record in records}) == 3
+
+
+def test_the_limit_of_quality_is_set_by_trusted_texts_of_all_sources_that_were_not_learnt(monkeypatch) -> None:
+    seen: dict[str, list[str]] = {}
+
+    class Classifier:
+        @classmethod
+        def train(cls, good: list[str], bad: list[str]) -> "Classifier":
+            seen["learnt"] = list(good)
+            return cls()
+
+        def threshold(self, held: list[str], kept: float) -> float:
+            seen["held"] = list(held)
+            return kept
+
+    monkeypatch.setattr(corpus_pipeline, "QualityClassifier", Classifier)
+    trusted = [f"web {n}" for n in range(20)] + [f"book {n}" for n in range(10)]  # sorted by source
+    assert quality_model(trusted, ["crawl"], 0.9)[1] == 0.9
+    assert sorted(seen["learnt"] + seen["held"]) == sorted(trusted)
+    assert Counter(text.split()[0] for text in seen["held"]) == {"web": 4, "book": 2}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shards as topic
-from packing import PackedBatches
+from packing import IGNORE, PackedBatches
 from shards import DamagedShard, ShardBatches, Shards, best_fit_rows, stream_rows, stream_texts, write_shards
 
 END = 1
@@ -197,6 +197,9 @@ def test_a_stream_has_no_padding_but_at_its_end(corpus: Shards) -> None:
     used = [sum(len(piece) - 1 for piece in row) for row in rows]
     assert used == [8] * (len(rows) - 1) + [sum(lengths) - 4 - 8 * (len(rows) - 1)]
     assert ShardBatches(corpus, 2, 16, 0, "stream").used_share > ShardBatches(corpus, 2, 16, 0).used_share > 0.8
+    one_by_one = ShardBatches(corpus, 1, 16, 0)
+    targets = torch.cat([one_by_one(step)["targets"] for step in range(len(one_by_one.rows))])  # an epoch
+    assert one_by_one.used_share == pytest.approx((targets != IGNORE).double().mean().item())
 
 
 def test_long_documents_are_cut_and_lose_nothing() -> None:
@@ -269,3 +272,8 @@ def test_ids_that_are_no_whole_numbers_and_empty_rows_are_refused(tmp_path) -> N
     corpus = write_shards([[1, 2, 3]], tmp_path / "b", 9, "x", "test")
     with pytest.raises(ValueError, match="seq_len must be >= 1, got 0"):
         ShardBatches(corpus, 1, 0, seed=0)
+
+
+def test_a_document_that_fills_its_rows_leaves_no_piece_that_predicts_nothing() -> None:
+    rows = best_fit_rows([9, 17], 8)
+    assert sorted((piece.start, piece.stop) for row in rows for piece in row) == [(0, 9), (9, 18), (17, 26)]

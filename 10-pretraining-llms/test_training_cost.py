@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llm_calculators import count_parameters, forward_flops
-from llm_config import ModelConfig, config_to_folder
+from llm_config import ExpertConfig, ModelConfig, config_to_folder
 from training_cost import (
     MODELS,
     RUNS,
@@ -91,6 +91,7 @@ def test_bytes_of_messages() -> None:
     assert [ring_bytes(120, size) for size in (1, 2, 3, 4)] == [0, 120, 160, 180]
     assert data_parallel_bytes(120, 4, "zero3") == 1.5 * data_parallel_bytes(120, 4, "ddp")
     assert data_parallel_bytes(120, 4, "zero3", n_micro=2) == 540
+    assert [data_parallel_bytes(120, 4, "zero2", n_micro=n) for n in (1, 4)] == [180, 4 * 90 + 90]
     config = ModelConfig(n_layers=3, d_model=8, n_heads=2, n_kv_heads=2, d_head=4)
     assert tensor_parallel_bytes(config, n_tokens=10, size=2, bytes_per_number=4) == 4 * 3 * 10 * 8 * 4
     with pytest.raises(ValueError, match="unknown collective 'broadcast'"):
@@ -110,10 +111,24 @@ def test_estimate_prints_what_the_functions_say(capsys, tmp_path) -> None:
     hours = training_hours(total, 64, 989.4e12, 0.4)
     assert f"{hours * 64 * 2:,.0f} dollars at 2 dollars for a GPU hour" in out
     assert "8 data-parallel x 2 tensor x 4 pipeline; bubble 8.6%" in out, "3 / 35"
+    held = 16 * count_parameters(MODELS["Llama-3.1-8B"]).total / 8  # 16 bytes for each weight, shared by 2 x 4
+    assert f"ZeRO stage 0: {held / 1e9:8.1f} GB a GPU" in out
+    # a GPU has an eighth of the batch and 8 of the 32 blocks; two processes send each message's size in an all-reduce
+    sent = 4 * 8 * (4e6 / 8) * 4096 * 2
+    assert f"tensor parallelism sends {sent / 1e9:.2f} GB a GPU and step" in out
     small = ModelConfig()
     write_atomically(tmp_path / "config.json", json.dumps(config_to_folder(small)).encode())
     estimate(EstimateConfig(checkpoint=tmp_path))
     assert f"{count_parameters(small).total:,} parameters" in capsys.readouterr().out
+
+
+def test_twenty_tokens_are_for_each_parameter_that_a_token_meets(capsys, tmp_path) -> None:
+    experts = ModelConfig(d_ff=16, experts=ExpertConfig(n_experts=8, n_active_experts=2, d_expert=16))
+    write_atomically(tmp_path / "config.json", json.dumps(config_to_folder(experts)).encode())
+    estimate(EstimateConfig(checkpoint=tmp_path))
+    counted = count_parameters(experts)
+    assert counted.active < counted.total
+    assert f"{counted.active:,} active; {20 * counted.active:.3g} tokens" in capsys.readouterr().out
 
 
 def test_bad_estimates_are_refused() -> None:
