@@ -156,7 +156,7 @@ class ExactBed:
             parts = [table[prompts, picked].flatten(1, 2) for table in tables]  # (batches, batch, seq)
             mask, states = (part[picked].flatten(1, 2) for part in (self.mask, self.states))
             rewards = setting.rewards[prompts, picked]  # (batches, prompts, rollouts)
-            value = values[prompts[..., None], self.states[picked]].flatten(1, 2) * mask
+            value = values[prompts[..., None], self.states[picked]].flatten(1, 2)
             slopes = vmap(grad(one))(*parts, rewards, mask, value) * mask  # (batches, batch, seq)
             found.append(self.to_logits(slopes, states, self.responses[picked].flatten(1, 2), logits))
             left -= shape[0]

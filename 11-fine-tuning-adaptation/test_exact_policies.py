@@ -210,6 +210,27 @@ def test_baselines_take_noise_away_in_the_order_that_the_formula_says() -> None:
     assert noise[2] <= noise[1] * 1.001 < noise[0] and noise[2] < noise[3]
 
 
+def test_the_best_baseline_by_enumeration() -> None:
+    bed = ExactBed(n_prompts=2, max_len=2, n_words=2)
+    policy, rewards = nearby(bed, 0.5), bed.worth
+    for prompt in range(2):
+        slopes = torch.func.jacrev(lambda logits: bed.log_probs(logits)[prompt])(policy).flatten(1)  # noqa: B023
+        weights = bed.log_probs(policy)[prompt].exp() * slopes.square().sum(dim=1)
+        expected = (weights * rewards[prompt]).sum() / weights.sum()
+        assert best_baseline(bed, policy, rewards)[prompt].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_batches_are_drawn_from_the_behaviour_and_its_ratio_makes_up_for_it() -> None:
+    def weighted(log_probs: torch.Tensor, rollouts, config: PolicyConfig) -> torch.Tensor:
+        ratio = ((log_probs - rollouts.old_log_probs) * rollouts.mask).sum(dim=1).exp()
+        return -(ratio * rollouts.rewards.flatten()).mean()
+
+    bed = ExactBed(n_prompts=2, max_len=2)
+    setting = Setting(bed.correct, PLAIN, n_rollouts=3, n_batches=4000, behaviour=nearby(bed, 0.7))
+    truth = bed.gradient(bed.reference, bed.correct)
+    assert not judge(bed.estimates(bed.reference, weighted, setting), truth).biased
+
+
 def test_judge_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
@@ -323,6 +344,7 @@ def test_drawn_pairs_become_the_exact_weights() -> None:
     bed = ExactBed(max_len=2)
     chances = pair_chances(bed.worth)
     exact, drawn = judged(bed, bed.reference, chances), judged_sample(bed, bed.reference, chances, 40_000, seed=0)
+    assert exact.sum().item() == pytest.approx(0.5)  # every pair is met in both orders, and one of them wins
     exact = exact * (1 - torch.eye(len(bed.responses)))
     assert abs(drawn.sum().item() - 1) < 1e-10
     assert (drawn - exact / exact.sum()).abs().max() < 0.005
