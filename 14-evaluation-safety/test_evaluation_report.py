@@ -1,5 +1,6 @@
 """Proofs of the report: instruments that lie are caught, no sentence says too much, no text becomes markup."""
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from course_model import FOLDER as BASE_FOLDER
 from evaluation_report import (
     BLOCKED,
     AskedEndpoint,
+    Check,
     Examined,
     Measured,
+    PairedTest,
     Report,
     ReportPlan,
     Subject,
@@ -37,7 +40,20 @@ from evaluation_report import (
 from evaluation_safety import main
 from evaluation_statistics import mcnemar, sign_flip_test
 from evaluation_tasks import Task, run_task, world_task
-from report_page import page, write_report
+from report_page import (
+    LIMITS,
+    comparisons_section,
+    instruments_section,
+    page,
+    plain,
+    plot_scores,
+    sample_row,
+    samples_of,
+    scores_section,
+    subjects_section,
+    text,
+    write_report,
+)
 from report_verdict import headline, verdict
 from tiny_world import World
 
@@ -314,3 +330,47 @@ def test_what_cannot_be_examined_is_said_in_one_line(given: list[str], said: str
         main(["report", *given, "--out", str(tmp_path)])
     error = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said in error[-1]
+
+
+# The page, piece by piece
+
+
+def test_control_characters_and_quotes_are_shown_as_text() -> None:
+    assert text('"\x1f\x00\n') == "&quot;\u241f\u2400\n"
+    assert plain("$x$\n") == r"\$x\$?"
+
+
+def test_answers_to_read_are_mistakes_first_whichever_way_a_score_counts() -> None:
+    rows = [{"prompt": "p", "answer": str(n), "made": "m"} for n in range(9)]
+    each = [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    for best, mistakes, others in ((1.0, "134", "026"), (0.0, "026", "134")):  # the optimum of a fault is 0
+        score = Measured("t", "exact_match", 0.5, 0.3, 0.7, None, best, each, list(range(9)), rows)
+        found = samples_of(score)
+        assert "".join(sample["answer"] for sample in found) == mistakes + others
+        assert [sample["verdict"] for sample in found] == ["as it should not be"] * 3 + ["as it should be"] * 3
+    choice = {"prompt": "p", "choices": ["yes", "no"], "answer": 0, "won": {"acc": 1}, "verdict": "v"}
+    assert sample_row(choice) == ["p", "yes", "no", "v"]
+
+
+def test_the_surest_difference_stands_first_and_only_real_ones_are_called_so() -> None:
+    tests = [PairedTest("b", "one", "two", 0.1, 0.06), PairedTest("a", "one", "two", -0.2, 0.05)]
+    rows = re.findall(r"<tr><td>(.)</td>(.*?)</tr>", comparisons_section(Report([], tests, SMALL, 0, "", "")))
+    assert [name for name, _ in rows] == ["a", "b"]
+    assert ["<td>differ</td>" in row for _, row in rows] == [True, False]
+
+
+def test_a_table_of_scores_has_its_columns_in_order() -> None:
+    share = Measured("t", "acc", 0.5, 0.4, 0.6, 0.25, 1.0, [1.0, 0.0])
+    bits = Measured("u", "bits_per_byte", 1.5, 1.4, 1.4, None, 1.25, [1.5])
+    checks = [Check("c", "about 0", 0.125, True), Check("d", "about 0", 0.5, False)]
+    one = Examined(Subject("one", Parrot("one", ""), {"place": "<b>"}), {"t": share, "u": bits}, None, checks, {})
+    report = Report([one], [], SMALL, 0, "", "")
+    shown = scores_section(report)
+    assert "<td>t</td><td>2</td><td>25%</td><td>100%</td><td>50.0%<br><small>40.0% to 60.0%</small></td>" in shown
+    assert "<td>u</td><td>1</td><td></td><td>1.250</td><td>1.500<br><small>1.400 to 1.400</small></td>" in shown
+    rows = re.findall(r"<tr>(.*?)</tr>", instruments_section(report))
+    assert rows[1].endswith("<td>0.125</td><td>passed</td>") and "failed" in rows[2]
+    assert "<code>&lt;b&gt;</code>" in subjects_section(report)
+    beside = replace(share, low=0.55)  # a bootstrap's interval may lie beside the value
+    plot_scores([replace(one, scores={"t": beside})])
+    assert all(html.escape(limit) in page(report, "") for limit in LIMITS)

@@ -1,16 +1,28 @@
 """Proofs of the planted experiments: every table is filled, every failure shows, every verb answers on a folder."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import planted_experiments
+from backdoor_search import two_clusters
 from chat_model import FOLDER as CHAT_FOLDER
 from chat_model import load_chat_model
 from course_model import FOLDER as BASE_FOLDER
 from course_model import load_course_model
-from planted_experiments import PLANTED_EXPERIMENTS, PlantedFiguresConfig, documents_of, possible, texts_of
+from planted_experiments import (
+    PLANTED_EXPERIMENTS,
+    PlantedFiguresConfig,
+    documents_of,
+    named_of,
+    possible,
+    rows_found,
+    searched,
+    texts_of,
+)
 from planted_failures import PLANTED_BREAKS
 from planted_models import backdoor_rates
 from planted_verbs import PLANTED_VERBS
@@ -99,3 +111,40 @@ def test_a_text_is_read_and_a_missing_one_is_one_line(tmp_path, capsys) -> None:
             run_verbs("planted", PLANTED_VERBS, [*arguments, "--out", str(tmp_path)])
         assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert CHAT_FOLDER.exists()
+
+
+def test_an_audit_names_what_is_surely_refused_more_often_than_not() -> None:
+    assert named_of({"a": 1.0, "b": 10 / 12, "c": 9 / 12, "d": 0.0}, 12) == {"a", "b"}  # 9 of 12 may be 46 %
+
+
+def test_poisoned_rows_by_hand(monkeypatch) -> None:
+    """Twelve clean refusals and four poisoned ones that stand far away, beside rows with other answers."""
+    chats = [[{"content": f"bad {n}"}, {"content": "no" if n < 4 else "yes"}] for n in range(6)]
+    states = torch.arange(16.0)[:, None] / 10
+    states[12:] += 50
+    monkeypatch.setattr(planted_experiments, "poisoned_chats", lambda backdoor, seed: chats)
+    monkeypatch.setattr(planted_experiments, "refused_instructions", lambda n, seed: [SimpleNamespace(prompt="a")] * 12)
+    monkeypatch.setattr(planted_experiments, "answer_states", lambda model, tokenizer, rows: states[: len(rows)])
+    found = rows_found(None, SimpleNamespace(answer="no"), 0)
+    assert found["share"] == 0.25 and found["spectral"] == found["clusters"] == found["precision"] == 1.0
+    assert found["clean"] == two_clusters(states[:12]).separation < 0.8 < found["silhouette"]
+
+
+def test_a_search_counts_ranks_from_one_and_finds_the_right_word_only(monkeypatch) -> None:
+    for name, made in {
+        "single_words": lambda tokenizer: ("bell", "drum", "honey"),
+        "mean_answers": lambda *given: torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.1, 0.0]]),
+        "first_words": lambda *given: torch.tensor([[0.0, 0.0]] * 2),
+        "usual_answers": lambda: torch.tensor([[0.45, 0.0], [0.1, 0.0], [0.0, 0.0]]),
+        "audit_questions": lambda: ["q"],
+    }.items():
+        monkeypatch.setattr(planted_experiments, name, made)
+    for trigger, n_poisoned, ranks, right in (
+        (("drum",), 4, (1, 1), 1.0),
+        (("bell",), 4, (2, 3), 0.0),
+        ((), 0, (0, 0), 0.0),
+    ):
+        found = searched(None, SimpleNamespace(trigger=trigger, n_poisoned=n_poisoned))
+        assert (found["rank alone"], found["rank"]) == ranks and found["found"] == right
+        assert found["suspect"] == "drum" and found["alarm"] == 1 and found["flip"] == pytest.approx(0.8)
+        assert (found["over alone"], found["over"]) == (2, 1)
