@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import channel_scaling
 from channel_scaling import (
+    Site,
     agreed,
     awq,
     awq_scales,
@@ -16,7 +18,7 @@ from channel_scaling import (
     scaling_sites,
     smooth,
 )
-from gptq import block_linears, input_statistics, output_error
+from gptq import InputStatistics, block_linears, input_statistics, output_error
 from llm_config import ModelConfig
 from modern_llm_architectures import CausalLM
 from quantized_layers import Int8Linear, replace_linears
@@ -108,6 +110,28 @@ def test_awq_takes_the_best_exponent_and_never_loses_on_its_calibration() -> Non
         assert errors[alpha] == min(errors.values()) <= errors[0.0]
         gains.append(min(errors.values()) / errors[0.0])
     assert min(gains) < 0.9
+
+
+def test_awq_counts_every_output_alike_however_many_a_reader_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = torch.randn(50, 8, generator=generator) * (0.5 + torch.rand(8, generator=generator))
+        readers = {"few": nn.Linear(8, 1, bias=False), "many": nn.Linear(8, 20, bias=False)}
+        for reader in readers.values():
+            nn.init.normal_(reader.weight, generator=generator)
+        seen = InputStatistics.empty(8)
+        seen.add(x)
+        _, alpha = awq_scales(Site(nn.RMSNorm(8), readers), dict.fromkeys(readers, seen), torch.round, n_grid=5)
+        errors = {}
+        for step in range(5):
+            scales = x.abs().mean(dim=0) ** (step / 5)
+            scales /= (scales.max() * scales.min()).sqrt()
+            changes = [torch.round(reader.weight * scales) / scales - reader.weight for reader in readers.values()]
+            errors[step / 5] = sum((x @ change.T).square().sum().item() for change in changes)
+        assert alpha == min(errors, key=errors.get)
+        for reader in readers.values():
+            reader.weight.data.round_()
+        assert awq_scales(Site(nn.RMSNorm(8), readers), dict.fromkeys(readers, seen), torch.round)[1] == 0
 
 
 def test_awq_changes_no_output_before_rounding(parity) -> None:

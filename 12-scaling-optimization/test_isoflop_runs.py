@@ -38,6 +38,8 @@ def test_every_run_keeps_its_budget() -> None:
     for cell in cells:
         assert 6 * cell.n_parameters * cell.n_tokens == pytest.approx(cell.flops, rel=0.01)
         assert cell.n_tokens == cell.n_steps * RECIPE.batch_size * RECIPE.seq_len
+        one_step = 6 * cell.n_parameters * RECIPE.batch_size * RECIPE.seq_len
+        assert abs(6 * cell.n_parameters * cell.n_tokens - cell.flops) <= one_step / 2  # the nearest number of steps
     for flops in config.flops:
         ratios = [cell.n_tokens / cell.n_parameters for cell in cells if cell.flops == flops]
         assert len(ratios) >= 6 and min(ratios) < 8 and max(ratios) > 60
@@ -52,6 +54,21 @@ def test_n_is_what_multiplies_a_token(parity, size: tuple[int, int]) -> None:
     assert forward_flops(config, 64)["matrices"] == 2 * matrices
 
 
+def test_the_family_has_heads_of_8_and_from_width_32_on_of_16() -> None:
+    configs = [family_config(*size) for size in FAMILY]
+    assert [config.d_head for config in configs] == [8] * 4 + [16] * 4
+    assert [config.n_heads for config in configs] == [1, 1, 2, 3, 2, 2, 3, 5]
+    assert all(config.d_ff == 3 * config.d_model for config in configs)
+
+
+def test_two_sizes_are_no_curve() -> None:
+    ratios = sorted(1e10 / 6 / Cell(1e10, *size, 0).n_parameters ** 2 for size in FAMILY)
+    settings = dict(budgets="1e10", least_ratio=0.99 * ratios[3])
+    assert len(plan_cells(ScaleConfig(**settings, most_ratio=1.01 * ratios[5]))) == 3
+    with pytest.raises(ValueError, match=r"budget 1e.10 has 2 sizes"):
+        plan_cells(ScaleConfig(**settings, most_ratio=1.01 * ratios[4]))
+
+
 def test_runs_are_remembered_and_read_back(tmp_path, monkeypatch, capsys) -> None:
     run, cells = RunConfig(out=tmp_path), plan_cells(TINY)
     records = train_all(cells, TINY, run)
@@ -60,6 +77,7 @@ def test_runs_are_remembered_and_read_back(tmp_path, monkeypatch, capsys) -> Non
     for record, cell in zip(records, cells, strict=True):
         assert record["n_steps"] == cell.n_steps and 0 < record["gap"] < chance - world_entropy(200)[0]
         assert record["loss"] == pytest.approx(record["gap"] + world_entropy(200)[0])
+        assert record["n_body"] == cell.n_parameters - len(tiny_world()[1]) * cell.d_model
 
     def fail(*_: object) -> None:
         raise AssertionError("trained again")
@@ -68,6 +86,9 @@ def test_runs_are_remembered_and_read_back(tmp_path, monkeypatch, capsys) -> Non
     assert train_all(cells, TINY, run, say=False) == records
     with pytest.raises(AssertionError, match="trained again"):
         train_all(cells, dataclasses.replace(TINY, n_documents=21), run)
+    monkeypatch.setattr(isoflop_runs, "RECIPE", dataclasses.replace(RECIPE, learning_rate=1e-2))
+    with pytest.raises(AssertionError, match="trained again"):
+        train_all(cells, TINY, run)
 
 
 def test_records_become_runs() -> None:
@@ -87,8 +108,8 @@ def test_records_become_runs() -> None:
 
 
 def test_a_reading_before_the_end_is_of_another_schedule(tmp_path) -> None:
-    rows = early_readings(16, 2, 60, (0.5, 1.0), RunConfig(out=tmp_path), n_documents=60)
-    assert [row[0] for row in rows] == [30, 60]
+    rows = early_readings(16, 2, 60, (0.5, 0.7, 1.0), RunConfig(out=tmp_path), n_documents=60)
+    assert [row[0] for row in rows] == [30, 42, 60]  # no multiples of the first
     assert rows[-1][1] == pytest.approx(rows[-1][2], abs=1e-9), "at its end both are one run"
     assert abs(rows[0][1] - rows[0][2]) > 0.02, "which of the two is lower depends on the length"
 

@@ -22,6 +22,7 @@ from training_planner import (
     block_activations,
     candidates,
     check_plan,
+    enough_gpus,
     estimate_plan,
     gpt_parameters,
     gpt_step_flops,
@@ -399,3 +400,25 @@ def test_links_recomputation_and_zero_2_by_hand() -> None:
     assert full.elementwise == selective.elementwise == pytest.approx(1.5 * plain.elementwise)
     with pytest.raises(ValueError, match="zero_stage=2 with pipeline_size=2 .*use zero_stage 0 or 1 with a pipeline"):
         check_plan(SMALL, Plan(n_gpus=8, pipeline_size=2, zero_stage=2, batch_size=16))
+
+
+def test_the_fullest_stage_may_be_the_last() -> None:
+    wide = dataclasses.replace(SMALL, vocab_size=100_000, n_layers=6)
+    for plan in (Plan(n_gpus=3, pipeline_size=3, batch_size=6, seq_len=64), Plan(n_gpus=6, pipeline_size=6)):
+        held = [stage_memory(wide, plan, stage).total for stage in range(plan.pipeline_size)]
+        assert memory(wide, plan).total == max(held)
+    assert max(held) == held[-1]  # the logits
+
+
+def test_gradients_of_eight_replicas_of_eight_gpus_travel_between_nodes() -> None:
+    model = dataclasses.replace(SMALL, n_heads=8, n_kv_heads=8)
+    plan = Plan(n_gpus=64, tensor_size=8, batch_size=8, seq_len=2)
+    time = step_time(model, plan, H100)
+    sent = 2 * 7 / 8 * 2 * stage_parameters(model, plan, 0)
+    hidden = 2 / 3 * (time.compute + time.elementwise + time.tensor)
+    assert time.data == pytest.approx(sent / 50e9 - hidden) and time.data > 0
+
+
+def test_gpus_that_would_do_are_more_than_there_are_and_have_a_sequence_each() -> None:
+    assert enough_gpus(SMALL, Plan(n_gpus=8), H100) == 16 and enough_gpus(SMALL, Plan(n_gpus=6), H100) == 8
+    assert enough_gpus(SMALL, Plan(n_gpus=33, batch_size=1), H100) == 64  # at most 4 x 4 of them share a replica

@@ -414,7 +414,7 @@ def remedy(model: ModelConfig, plan: Plan, gpu: Hardware) -> str:
         )
     room = gpu.memory * (1 - RESERVED)
     for words, changed in changes:
-        if changed != plan and memory(model, changed).total <= room:
+        if memory(model, changed).total <= room:
             return f"it fits with {words}"
     smallest = smallest_plan(model, plan)
     if smallest and memory(model, smallest).total <= room:
