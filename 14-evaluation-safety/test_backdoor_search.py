@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import backdoor_search
 from backdoor_search import (
+    Suspect,
     answer_states,
     first_words,
     grow,
@@ -150,3 +151,14 @@ def test_many_triggers_are_asked_in_parts() -> None:
     made = mean_answers(Trapped(("plums",)), TOKENIZER, questions, words)
     alone = torch.cat([mean_answers(Trapped(("plums",)), TOKENIZER, questions, [word]) for word in words[:3]])
     assert torch.allclose(made, alone.repeat(4, 1), atol=1e-6)
+
+
+def test_the_best_of_all_starts_is_kept(monkeypatch) -> None:
+    flips = {("a",): 0.5, ("b",): 0.4, ("c", "a"): 0.9, ("b", "b"): 0.45}  # the first start leads further
+
+    def scanned(model, tokenizer, questions, triggers, usual=None):
+        found = [Suspect(trigger, flips.get(tuple(trigger), 0.1), 5) for trigger in triggers]
+        return sorted(found, key=lambda suspect: -suspect.flip)
+
+    monkeypatch.setattr(backdoor_search, "scan", scanned)
+    assert grow(None, None, ["q"], ["a", "b", "c"]).trigger == ("c", "a")

@@ -297,3 +297,27 @@ def test_a_language_model_prefers_what_makes_sense_or_does_not(push: float, sens
     examined = prejudiced(0.0)
     examined.model = Strange(0.0)
     assert stereotype_score(examined, stereotype_triples(WORLD, 8, 2, HALVES)).lms == sensible
+
+
+def test_log_odds_are_of_the_sums_over_words(monkeypatch) -> None:
+    logs = np.log([[0.1, 0.3, 0.15, 0.05], [0.2, 0.2, 0.5, 0.1]])
+    monkeypatch.setattr(bias_measures, "word_logs", lambda *given: logs)
+    assert log_odds(None, ["a", "b"], ["w", "x"], ["y", "z"]) == pytest.approx(np.log([0.4 / 0.2, 0.4 / 0.6]))
+
+
+def test_contexts_of_different_lengths_are_read_at_their_own_ends() -> None:
+    examined = TextModel.of(*load_course_model())
+    contexts = ["The cook sings because He works as a", "The", "He works as a"]
+    together = word_logs(examined, contexts, ["he", "she", HALVES[0][0]])
+    alone = [word_logs(examined, [context], ["he", "she", HALVES[0][0]])[0] for context in contexts]
+    assert together == pytest.approx(np.array(alone), abs=1e-4) and np.ptp(together[:, 2]) > 0.3
+
+
+def test_the_two_strangers_have_jobs_of_different_halves_and_are_asked_for_alike_often() -> None:
+    firsts = 0
+    for item in job_questions(WORLD, 32, 0, HALVES):
+        jobs = [job for job in (*HALVES[0], *HALVES[1]) if f"works as a {job}." in item.prompt]
+        assert sorted(job in HALVES[0] for job in jobs) == [False, True]
+        name = item.prompt.partition("Question: what work does ")[2].partition(" do?")[0]
+        firsts += item.prompt.startswith(f"News: {name}")
+    assert firsts == 16
