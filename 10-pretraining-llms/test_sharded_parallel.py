@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
 
+import sharded_parallel
 from data_parallel import Team
 from llm_config import ModelConfig
 from llm_layers import SwiGLU
@@ -44,10 +46,11 @@ def fresh(seed: int, tied: bool) -> CausalLM:
     return CausalLM(dataclasses.replace(MODEL, tie_embeddings=tied))
 
 
-def alone(training: TrainConfig, tied: bool) -> tuple[list[float], dict]:
+def alone(training: TrainConfig, tied: bool) -> tuple[list[float], list[float], dict]:
     model = fresh(0, tied)
     rows = fit(model, uneven_batch, language_model_loss, training)
-    return [row["loss"] for row in rows], {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows], weights
 
 
 SETTINGS = {"fsdp": {}, "tensor": {"tensor_size": 2}}
@@ -62,8 +65,15 @@ def train_all(team: Team, names: tuple[str, ...], training: TrainConfig, tied: b
             scheme = TensorByHand(model, training, team)
         else:
             scheme = Sharded(model, training, team, **SETTINGS[name])
-        losses = train_with(scheme, uneven_batch)
-        results[name] = {"losses": losses, "weights": scheme.full_state(), "state": scheme.state_bytes()}
+        norms: list[float] = []
+        with mock.patch.object(sharded_parallel, "check_norm", lambda norm, step, norms=norms: norms.append(norm)):
+            losses = train_with(scheme, uneven_batch)
+        results[name] = {
+            "losses": losses,
+            "norms": norms,
+            "weights": scheme.full_state(),
+            "state": scheme.state_bytes(),
+        }
         results[name]["sent"] = scheme.ring.sent if name == "tensor by hand" else 0
     return results
 
@@ -79,13 +89,14 @@ def train_all(team: Team, names: tuple[str, ...], training: TrainConfig, tied: b
 )
 def test_split_models_train_as_one_process(size: int, names: tuple, n_steps: int, tied: bool, parity) -> None:
     training = dataclasses.replace(TRAINING, max_steps=n_steps)
-    losses, weights = alone(training, tied)
+    losses, norms, weights = alone(training, tied)
     results = run_processes(train_all, LaunchConfig(size, timeout=120.0), names, training, tied)
     n_weights = sum(tensor.numel() for name, tensor in weights.items() if not (tied and name == "lm_head.weight"))
     for name in names:
         what = f"{name}, {size} processes"
         for result in (results[0][name], results[-1][name]):
             parity(what, "one process", "trajectory", result["losses"], losses, 1e-6)
+            parity(f"{what}: norm", "one process", "gradient", result["norms"], norms, 1e-5)  # AdamW sees no scale
             parity(what, "one process", "trajectory", result["weights"], weights, 1e-5)
         if name == "tensor by hand":
             n_tokens = sum(uneven_batch(step)["inputs"].numel() for step in range(n_steps))
