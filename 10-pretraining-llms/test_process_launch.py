@@ -129,3 +129,10 @@ def test_joined_reads_torchruns_variables(monkeypatch) -> None:
         joined(),
     ):
         pass
+
+
+def test_bytes_are_counted_when_they_stand_still(monkeypatch) -> None:
+    counts = iter([100, 250, 300, 300, 999])
+    monkeypatch.setattr(process_launch, "kernel_bytes_sent", lambda: next(counts))
+    monkeypatch.setattr(process_launch.time, "sleep", lambda seconds: None)
+    assert process_launch.settled_bytes_sent() == 300

@@ -94,6 +94,26 @@ def saved(folder: Path, *steps: int) -> ShardedCheckpoints:
     return checkpoints
 
 
+def load_newest(team: Team, folder: Path) -> int:
+    return ShardedCheckpoints(folder, team).load({"x": torch.zeros(3)}, {"seed": 1})
+
+
+def test_what_one_process_finds_damaged_all_pass_over(tmp_path) -> None:
+    saved(tmp_path, 1, 2)
+    path = tmp_path / "step-000002" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run_processes(load_newest, LaunchConfig(2, timeout=20.0), tmp_path) == [1, 1]
+
+
+def test_another_shape_and_what_is_no_tensor_are_refused(tmp_path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"x has the shape \(3,\) instead of \(1, 3\)"):
+        checkpoints.load({"x": torch.zeros(1, 3)}, {"seed": 1})
+    checkpoints.save(2, {"x": "a text, which would be unpickled"}, {"seed": 1})
+    with pytest.raises(ValueError, match="x is no tensor"):
+        checkpoints.load({"x": torch.zeros(3)}, {"seed": 1})
+
+
 def test_the_newest_stay_in_the_order_of_numbers(tmp_path) -> None:
     checkpoints = saved(tmp_path, 999_999, 1_000_000, 1_000_001)
     assert checkpoints.files.steps() == [1_000_000, 1_000_001]
