@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine_requests import Overloaded, RequestParams
+from engine_requests import Overloaded, RequestOutput, RequestParams
 from engine_thread import Answer, EngineDead, EngineThread, SlowReader
 from llm_config import ModelConfig
 from modern_llm_architectures import CausalLM
@@ -237,3 +238,12 @@ def test_the_thread_has_the_number_of_cores_that_the_process_was_given() -> None
 def test_a_buffer_must_hold_something() -> None:
     with pytest.raises(ValueError, match="max_pending must be >= 1, got 0"):
         EngineThread(small_engine(), 0)
+
+
+def test_each_choice_has_a_buffer_of_its_own_size() -> None:
+    answer = Answer(SimpleNamespace(max_pending=4, abort=lambda request_ids: None), 3)
+    for _ in range(12):
+        answer.put(RequestOutput(next(iter(answer.choices)), [1], "a"))
+    assert answer.failure is None
+    answer.put(RequestOutput(next(iter(answer.choices)), [1], "a"))
+    assert isinstance(answer.failure, SlowReader) and "12 pieces" in str(answer.failure)
