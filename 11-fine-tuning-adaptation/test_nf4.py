@@ -39,7 +39,8 @@ def test_codes_scales_and_weights_equal_bitsandbytes_bit_for_bit(shape, block_si
     weight = weights(*shape)
     for double in (False, True):
         ours = quantize_nf4(weight, block_size, double)
-        codes, state = theirs.quantize_4bit(weight, None, None, block_size, double, "nf4")
+        # flat: with AVX-512, their 0.50.2 unpacks as if a block began with every row, though it packs as we do
+        codes, state = theirs.quantize_4bit(weight.flatten(), None, None, block_size, double, "nf4")
         parity("NF4 codes", "bitsandbytes", "output", ours.codes, codes.flatten(), 0)
         parity("NF4 scales", "bitsandbytes", "output", ours.scales, state.absmax, 0)
         if double:
