@@ -168,8 +168,13 @@ def address_table() -> Iterator[int]:
     ours, theirs = context.Pipe()
     host = context.Process(target=hold_table, args=(theirs,), daemon=True)
     host.start()
+    theirs.close()  # ours alone now: should the host die before it speaks, waiting for it ends
     try:
-        yield ours.recv()
+        try:
+            port = ours.recv()
+        except EOFError:
+            raise ProcessFailed(0, 1, "could not start: it was to hold the table of addresses") from None
+        yield port
     finally:
         host.kill()
         host.join()
