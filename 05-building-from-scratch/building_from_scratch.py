@@ -473,15 +473,17 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None
         stale.unlink(missing_ok=True)
 
 
+def saved_at(manifest_path: Path) -> int:
+    """When a checkpoint was saved, in nanoseconds, as its manifest says; -1 if the manifest is damaged."""
+    try:
+        return int(json.loads(manifest_path.read_bytes())["saved"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 def manifests(folder: Path) -> list[Path]:
-    """The manifests in a folder, newest first."""
-    found = []
-    for path in folder.glob("step-*.json"):
-        try:
-            found.append((json.loads(path.read_bytes())["saved"], path))
-        except (ValueError, KeyError, TypeError):
-            found.append((-1, path))  # a damaged manifest is the last resort
-    return [path for _, path in sorted(found, reverse=True)]
+    """The manifests in a folder, newest first; damaged ones are the last."""
+    return sorted(folder.glob("step-*.json"), key=lambda path: (saved_at(path), path), reverse=True)
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -489,8 +491,9 @@ def load_checkpoint(folder: Path) -> dict:
 
     Neither torch.load nor the file format notices a flipped byte. Raises ValueError if none is whole.
     """
-    damaged = []
-    for path in manifests(folder):
+    found = manifests(folder)
+    damaged = [path.name for path in found if saved_at(path) < 0]
+    for path in found[: len(found) - len(damaged)]:
         try:
             data, manifest = path.with_suffix(".pt").read_bytes(), json.loads(path.read_bytes())
             if hashlib.sha256(data).hexdigest() == manifest["sha256"]:

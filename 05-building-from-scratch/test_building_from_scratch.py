@@ -565,7 +565,12 @@ def test_missing_and_damaged_checkpoints_are_named(tmp_path, capsys) -> None:
         load_checkpoint(tmp_path)
     for step in (10, 20):
         save_checkpoint(tmp_path, step, {"step": step, "weights": torch.arange(100.0) + step})
-    newest = tmp_path / "step-000020.pt"
+    manifest, newest = tmp_path / "step-000020.json", tmp_path / "step-000020.pt"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:-9])
+    assert load_checkpoint(tmp_path)["step"] == 10
+    assert "damaged and passed over: step-000020.json; using step-000010" in capsys.readouterr().out
+    manifest.write_text(whole)
     for damage in ("flip", "truncate"):
         data = bytearray(newest.read_bytes())
         if damage == "flip":
