@@ -197,11 +197,17 @@ def array_of(x) -> np.ndarray:
         return x.data
     try:
         array = np.asarray(x)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):  # of PyTorch's tensors: in bfloat16, or with a gradient
         raise ValueError(f"data must be a rectangular array of numbers, got {reprlib.repr(x)}") from None
     if array.dtype.kind not in "biuf":  # bool, signed, unsigned, float
         raise ValueError(f"data must be real numbers, got {reprlib.repr(x)}; text needs ids, a list of tensors stack()")
     return array
+
+
+def floats_of(x) -> np.ndarray:
+    """`array_of(x)` in floating point: in small integers, and in unsigned ones, a difference would wrap around."""
+    array = array_of(x)
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
 def operand(x) -> np.ndarray | float:
@@ -295,7 +301,7 @@ def tanh(x):
 
 def sigmoid(x):
     """1 / (1 + exp(-x)), in a form that never overflows."""
-    y = np.exp(-np.logaddexp(0, -array_of(x)))
+    y = np.exp(-np.logaddexp(0, -floats_of(x)))
     return record(y, (x, lambda grad: grad * y * (1 - y)))
 
 
@@ -409,13 +415,14 @@ def getitem(x, index):
 def concat(tensors, axis: int = 0):
     """Join along an existing axis."""
     arrays = [array_of(x) for x in tensors]
+    joined = np.concatenate(arrays, axis)
     ends = np.cumsum([array.shape[axis] for array in arrays])
 
     def part(end: int, size: int) -> Callable:
         return lambda grad: np.take(grad, range(end - size, end), axis)
 
     parts = [part(end, array.shape[axis]) for end, array in zip(ends, arrays, strict=True)]
-    return record(np.concatenate(arrays, axis), *zip(tensors, parts, strict=True))
+    return record(joined, *zip(tensors, parts, strict=True))
 
 
 def stack(tensors, axis: int = 0):
@@ -462,7 +469,7 @@ def shifted(x: np.ndarray, axis) -> tuple[np.ndarray, np.ndarray]:
 
 def logsumexp(x, axis=-1, keepdims: bool = False):
     """log(sum(exp(x))); its gradient is the softmax."""
-    array = array_of(x)
+    array = floats_of(x)
     rest, top = shifted(array, axis)
     with np.errstate(divide="ignore"):  # log 0 = -inf is right where every x is -inf
         value = np.log(np.exp(rest).sum(axis=axis, keepdims=True)) + top
@@ -472,7 +479,7 @@ def logsumexp(x, axis=-1, keepdims: bool = False):
 
 def softmax(x, axis=-1):
     """exp(x) / sum(exp(x)). A slice that is -inf throughout gives 0, where PyTorch gives NaN."""
-    weights = np.exp(shifted(array_of(x), axis)[0])
+    weights = np.exp(shifted(floats_of(x), axis)[0])
     total = weights.sum(axis=axis, keepdims=True)
     y = weights / np.where(total == 0, 1.0, total)
     return record(y, (x, lambda grad: y * (grad - (grad * y).sum(axis=axis, keepdims=True))))
@@ -480,7 +487,7 @@ def softmax(x, axis=-1):
 
 def log_softmax(x, axis=-1):
     """log(softmax(x)) without the logarithm of a probability that has been rounded to 0."""
-    rest, _ = shifted(array_of(x), axis)
+    rest, _ = shifted(floats_of(x), axis)
     total = np.exp(rest).sum(axis=axis, keepdims=True)
     y = rest - np.log(np.where(total == 0, 1.0, total))
     return record(y, (x, lambda grad: grad - np.exp(y) * grad.sum(axis=axis, keepdims=True)))
@@ -504,6 +511,8 @@ def cross_entropy(logits, targets, ignore_index: int = -100):
     Raises ValueError for other shapes and for a class id out of range.
     """
     log_probs, targets = log_softmax(logits), array_of(targets)
+    if log_probs.ndim == 0:
+        raise ValueError("logits must have an axis of classes, got a single number")
     n_classes, soft = log_probs.shape[-1], targets.dtype.kind == "f"
     wanted = log_probs.shape if soft else log_probs.shape[:-1]
     if targets.shape != wanted:
@@ -519,8 +528,9 @@ def cross_entropy(logits, targets, ignore_index: int = -100):
 
 def check_distribution(p: np.ndarray, axis: int) -> None:
     """Raise ValueError unless p >= 0 and sums to 1 along the axis."""
-    off = np.abs(p.sum(axis=axis) - 1)
-    if (p < 0).any() or not (off < 1e-4).all():
+    off = np.abs(p.sum(axis=axis, dtype=np.float64) - 1)
+    limit = 1e-2 if p.dtype == np.float16 else 1e-4  # 11 bits round each of many terms
+    if (p < 0).any() or not (off < limit).all():
         raise ValueError(
             f"probabilities must be >= 0 and sum to 1, got {reprlib.repr(p.tolist())}; apply softmax first?"
         )
@@ -649,6 +659,8 @@ class MLP(Module):
     def __init__(self, widths: list[int], generator: np.random.Generator, activation=relu, init=he_normal) -> None:
         if len(widths) < 2:
             raise ValueError(f"an MLP needs at least the widths of its input and its output, got {widths}")
+        if not np.min(widths) >= 1:
+            raise ValueError(f"every width must be >= 1, got {widths}")
         pairs = zip(widths[:-2], widths[1:-1], strict=True)
         self.hidden = [Linear(d_in, d_out, generator, init) for d_in, d_out in pairs]
         self.head = Linear(widths[-2], widths[-1], generator, xavier_normal)
@@ -674,9 +686,14 @@ class SGD:
     """
 
     def __init__(self, parameters: Iterable[Tensor], learning_rate: float) -> None:
-        self.parameters, self.learning_rate = list(dict.fromkeys(parameters)), float(learning_rate)
+        if isinstance(parameters, Tensor):  # its rows would be new tensors, and the update would not reach it
+            raise TypeError("parameters must be a list of tensors, got one tensor; write [parameter]")
+        self.parameters, self.learning_rate = list(parameters), float(learning_rate)
         if not self.parameters:
             raise ValueError("no parameters to train")
+        if not all(isinstance(parameter, Tensor) for parameter in self.parameters):
+            raise TypeError(f"parameters must be tensors, got {reprlib.repr(self.parameters)}")
+        self.parameters = list(dict.fromkeys(self.parameters))  # a shared parameter moves once
         check_range(self, "learning_rate", above=0)
 
     def direction(self, parameter: Tensor) -> np.ndarray:
@@ -760,7 +777,7 @@ def numerical_gradient(function: Callable, x, step: float = 1e-5) -> np.ndarray:
 
 def cosine_similarity(a, b, axis: int = -1, eps: float = 1e-8) -> np.ndarray:
     """Cosine of the angle between vectors along `axis`; a vector of zeros gives 0."""
-    a, b = (x if x.dtype.kind == "f" else x.astype(np.float64) for x in map(array_of, (a, b)))  # bytes would overflow
+    a, b = floats_of(a), floats_of(b)
     a, b = (x / np.maximum(np.sqrt((x * x).sum(axis=axis, keepdims=True)), eps) for x in (a, b))  # of length 1
     return (a * b).sum(axis=axis)
 
@@ -772,7 +789,8 @@ def check_gradients(function: Callable, *arrays: np.ndarray) -> tuple[float, flo
     """
     tensors = [Tensor(array, requires_grad=True) for array in arrays]
     function(*tensors).backward()
-    exact, estimate = np.concatenate([tensor.grad.ravel() for tensor in tensors]), []
+    unused = lambda tensor: np.zeros(tensor.shape) if tensor.grad is None else tensor.grad  # noqa: E731
+    exact, estimate = np.concatenate([unused(tensor).ravel() for tensor in tensors]), []
     for place, array in enumerate(arrays):
         with_values = lambda values, place=place: function(*arrays[:place], values, *arrays[place + 1 :])  # noqa: E731
         estimate.append(numerical_gradient(with_values, array).ravel())
@@ -788,6 +806,7 @@ def pca(x, n_components: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises ValueError unless x is a matrix of at least 2 finite rows and 1 <= n_components <= min(samples, features).
     """
     x = array_of(x)
+    x = x if x.dtype == np.float32 else x.astype(np.float64)  # LAPACK knows these two
     if x.ndim != 2:
         raise ValueError(f"PCA needs a matrix (samples, features), got shape {x.shape}")
     if len(x) < 2:

@@ -615,6 +615,24 @@ def test_distributions_do_not_depend_on_an_offset_of_the_logits(offset: float) -
     assert math.isfinite(cross_entropy(logits + offset, targets))
 
 
+@pytest.mark.parametrize("kind", [bool, "u1", "i1", "i8"])
+def test_integers_are_computed_as_floats(kind) -> None:
+    """100 - (-100) in 8 bits would be -56, and 1 - 3 of bytes 254."""
+    values = np.array([[1, 100, 0, 3], [127, 5, 2, 1]]) * (-1 if kind == "i1" else 1)
+    values[0, 1] = 100
+    array, exact = values.astype(kind), values.astype(kind).astype(float)
+    for operation in (topic.sigmoid, softmax, log_softmax, logsumexp, lambda x: cross_entropy(x, [1, 2])):
+        assert largest_difference(operation(array), operation(exact)) == 0
+
+
+def test_half_precision_probabilities_are_probabilities() -> None:
+    p = softmax(draw((50, 97)).astype(np.float16))
+    assert largest_difference(topic.entropy(p), topic.entropy(softmax(draw((50, 97))))) < 2e-2
+    assert np.abs(topic.kl_divergence(p, p)).max() == 0 and np.isfinite(cross_entropy(draw((50, 97)), p))
+    x = draw((9, 4))
+    assert largest_difference(pca(x.astype(np.float16), 2)[2], pca(x, 2)[2]) < 1e-2
+
+
 def test_infinite_logits_make_no_nan() -> None:
     inf = math.inf
     logits = np.array([[-inf, -inf, -inf], [0.0, -inf, 0.0], [inf, 0.0, inf], [1e4, -1e4, 0.0]])
@@ -789,6 +807,11 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
         (lambda: Momentum([Tensor(1.0)], 0.1, 1.0), "momentum must be finite and >= 0 and < 1, got 1"),
         (lambda: Adam([Tensor(1.0)], 0.1, eps=0), "eps must be finite and > 0, got 0"),
         (lambda: SGD([], 0.1), "no parameters to train"),
+        (lambda: concat([Tensor(1.0), Tensor(2.0)]), "zero-dimensional arrays cannot be concatenated"),
+        (lambda: concat([np.ones(2), np.ones(2)], 1), "axis 1 is out of bounds"),
+        (lambda: cross_entropy(1.0, 0), "logits must have an axis of classes"),
+        (lambda: Tensor(torch.ones(2, requires_grad=True)), "rectangular array of numbers, got tensor"),
+        (lambda: MLP([0, 3, 2], np.random.default_rng(0)), r"every width must be >= 1, got \[0, 3, 2\]"),
         (lambda: MLP([2], np.random.default_rng(0)), r"widths of its input and its output, got \[2\]"),
         (lambda: pca(np.ones((1, 3)), 1), "at least 2 samples, got 1"),
         (lambda: pca(np.ones((5, 3)), 4), "n_components must be >= 1 and <= 3"),
@@ -807,6 +830,12 @@ def train_on(points: np.ndarray, classes: np.ndarray) -> None:
 def test_mistake_is_named(mistake, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mistake()
+
+
+def test_an_optimizer_takes_a_list_of_tensors() -> None:
+    for wrong, message in ((Tensor(np.ones(3)), "got one tensor"), ([np.ones(3)], "must be tensors"), ([2], "tensors")):
+        with pytest.raises(TypeError, match=message):
+            SGD(wrong, 0.1)
 
 
 def test_command_line_turns_a_mistake_into_one_line(capsys) -> None:
@@ -910,6 +939,7 @@ def test_roofline_has_its_ridge() -> None:
 
 
 def test_gradient_check_sees_a_wrong_gradient(monkeypatch) -> None:
+    assert topic.check_gradients(lambda x, unused: topic.sum(x * x), draw((3,)), draw((2,)))[0] < 1e-9
     difference, cosine = topic.check_layer(0)
     assert difference < 1e-9 and cosine > 1 - 1e-12
     wrong = lambda x: record(gelu(topic.array_of(x)), (x, lambda grad: 0.5 * grad))  # noqa: E731
