@@ -186,13 +186,14 @@ class RotaryTable:
         key = (like.dtype, like.device, last if grows else 0)
         if key not in self.tables or len(self.tables[key][0]) < last:
             size = last if grows else max(2 * last, min(256, self.max_seq_len))
-            frequencies = rotary_frequencies(self.d_head, self.rope_theta, self.scaling, self.max_seq_len, last)
-            angles = torch.arange(size, dtype=torch.float32, device="cpu")[:, None] * frequencies  # (*, half)
-            factor = self.scaling.table_factor
-            pair = (angles.cos() * factor, angles.sin() * factor)
             if grows:  # each length has its own table: keep one
                 self.tables = {kept: table for kept, table in self.tables.items() if not kept[2]}
-            self.tables[key] = tuple(table.to(like.dtype).to(like.device) for table in pair)
+            with torch.inference_mode(False):  # a table made in inference mode could not be trained with later
+                frequencies = rotary_frequencies(self.d_head, self.rope_theta, self.scaling, self.max_seq_len, last)
+                angles = torch.arange(size, dtype=torch.float32, device="cpu")[:, None] * frequencies  # (*, half)
+                factor = self.scaling.table_factor
+                pair = (angles.cos() * factor, angles.sin() * factor)
+                self.tables[key] = tuple(table.to(like.dtype).to(like.device) for table in pair)
         return self.tables[key]
 
     def span(self, start: int, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,6 +338,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     """
     grouped = q.shape[1] != k.shape[1]
     causal = mask is None and q.shape[2] > 1
+    if causal and q.shape[2] != k.shape[2]:  # PyTorch's own causal mask puts the first query at the first key
+        mask, causal = key_distance(q.shape[2], k.shape[2], q.device) >= 0, False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 

@@ -401,6 +401,37 @@ def test_caches_can_be_cropped_and_reordered(parity) -> None:
             caches[0].crop(n_positions)
 
 
+def test_a_call_of_several_positions_without_a_mask_is_aligned_at_the_last_key(parity) -> None:
+    """PyTorch's own causal mask is aligned at the first key."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 5)
+    mask = llm_layers.key_distance(3, 7) >= 0
+    got, expected = (llm_layers.attend(q, k, v, given, 0.3) for given in (None, mask))
+    parity("attend, 3 queries of 7", "the mask written out", "invariant", got, expected, 1e-7)
+    table, x = llm_layers.RotaryTable(8, 1e4, 32), torch.randn(2, 7, 48)
+    grouped, latent = (
+        llm_layers.GroupedQueryAttention(48, 4, 2, 8),
+        latent_attention.LatentAttention(48, 4, LatentConfig(0, 16, 12, 8, 10)),
+    )
+    for attention in (grouped, latent):
+        cache = llm_layers.KVCache()
+        steps = [
+            attention(x[:, part], table.span(part.start, part.stop - part.start, x), None, cache)
+            for part in (slice(0, 4), slice(4, 7))
+        ]
+        whole = attention(x, table.span(0, 7, x))
+        parity(f"{type(attention).__name__}, two calls", "one call", "invariant", torch.cat(steps, dim=1), whole, 1e-6)
+
+
+def test_a_model_trains_after_a_look_in_inference_mode() -> None:
+    """The rotary table is made in the first call, and kept."""
+    model = CausalLM(ModelConfig(vocab_size=67, d_model=48, n_layers=1, d_head=12))
+    with torch.inference_mode():
+        model(some_ids())
+    model(some_ids()).sum().backward()
+    assert model.token_emb.weight.grad.isfinite().all()
+
+
 def test_a_dynamic_table_is_kept_for_one_long_length_only() -> None:
     table = llm_layers.RotaryTable(8, 1e4, 16, RopeScaling("dynamic", 2.0))
     for last in (5, 20, 21, 22):  # one for all lengths of training, and that of 22
