@@ -119,7 +119,10 @@ def check_range(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise ValueError unless every named field of `config` is a finite number within the given limits."""
+    """Raise ValueError unless every named field of `config` is a finite number within the given limits.
+
+    Raises TypeError for what is no number.
+    """
     tests = [
         (">=", operator.ge, least),
         (">", operator.gt, above),
@@ -132,7 +135,11 @@ def check_range(
         value = getattr(config, name)
         if isinstance(value, int) and abs(value) > sys.maxsize:
             raise ValueError(f"{name} must be within {sys.maxsize:,}, got a number of {len(str(abs(value)))} digits")
-        if not math.isfinite(value) or not all(holds(value, limit) for _, holds, limit in tests):
+        try:
+            finite = math.isfinite(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a number {wanted}, got {value!r}") from None
+        if not finite or not all(holds(value, limit) for _, holds, limit in tests):
             raise ValueError(f"{name} must be finite and {wanted}, got {value}")
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +59,16 @@ N_KINDS = 16  # different symbols of the memory tasks; guessing is right once in
 State = Tensor | tuple[Tensor, Tensor]  # of a recurrent layer: h, or the LSTM's (h, c)
 
 
+def check_integers(**numbers: int) -> None:
+    """Raise TypeError unless every named number is an integer, which True is not."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {number!r}")
+
+
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless every named size is at least 1."""
+    """Raise ValueError unless every named size is at least 1, and TypeError unless it is an integer."""
+    check_integers(**sizes)
     check_range(SimpleNamespace(**sizes), *sizes, least=1)
 
 
@@ -107,10 +116,17 @@ class Vocabulary:
 def check_token_ids(token_ids: Tensor, vocab_size: int, n_axes: int | None = None) -> None:
     """Raise ValueError that names the first id outside 0..vocab_size-1 and its position; TypeError for non-integers.
 
-    `n_axes` is the number of axes that the ids must have; None takes any.
+    Integers of fewer than 32 bits are refused as by nn.Embedding. `n_axes` is the number of axes that the ids must
+    have; None takes any.
     """
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(
+            f"token ids must be a tensor of integers, got {type(token_ids).__name__}; use torch.tensor(ids)"
+        )
     if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
         raise TypeError(f"token ids must be integers, got {token_ids.dtype}")
+    if token_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"token ids must be integers of 32 or 64 bits, got {token_ids.dtype}; use token_ids.long()")
     if n_axes not in (None, token_ids.ndim):
         raise ValueError(f"token ids must have {n_axes} axes, got shape {tuple(token_ids.shape)}; add one with [None]?")
     if token_ids.numel() == 0 or (token_ids.min() >= 0 and token_ids.max() < vocab_size):
@@ -151,8 +167,8 @@ class NGramModel:
         if sum(len(sequence) > 1 for sequence in sequences) == 0:
             raise ValueError("nothing to count: give at least one sequence of two tokens, <bos> and another")
         token_ids = np.concatenate(sequences)
-        check_token_ids(torch.from_numpy(token_ids), self.vocab_size)
-        token_ids = token_ids.astype(np.int64)
+        token_ids = token_ids.astype(np.int64) if token_ids.dtype.kind in "iu" else token_ids
+        check_token_ids(torch.from_numpy(token_ids), self.vocab_size, n_axes=1)
         depth = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
         where = np.flatnonzero(depth)  # positions of the words to predict
         words, longest = token_ids[where], np.minimum(depth[where], self.order - 1)
@@ -250,6 +266,7 @@ class Cell(nn.Module):
 
     def __init__(self, d_input: int, d_hidden: int) -> None:
         super().__init__()
+        check_sizes(d_input=d_input, d_hidden=d_hidden)
         self.input_proj = nn.Linear(d_input, self.n_gates * d_hidden)
         self.state_proj = nn.Linear(d_hidden, self.n_gates * d_hidden)
 
@@ -359,13 +376,15 @@ class Recurrent(nn.Module):
         if state is None:
             return (x.new_zeros(shape),) * n_states
         parts = tuple(state) if isinstance(state, tuple | list) else (state,)
-        if len(parts) != n_states or any(part.shape != shape for part in parts):
-            got = " and ".join(str(tuple(part.shape)) for part in parts)
+        if len(parts) != n_states or any(getattr(part, "shape", None) != shape for part in parts):
+            got = " and ".join(str(tuple(part.shape)) if isinstance(part, Tensor) else repr(part) for part in parts)
             raise ValueError(f"state must be {n_states} tensor(s) of shape {shape}, got {got}")
         return parts
 
     def load_torch(self, theirs: nn.RNNBase) -> "Recurrent":
         """Copy the weights of torch's layer. Raises ValueError if it is of another kind, size or setting."""
+        if not isinstance(theirs, nn.RNNBase):
+            raise TypeError(f"expected an nn.{self.torch_cls.__name__}, got {type(theirs).__name__}")
         twin = self.torch_cls(self.d_input, self.d_hidden, self.n_layers, device="meta")
         settings = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
         for name in settings:
@@ -412,6 +431,7 @@ class GRU(Recurrent):
 def real_positions(lengths: Tensor | list[int], x: Tensor) -> Tensor:
     """True where a row of x (batch, seq, ...) has a real token. Raises ValueError for lengths outside 1..seq."""
     lengths = torch.as_tensor(lengths, device=x.device)
+    lengths = lengths if lengths.numel() else lengths.long()  # [] makes floats
     batch, seq = x.shape[:2]
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
@@ -429,9 +449,9 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Te
     """h_t = a_t h_{t-1} + b_t, one step after another.
 
     Shapes: a, b (batch, seq, d_model), initial (batch, d_model), None for zeros -> every h (batch, seq, d_model).
-    Raises ValueError unless a and b have one shape with at least one step.
+    Raises ValueError unless a and b have one shape with at least one step, and initial that of a step.
     """
-    check_recurrence(a, b)
+    check_recurrence(a, b, initial)
     h, states = torch.zeros_like(b[:, 0]) if initial is None else initial, []
     for gain, increment in zip(a.unbind(1), b.unbind(1), strict=True):
         h = gain * h + increment
@@ -444,7 +464,7 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
 
     Shapes and errors as linear_recurrence. No division: a may be 0.
     """
-    check_recurrence(a, b)
+    check_recurrence(a, b, initial)
     initial = torch.zeros_like(b[:, 0]) if initial is None else initial  # (batch, d_model)
     b = torch.cat([a[:, :1] * initial[:, None] + b[:, :1], b[:, 1:]], dim=1)  # (batch, seq, d_model)
     return scan_from_zero(a, b)
@@ -467,9 +487,11 @@ def scan_from_zero(a: Tensor, b: Tensor) -> Tensor:
     return states
 
 
-def check_recurrence(a: Tensor, b: Tensor) -> None:
+def check_recurrence(a: Tensor, b: Tensor, initial: Tensor | None) -> None:
     if a.shape != b.shape or a.ndim < 2 or a.shape[1] < 1:
         raise ValueError(f"a and b must both be (batch, seq >= 1, ...), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if initial is not None and initial.shape != b[:, 0].shape:
+        raise ValueError(f"initial must be (batch, ...) = {tuple(b[:, 0].shape)}, got {tuple(initial.shape)}")
 
 
 # Models
@@ -640,9 +662,11 @@ def stream_batches(token_ids: Tensor, batch_size: int, seq_len: int) -> Iterator
 
     Yields (inputs, targets, is_start), the tensors (batch, seq): row k of a batch continues row k of the batch before,
     so that a state can be carried on, except where is_start says that the rows begin again.
-    Raises ValueError if the data is shorter than batch_size rows of seq_len inputs and one more target.
+    Raises ValueError if the data is shorter than batch_size rows of seq_len inputs and one more target, or not one row.
     """
     check_sizes(batch_size=batch_size, seq_len=seq_len)
+    if token_ids.ndim != 1:
+        raise ValueError(f"the data must be one long sequence, got shape {tuple(token_ids.shape)}; use flatten()")
     width = len(token_ids) // batch_size  # tokens per row
     if width < seq_len + 1:
         raise ValueError(
@@ -784,10 +808,12 @@ def sample_ids(logits: Tensor, temperature: float, generator: torch.Generator | 
     """Draw one id per row from softmax(logits / temperature); temperature 0 takes the most likely one.
 
     Drawn on the generator's device, so that one seed chooses alike wherever the logits were computed.
-    Shapes: logits (batch, vocab) -> ids (batch, 1). Raises ValueError for a negative or non-finite temperature, and for
-    a row whose largest logit is not finite.
+    Shapes: logits (batch, vocab) -> ids (batch, 1). Raises ValueError for other shapes, for a negative or non-finite
+    temperature, and for a row whose largest logit is not finite.
     """
     check_range(SimpleNamespace(temperature=temperature), "temperature", least=0)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (batch, vocab >= 1), got {tuple(logits.shape)}; choose one position")
     top = logits.max(dim=-1, keepdim=True).values  # (batch, 1)
     if not top.isfinite().all():
         raise ValueError(f"the largest logit of a row must be finite, got {top[~top.isfinite()][0]}; train again?")
@@ -812,6 +838,8 @@ def generate_ids(
     `model` has `advance`. Returns the new ids (batch, at most max_new_tokens); after its <eos> a row holds <pad>.
     """
     check_sizes(max_new_tokens=max_new_tokens)
+    if token_ids.ndim != 2 or token_ids.shape[1] == 0:
+        raise ValueError(f"prompts must be (batch, seq >= 1), got {tuple(token_ids.shape)}; begin with <bos>")
     done, state, generated = torch.zeros(len(token_ids), 1, dtype=torch.bool, device=token_ids.device), None, []
     for _ in range(max_new_tokens):
         logits, state = model.advance(token_ids, state)
@@ -845,9 +873,12 @@ def stream_nats(model, token_ids: Tensor, n_rows: int = 1, chunk: int = 256) -> 
     """Total nats that `model.advance` pays for one long sequence of ids, read as n_rows rows side by side.
 
     The first token is predicted from <bos>. A further row starts with an empty state after its true previous token:
-    more rows are faster, and can only cost a model what it would have remembered.
+    more rows are faster, and can only cost a model what it would have remembered. Raises ValueError for no tokens, an
+    id outside the vocabulary and more than one sequence.
     """
     check_sizes(n_tokens=len(token_ids), n_rows=n_rows, chunk=chunk)
+    check_token_ids(token_ids, sys.maxsize, n_axes=1)  # the padding below is negative too
+    token_ids = token_ids.long()
     width = math.ceil(len(token_ids) / n_rows)
     padded = F.pad(token_ids, (0, n_rows * width - len(token_ids)), value=IGNORE)
     targets = padded.view(n_rows, width)  # (rows, width)
@@ -856,6 +887,7 @@ def stream_nats(model, token_ids: Tensor, n_rows: int = 1, chunk: int = 256) -> 
     for start in range(0, width, chunk):
         logits, state = model.advance(inputs[:, start : start + chunk].to(device_of(model)), state)
         wanted = targets[:, start : start + chunk]
+        check_token_ids(wanted.clamp(min=PAD_ID), logits.shape[-1])
         total += F.cross_entropy(logits.double().transpose(1, 2).cpu(), wanted, reduction="sum").item()
     return total
 
@@ -892,6 +924,8 @@ def device_of(model) -> torch.device:
 
 def floor_of(documents: list[Document]) -> float:
     """Mean surprisal of the documents, nats per token: the loss of a model that knows the language exactly."""
+    if not documents:
+        raise ValueError("no documents; give at least one")
     return sum(sum(document.surprisal) for document in documents) / sum(len(document.tokens) for document in documents)
 
 

@@ -690,6 +690,20 @@ BAD = {
     "temperature must be finite and >= 0, got nan": lambda: sample_ids(torch.zeros(1, 3), math.nan),
     "largest logit of a row must be finite, got nan": lambda: sample_ids(torch.tensor([[1.0, math.nan]]), 0.0),
     "largest logit of a row must be finite, got -inf": lambda: sample_ids(torch.full((2, 3), -math.inf), 1.0),
+    r"logits must be \(batch, vocab >= 1\), got \(2, 5, 3\)": lambda: sample_ids(torch.zeros(2, 5, 3), 1.0),
+    r"logits must be \(batch, vocab >= 1\), got \(2, 0\)": lambda: sample_ids(torch.zeros(2, 0), 1.0),
+    r"prompts must be \(batch, seq >= 1\), got \(1, 0\)": lambda: topic.generate_ids(
+        NGramModel(1, 9).fit([[1, 2]]), torch.zeros(1, 0, dtype=torch.long), 1
+    ),
+    r"initial must be \(batch, ...\) = \(2, 3\), got \(4,\)": lambda: linear_scan(X, X, torch.zeros(4)),
+    r"initial must be \(batch, ...\) = \(2, 3\), got \(3,\)": lambda: linear_recurrence(X, X, torch.zeros(3)),
+    "d_hidden must be finite and >= 1, got -1": lambda: topic.LSTMCell(3, -1),
+    r"state must be 2 tensor\(s\) of shape \(1, 2, 4\), got None and None": lambda: LSTM(3, 4)(X, (None, None)),
+    "one long sequence, got shape": lambda: stream_batches(torch.zeros(9, 9, dtype=torch.long), 2, 3),
+    r"token id 9 >= vocab_size 9 at \[0, 1\]": lambda: stream_nats(LanguageModel(9, 4), torch.tensor([4, 9])),
+    r"token id -100 < 0 at \[1\]": lambda: stream_nats(LanguageModel(9, 4), torch.tensor([4, -100])),
+    "token ids must have 1 axes": lambda: stream_nats(LanguageModel(9, 4), torch.tensor([[4]])),
+    "no documents; give at least one": lambda: topic.floor_of([]),
     "chunk must be finite and >= 1, got 0": lambda: stream_nats(LanguageModel(9, 4), torch.tensor([4]), chunk=0),
     "text to compress is empty": lambda: topic.compressed_bits("a", ""),
     "3 losses for 2 documents": lambda: gap_to_floor([1.0] * 3, [SimpleNamespace(tokens=[1], surprisal=[1])] * 2),
@@ -713,6 +727,18 @@ def test_ids_and_lengths_must_be_integers() -> None:
         NGramModel(2, 9).fit([[BOS_ID, 4.5]])
     with pytest.raises(TypeError, match="integer"):
         Vocabulary("ab").decode([4.5])
+    for ids, message in (([[4]], "a tensor of integers, got list"), (torch.zeros(1, 2).short(), "use token_ids.long")):
+        with pytest.raises(TypeError, match=message):
+            LanguageModel(9, 4)(ids)
+    assert NGramModel(2, 9).fit([np.array([BOS_ID, 4], np.uint8)]).n_entries == 2
+    for wrong in (True, 2.0, "2", math.nan):
+        with pytest.raises(TypeError, match=f"n_layers must be an integer, got {wrong!r}"):
+            GRU(3, 4, wrong)
+    with pytest.raises(TypeError, match="temperature must be a number >= 0, got 'hot'"):
+        sample_ids(torch.zeros(1, 3), "hot")
+    with pytest.raises(TypeError, match="expected an nn.GRU, got GRUCell"):
+        GRU(3, 4).load_torch(nn.GRUCell(3, 4))
+    assert RNN(3, 4)(X[:0], lengths=[])[0].shape == (0, 4, 4)
     with pytest.raises(TypeError, match="lengths must be integers, got torch.float32"):
         RNN(3, 4)(X, lengths=[1.5, 2.5])
 
