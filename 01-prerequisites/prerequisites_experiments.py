@@ -479,7 +479,8 @@ def plot_graph(nodes: dict[str, Tensor], places: list[tuple[float, float]]) -> F
             axis.text(*middle, f"{slope:g}", color="#D55E00", ha="center", va="center")
     for (name, tensor), (x, y) in zip(nodes.items(), places, strict=True):
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.3"}
-        axis.text(x, y + 0.2, name, ha="center", va="center")
+        from_above = any(where_is[parent][1] > y for parent, _ in tensor.parents)  # an arrow stands where a name would
+        axis.text(x, y + (-0.2 if from_above else 0.2), name, ha="center", va="center")
         axis.text(x, y, f"value {tensor.item():g}\ngradient {tensor.grad.item():g}", ha="center", va="center", bbox=box)
     axis.axis("off")
     return figure
