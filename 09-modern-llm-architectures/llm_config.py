@@ -131,6 +131,7 @@ MEANS_NONE = {  # keys whose null says something else than that the key is absen
     *("head_dim", "num_key_value_heads", "sliding_window", "q_lora_rank"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
+NULL_IS_FALSE = ("norm_topk_prob", "rope_interleave")  # although what is absent is true
 SILU, BIAS, WINDOW = {"hidden_act": ("silu",)}, {"use_bias": "attention_bias"}, {"window_size": "sliding_window"}
 FAMILIES = {
     "llama": Family(
@@ -169,13 +170,13 @@ LATENT_NAMES = {
     "d_value": "v_head_dim",
 }
 SCALING_NAMES = {
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
+    "linear": {name: name for name in ("factor", "mscale_all_dim")},  # the second counts in latent attention alone
+    "dynamic": {name: name for name in ("factor", "mscale_all_dim")},
     "yarn": {
         name: name
         for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
     },
-    "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
+    "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor", "mscale_all_dim")},
 }
 TRAINED = "original_max_position_embeddings"
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -191,6 +192,7 @@ def config_from_folder(given: dict) -> ModelConfig:
     for name in REQUIRED:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"{CONFIG} has {name}={given[name]!r}; it must be a whole number >= 1")
+    given = {name: False if value is None and name in NULL_IS_FALSE else value for name, value in given.items()}
     given = family.defaults | {name: value for name, value in given.items() if value is not None or name in MEANS_NONE}
     given = {name: value for name, value in given.items() if value is not None}
     more_ends: list[int] = []
@@ -216,7 +218,16 @@ def config_from_folder(given: dict) -> ModelConfig:
             "full_attention" if layer < given.get("max_window_layers", 28) else "sliding_attention"
             for layer in range(config.n_layers)
         ]
+        if len(types) != config.n_layers or not all(name in ("full_attention", "sliding_attention") for name in types):
+            raise ValueError(
+                f"{CONFIG} has layer_types={types!r}; it must name full_attention or sliding_attention for each of "
+                f"{config.n_layers} layers"
+            )
         extra["full_layers"] = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
+    elif kind == "qwen3" and "sliding_attention" in (given.get("layer_types") or []):
+        raise ValueError(
+            f"{CONFIG} has layers of sliding_attention but no sliding_window in use; set use_sliding_window"
+        )
     if kind in EXPERT_NAMES:
         extra["experts"] = experts_from_folder(given, kind)
     if kind == "deepseek_v3":
@@ -231,13 +242,14 @@ def whole_ids(name: str, ids: list) -> list[int]:
 
 
 def with_generation_ends(given: dict, folder: Path | str) -> dict:
-    """A config.json with the ends that generation_config.json names, if there is one: chat models often have more.
+    """A config.json with the ends and the filler that generation_config.json names, if there is one.
 
-    transformers' `generate` obeys that file too.
+    Chat models often have more ends there, and transformers' `generate` obeys that file.
     """
     path = Path(folder) / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.exists() else None
-    return given if ends is None else given | {"eos_token_id": ends}
+    found = read_json(path) if path.exists() else {}
+    named = {name: found[name] for name in ("eos_token_id", "pad_token_id") if found.get(name) is not None}
+    return given | named
 
 
 def experts_from_folder(given: dict, kind: str) -> ExpertConfig:
@@ -256,7 +268,7 @@ def scaling_from_folder(given: dict, kind: str) -> tuple[float, RopeScaling]:
     """
     found = rope_settings(given)
     rope = {name: value for name, value in found.items() if value is not None}
-    theta = float(rope.get("rope_theta", given.get("rope_theta", 1e6 if kind == "mixtral" else 10000.0)))
+    theta = number("rope_theta", rope.get("rope_theta", given.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)))
     name = rope.get("rope_type", rope.get("type", "default"))
     if name == "default":
         return theta, RopeScaling()
@@ -264,20 +276,34 @@ def scaling_from_folder(given: dict, kind: str) -> tuple[float, RopeScaling]:
     if rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{CONFIG} turns only a part of the features (partial_rotary_factor); this model turns all")
     trained = given.get(TRAINED, rope.get(TRAINED, given["max_position_embeddings"]))
+    number(TRAINED, trained)
     if name == "yarn" and "factor" in found:  # null: it follows from the lengths
         rope.setdefault("factor", given["max_position_embeddings"] / trained)
     if "factor" not in rope:
         raise ValueError(f"{CONFIG} scales rotary positions by {name!r} but gives no factor")
     known = {field: rope.get(theirs) for field, theirs in SCALING_NAMES[name].items()}
     known = {field: value for field, value in known.items() if value is not None}
-    known = {field: value if field == "truncate" else float(value) for field, value in known.items()}
+    known = {field: value if field == "truncate" else number(field, value) for field, value in known.items()}
+    if "truncate" in found:
+        known["truncate"] = bool(found["truncate"])  # null: false
     return theta, RopeScaling(name, trained_seq_len=trained, **known)
+
+
+def number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{CONFIG} has {name}={value!r}; it must be a number")
+    return float(value)
 
 
 def rope_settings(given: dict) -> dict:
     found = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise ValueError(f"{CONFIG} has a rotary scaling of {found!r}; it must be an object with a rope_type")
+    nested = [name for name, value in found.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"{CONFIG} has rotary settings of their own for {', '.join(nested)}; this model has one for all"
+        )
     return found
 
 
@@ -344,6 +370,8 @@ def to_words(config: ModelConfig, kind: str) -> dict:
     if scaling.kind != "none":
         rope |= {"rope_type": scaling.kind, TRAINED: scaling.trained_seq_len}
         rope |= {theirs: getattr(scaling, ours) for ours, theirs in SCALING_NAMES[scaling.kind].items()}
+        if not rope.get("mscale_all_dim"):  # of which most kinds of scaling know nothing
+            rope.pop("mscale_all_dim", None)
         words["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return words | {"rope_parameters": rope, "rope_theta": config.rope_theta}
 

@@ -145,6 +145,13 @@ def test_every_end_of_a_folder_is_obeyed_as_transformers_obeys_it(place, tmp_pat
     assert config_from_folder(config_to_folder(ours.config)) == ours.config
 
 
+def test_the_filler_of_a_folder_is_that_of_its_generation_config(tmp_path) -> None:
+    CausalLM(replace(SMALL, vocab_size=40)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 9, "eos_token_id": None}))
+    config = CausalLM.from_pretrained(tmp_path).config
+    assert config == replace(SMALL, vocab_size=40, pad_id=9)
+
+
 def test_a_list_of_ends_must_hold_ids() -> None:
     words_of = config_to_folder(SMALL)
     for wrong in ([], ["</s>"], [3, -1]):

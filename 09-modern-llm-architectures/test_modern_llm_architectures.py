@@ -603,6 +603,33 @@ def test_null_is_not_absent() -> None:
     )
 
 
+def test_the_scores_of_latent_attention_are_scaled_whatever_stretches_the_positions(tmp_path, parity) -> None:
+    """transformers reads mscale_all_dim for every kind of scaling."""
+    for kind in ("linear", "dynamic"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0, "mscale_all_dim": 1.0}
+        config = DeepseekV3Config(
+            **{**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1}, rope_parameters=rope
+        )
+        theirs = theirs_from(config, torch.float32)
+        theirs.save_pretrained(tmp_path)
+        ours, theirs = CausalLM.from_pretrained(tmp_path), theirs_from(tmp_path, torch.float32)
+        parity(f"deepseek_v3, {kind}", "transformers", "output", ours(some_ids()), theirs(some_ids()).logits, 1e-5)
+        words = config_to_folder(ours.config)
+        assert config_from_folder(words) == ours.config and words["rope_parameters"]["mscale_all_dim"] == 1.0
+    assert (
+        "mscale_all_dim" not in config_to_folder(ModelConfig(rope_scaling=RopeScaling("linear", 2.0)))["rope_scaling"]
+    )
+
+
+def test_null_means_no_where_transformers_takes_it_as_no() -> None:
+    given = DeepseekV3Config(**DEEPSEEK).to_dict()
+    for name in ("norm_topk_prob", "rope_interleave"):
+        with pytest.raises(ValueError, match=f"{name}=False; this model supports True"):
+            config_from_folder(given | {name: None})
+    rope = {**YARN, "truncate": None}
+    assert config_from_folder({**CONFIGS["llama"].to_dict(), "rope_parameters": rope}).rope_scaling.truncate is False
+
+
 # Bad input
 
 
@@ -632,6 +659,13 @@ def test_a_config_that_no_family_has_is_not_saved(tmp_path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number >= 1"),
         ({"rope_parameters": "linear"}, "a rotary scaling of 'linear'; it must be an object"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "only a part"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for full_attention"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2'; it must be a number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": [1e4]}}, r"rope_theta=\[10000.0\]; it must be a"),
+        (
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": "16"}},
+            "embeddings='16'; it must be a number",
+        ),
         ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, None),
         ({"vocab_size": None}, None),
     ],
@@ -647,6 +681,15 @@ def test_a_config_that_we_cannot_compute_is_refused_in_words(change: dict, messa
         message = "config.json lacks vocab_size"
     with pytest.raises(ValueError, match=message):
         config_from_folder(given)
+
+
+def test_kinds_of_layers_that_do_not_fit_are_named() -> None:
+    given = CONFIGS["qwen3, some layers with a window"].to_dict()
+    for types in (["full_attention"], ["full_attention", "sliding_attention", "chunked_attention"]):
+        with pytest.raises(ValueError, match="layer_types=.* for each of 3 layers"):
+            config_from_folder(given | {"layer_types": types})
+    with pytest.raises(ValueError, match="sliding_attention but no sliding_window in use"):
+        config_from_folder(given | {"use_sliding_window": False})
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path) -> None:
