@@ -65,6 +65,12 @@ class LoraConfig:
 # The layers
 
 
+def check_rank(rank: int, layer: nn.Module) -> None:
+    most = min(layer.in_features, layer.out_features)
+    if not 1 <= rank <= most:
+        raise ValueError(f"lora_rank={rank} must be in 1..{most}, the smaller side of the layer that it updates")
+
+
 class LoRALinear(nn.Module):
     """base(x) + scale * B A dropout(x): a frozen linear layer and a trained update of low rank (Hu et al. 2021, 4.1).
 
@@ -76,9 +82,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        most = min(self.in_features, self.out_features)
-        if not 1 <= rank <= most:
-            raise ValueError(f"lora_rank={rank} must be in 1..{most}, the smaller side of the layer that it updates")
+        check_rank(rank, base)
         self.base, self.scale, self.merged = base.requires_grad_(False), scale, False
         like = base.weight
         self.lora_a = nn.Parameter(like.new_empty(rank, self.in_features))
@@ -268,6 +272,8 @@ def add_adapters(model: CausalLM, config: LoraConfig) -> list[str]:
     if "lm_head" in config.targets and model.config.tie_embeddings:
         raise ValueError("lm_head shares its weight with token_emb, which a merge would change too; leave it out")
     chosen = [name for name in linear if name.rpartition(".")[2] in config.targets]
+    for name in chosen:
+        check_rank(config.lora_rank, model.get_submodule(name))
     remember_base(model)
     freeze(model)
     kind = DoRALinear if config.dora else LoRALinear
@@ -377,6 +383,16 @@ def file_parts(layer: LoRALinear) -> dict[str, nn.Parameter]:
     return parts | ({"lora_magnitude_vector": layer.magnitude} if isinstance(layer, DoRALinear) else {})
 
 
+def target_names(layers: set[str], names: dict[str, str]) -> list[str]:
+    """PEFT's target_modules: the last name of layers that are all adapted, the whole name of each of the others."""
+    groups: dict[str, set[str]] = {}
+    for ours, theirs in names.items():
+        groups.setdefault(theirs.rpartition(".")[2], set()).add(ours)
+    short = {last for last, group in groups.items() if group <= layers}
+    full = {names[name] for name in layers if names[name].rpartition(".")[2] not in short}
+    return sorted(short | full)
+
+
 ROWS_KEY = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"  # the rows themselves, not a change
 
 
@@ -404,7 +420,7 @@ def save_adapter(model: CausalLM, folder: Path, base: str = "") -> None:
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": sorted({names[name].rpartition(".")[2] for name in layers}),
+        "target_modules": target_names(set(layers), names),
         "use_rslora": config.rank_stabilised,
         "use_dora": config.dora,
         "trainable_token_indices": rows.token_ids.tolist() if rows else None,
@@ -542,6 +558,8 @@ def check_fit(
     for key in sorted(set(shapes) & set(tensors)):
         if tuple(tensors[key].shape) != shapes[key]:
             problems.append(f"{key} has shape {tuple(tensors[key].shape)}, expected {shapes[key]}")
+    for name in chosen:
+        check_rank(config.lora_rank, model.get_submodule(name))
     if problems or not chosen:
         raise ValueError(f"the adapter does not fit the model: {'; '.join(problems[:6]) or 'it holds no tensor'}")
 

@@ -519,6 +519,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
     "flags, message",
     [
         ({"lora_rank": 25}, r"lora_rank=25 must be in 1\.\.24"),
+        ({"lora_rank": 13}, r"lora_rank=13 must be in 1\.\.12"),  # q_proj would take it, k_proj does not
         ({"target_modules": "q_prj"}, "unknown target module 'q_prj'; did you mean 'q_proj'"),
         ({"target_modules": "q_proj,query"}, "unknown target module 'query'"),
         ({"target_modules": "lm_head"}, "lm_head shares its weight with token_emb"),
@@ -528,6 +529,41 @@ def test_adapters_that_cannot_be_are_refused_and_leave_the_model_alone(flags: di
     model = CausalLM(replace(TINY, tie_embeddings=True))
     with pytest.raises(ValueError, match=message):
         add_adapters(model, LoraConfig(**flags))
+    assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_rank_that_some_layer_cannot_have_leaves_the_model_alone(tmp_path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path), dtype=torch.float32)
+    get_peft_model(theirs, TheirConfig(r=13, target_modules=["q_proj", "k_proj"])).save_pretrained(tmp_path)
+    model = tiny()
+    with pytest.raises(ValueError, match=r"lora_rank=13 must be in 1\.\.12"):
+        load_adapter(model, tmp_path)
+    assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+        {"target_modules": ["v_proj", "layers.0.mlp.down_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["up_proj"]},
+    ],
+    ids=["pattern", "names", "layers"],
+)
+def test_a_choice_of_layers_goes_to_peft_and_back(choice: dict, tmp_path, parity) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path), dtype=torch.float32)
+    theirs = shaken(get_peft_model(base, TheirConfig(task_type="CAUSAL_LM", r=2, use_dora=True, **choice)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs(input_ids=ids()).logits
+    ours = CausalLM.from_pretrained(tmp_path / "base")
+    load_adapter(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of layers that PEFT adapts and the file does not hold
+        again = PeftModel.from_pretrained(base, tmp_path / "ours")
+    name = f"PEFT's folder, target_modules={choice['target_modules']!r}"
+    parity(name, "PEFT", "exchange", [ours(ids()), again(input_ids=ids()).logits], [wanted, wanted], 1e-5)
 
 
 @pytest.mark.parametrize(
