@@ -65,7 +65,7 @@ class ModelConfig:
     experts: ExpertConfig | None = None  # a mixture of experts in place of the feed-forward network
     pad_id: int = 0  # token that fills batches
     bos_id: int = 1  # token that begins a document
-    eos_id: int = 1  # token that ends it
+    eos_id: int = 1  # token that ends it; vocab_size, which no token is, for texts without an end
     more_eos_ids: tuple[int, ...] = ()  # other tokens that end it too, such as the end of a turn in a chat
 
     def __post_init__(self) -> None:
@@ -201,10 +201,11 @@ def config_from_folder(given: dict) -> ModelConfig:
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     given.setdefault("bos_token_id", given.get("eos_token_id", 0))
-    given.setdefault("eos_token_id", given["bos_token_id"])
-    given.setdefault("pad_token_id", given["eos_token_id"])
+    filler = given.get("eos_token_id", given["bos_token_id"])
+    given.setdefault("eos_token_id", given["vocab_size"])
+    given.setdefault("pad_token_id", filler)
     if given["pad_token_id"] == -1:  # as the first files of Llama say that there is none
-        given["pad_token_id"] = given["eos_token_id"]
+        given["pad_token_id"] = filler
     windowed = given.get("sliding_window") and (kind != "qwen3" or given.get("use_sliding_window"))
     given["sliding_window"] = given["sliding_window"] if windowed else 0
     if kind == "deepseek_v3":  # latent attention has neither; published files name one of them or none
@@ -346,6 +347,8 @@ def to_words(config: ModelConfig, kind: str) -> dict:
     words = {"model_type": kind, "architectures": [family.architecture], "use_cache": True}
     words |= {theirs: getattr(config, ours) for ours, theirs in family.names.items()}
     words |= {name: allowed[0] for name, allowed in family.fixed.items()}
+    if config.eos_id == config.vocab_size:
+        words["eos_token_id"] = None
     if config.more_eos_ids:
         words["eos_token_id"] = [config.eos_id, *config.more_eos_ids]
     if kind in ("mistral", "qwen3", "mixtral"):

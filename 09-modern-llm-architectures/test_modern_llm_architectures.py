@@ -593,7 +593,12 @@ def test_null_is_not_absent() -> None:
     del words["layer_types"]  # older files have max_window_layers alone
     assert config_from_folder(words).full_layers == (0, 1)
     assert read("qwen3", eos_token_id=5, num_key_value_heads=4).bos_id == 5
-    assert read("qwen3", bos_token_id=7, num_key_value_heads=4).eos_id == 7
+    endless = read("qwen3", bos_token_id=7, num_key_value_heads=4)  # whose texts have no end in transformers either
+    assert (endless.bos_id, endless.eos_id, endless.pad_id) == (7, 67, 7)
+    assert (
+        config_to_folder(endless)["eos_token_id"] is None and config_from_folder(config_to_folder(endless)) == endless
+    )
+    assert read("llama", eos_token_id=None, bos_token_id=None).eos_id == 67
     for kind, config in (("mixtral", MixtralConfig()), ("mistral", MistralConfig())):
         assert read(kind, num_key_value_heads=4).rope_theta == config.rope_parameters["rope_theta"]
     for kind, latent in ((None, 0), (24, 24)):
