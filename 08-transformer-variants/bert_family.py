@@ -239,8 +239,10 @@ class BertModel(FolderModel):
 
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> Any:
-        names = config.get("id2label")
+        names, n_classes = config.get("id2label"), config.get("num_labels")
         found = super().config_of(config, tensors)
+        if names is None and type(n_classes) is int:  # as the first files say it
+            names = {str(i): f"LABEL_{i}" for i in range(n_classes)}
         if names is None:
             return found
         if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):

@@ -126,6 +126,12 @@ class GPT2(FolderModel):
         "eos_id": "eos_token_id",
         "pad_id": "pad_token_id",
     }
+    aliases: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
     fixed: ClassVar[dict[str, tuple]] = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "add_cross_attention": (False,),

@@ -26,6 +26,7 @@ from optimizers import shapes_alone
 from workbench import read_object, shown, write_atomically
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 MOST_NAMED = 6  # names that one error message lists
 MOST_LAYERS = 10_000  # more than any model has; blocks that no weights can fill would be built until memory ends
 MOST = 10**9  # of any whole number in a config.json: no model has as many of anything, and an id is below that
@@ -261,8 +262,9 @@ class FolderModel(nn.Module):
     """A model with from_pretrained and save_pretrained; a subclass says how its files name things.
 
     `config_names`, `fixed`: see config_from_file. `absent`: what a folder means that leaves a setting out, where this
-    is not our default. `layout(config)`: the tensors. Dropout rates that a folder gives separately for attention and
-    for the rest become the one rate of our configs.
+    is not our default. `aliases`: second names of settings in files, which count where both are given, as they do for
+    Hugging Face. `layout(config)`: the tensors. Dropout rates that a folder gives separately for attention and for the
+    rest become the one rate of our configs. Hugging Face's lookups of pad_id send its embedding no gradient, ours do.
     """
 
     model_type: ClassVar[str]
@@ -271,6 +273,7 @@ class FolderModel(nn.Module):
     config_names: ClassVar[dict[str, str]]
     fixed: ClassVar[dict[str, tuple]] = {}
     absent: ClassVar[dict[str, Any]] = {}
+    aliases: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def layout(cls, config: Any) -> Layout:
@@ -288,7 +291,8 @@ class FolderModel(nn.Module):
         Raises ValueError for another kind of model and for tensors that do not fit, naming them.
         """
         file_config, tensors = read_folder(folder, cls.model_type)
-        config = cls.config_of(file_config, tensors)
+        file_config |= {cls.aliases[name]: value for name, value in file_config.items() if name in cls.aliases}
+        config = cls.config_of(file_config | cls.generation_ids(Path(folder)), tensors)
         layers = {name: value for name, value in vars(config).items() if name.startswith("n_") and "layers" in name}
         if max(layers.values()) > MOST_LAYERS:
             raise ValueError(f"{shown(Path(folder) / CONFIG)} asks for {layers}; at most {MOST_LAYERS:,} can be right")
@@ -298,6 +302,18 @@ class FolderModel(nn.Module):
         model = cls(config)
         load_weights(model, tensors, layout)
         return model.eval()
+
+    @classmethod
+    def generation_ids(cls, folder: Path) -> dict[str, int]:
+        """The ids of generation_config.json, which count more for a model that writes, as they do for Hugging Face."""
+        writes = hasattr(cls, "generate") and (folder / GENERATION).exists()
+        found = read_json(folder / GENERATION) if writes else {}
+        ours = {theirs for theirs in cls.config_names.values() if theirs.endswith("token_id")}
+        ids = {name: found[name] for name in sorted(ours) if found.get(name) is not None}
+        for name, value in ids.items():
+            if type(value) is not int:
+                raise ValueError(f"{GENERATION} has {name}={value!r}; this model knows one such id, a whole number")
+        return ids
 
     def file_config(self) -> dict:
         """What config.json says."""

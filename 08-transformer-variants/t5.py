@@ -244,6 +244,12 @@ class T5(EncoderDecoder):
         "eos_id": "eos_token_id",
         "start_id": "decoder_start_token_id",
     }
+    aliases: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    }
     fixed: ClassVar[dict[str, tuple]] = {"is_encoder_decoder": (True,), "is_decoder": (False,)}
 
     def __init__(self, config: T5Config) -> None:
@@ -300,7 +306,9 @@ class T5(EncoderDecoder):
 
         Newer files give scale_decoder_outputs and always say that they tie; whether they do shows in the tensors.
         """
-        found = super().config_of({"num_decoder_layers": config.get("num_layers"), **config}, tensors)
+        if config.get("num_decoder_layers") is None:
+            config = config | {"num_decoder_layers": config.get("num_layers")}
+        found = super().config_of(config, tensors)
         scale = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         return replace(found, scale_outputs=scale is not False, tie_embeddings="lm_head.weight" not in tensors)
 
@@ -366,6 +374,8 @@ class Bart(EncoderDecoder):
     """BART (Lewis et al. 2020, section 2.1): post-norm layers without a last norm, GELU, normalised embeddings.
 
     The first two rows of its position tables are unused, as in fairseq, where positions start after the padding's id.
+    `generate` writes what is likeliest: it does not force a first or last token on a text, as forced_bos_token_id and
+    forced_eos_token_id of a folder ask of Hugging Face's.
     Raises ValueError for more than max_seq_len positions.
     """
 
@@ -393,6 +403,11 @@ class Bart(EncoderDecoder):
         "tie_word_embeddings": (True,),
     }
 
+    aliases: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
     absent: ClassVar[dict[str, int]] = {  # the large model's
         "d_model": 1024,
         "encoder_layers": 12,

@@ -236,6 +236,16 @@ def test_old_names_tied_copies_and_other_heads_load(tmp_path) -> None:
         BertForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_the_number_of_classes_may_stand_alone_and_no_generation_config_moves_positions(tmp_path) -> None:
+    ours = BertForSequenceClassification(dataclasses.replace(TINY, class_names=("LABEL_0", "LABEL_1", "LABEL_2")))
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps({name: given[name] for name in given if name != "id2label"} | {"num_labels": 3}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 5}))
+    assert BertForSequenceClassification.from_pretrained(tmp_path).config == ours.config
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [

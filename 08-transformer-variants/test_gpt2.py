@@ -405,6 +405,24 @@ def test_bad_calls_are_named(pair, tmp_path) -> None:
         ours.save_pretrained(tmp_path / "file")
 
 
+def test_a_folder_may_say_a_setting_by_its_second_name_and_ids_in_generation_config(tmp_path) -> None:
+    ours = GPT2(GPT2Config(67, 37, 24, 2, 2, 20, eos_id=5))
+    ours.save_pretrained(tmp_path)
+    path, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    given = json.loads(path.read_text())
+    n_heads = given.pop("n_head")
+    path.write_text(json.dumps(given | {"num_attention_heads": n_heads}))  # 12 heads, our default, fit the tensors too
+    generation.write_text(json.dumps({"eos_token_id": 9, "pad_token_id": 4, "bos_token_id": None}))
+    found = GPT2.from_pretrained(tmp_path)
+    assert found.config == dataclasses.replace(ours.config, eos_id=9, pad_id=4)
+    assert torch.equal(found(some_ids()), ours.eval()(some_ids()))
+    generation.write_text(json.dumps({"eos_token_id": [9, 3]}))
+    with pytest.raises(
+        ValueError, match=r"generation_config.json has eos_token_id=\[9, 3\]; this model knows one such"
+    ):
+        GPT2.from_pretrained(tmp_path)
+
+
 def test_shape_comments_hold(pair, checked_shapes) -> None:
     ours = pair[0]
     rows, real = left_padded([[5, 6, 7, 8], [9, 10]], 0)

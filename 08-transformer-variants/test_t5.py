@@ -230,12 +230,26 @@ def test_padding_changes_nothing_and_the_future_not_the_past(name, tmp_path, par
 
 
 def test_layers_share_one_table_of_positions() -> None:
-    assert T5.config_of({"num_layers": 3}, {}).n_decoder_layers == 3, "the first files name one depth for both"
+    for given in ({"num_layers": 3}, {"num_layers": 3, "num_decoder_layers": None}):
+        assert T5.config_of(given, {}).n_decoder_layers == 3, "the first files name one depth for both"
     model = T5(TINY)
     for blocks in (model.encoder_blocks, model.decoder_blocks):
         assert blocks[0].self_attn.relative_bias is blocks[1].self_attn.relative_bias
     assert model.encoder_blocks[0].self_attn.relative_bias is not model.decoder_blocks[0].self_attn.relative_bias
     assert model.encoder_blocks[0].self_attn.bidirectional and not model.decoder_blocks[0].self_attn.bidirectional
+
+
+@cases
+def test_second_names_of_settings_count(name, tmp_path) -> None:
+    """Another number of heads may fit the same tensors."""
+    their_model(name).save_pretrained(tmp_path)
+    path, kind = tmp_path / "config.json", CASES[name][0]
+    given, right = json.loads(path.read_text()), kind.from_pretrained(tmp_path).config
+    for second, first in kind.aliases.items():
+        value = given[first]
+        for change in ({second: value}, {second: value, first: value + 1}):
+            path.write_text(json.dumps({key: given[key] for key in given if key != first} | change))
+            assert kind.from_pretrained(tmp_path).config == right, change
 
 
 def test_scores_start_with_unit_variance_without_the_root() -> None:
