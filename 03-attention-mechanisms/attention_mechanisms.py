@@ -31,6 +31,7 @@ from sequence_modeling import (
     PAD_ID,
     GRUCell,
     Seq2Seq,
+    check_integers,
     check_sizes,
     check_token_ids,
     copy_batch,
@@ -150,6 +151,7 @@ def prefix_mask(
 
     Raises ValueError unless 0 <= n_prefix <= number of keys.
     """
+    check_integers(n_prefix=n_prefix)
     distance = key_distance(n_query, n_key, device)  # (query, key)
     n_key = distance.shape[1]
     if not 0 <= n_prefix <= n_key:
@@ -175,6 +177,7 @@ def dilated_mask(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The `window_size` keys at distances 0, dilation, 2 * dilation, ...; shape (query, key) (Beltagy et al. 2020)."""
+    check_integers(window_size=window_size, dilation=dilation)
     for name, size in (("window_size", window_size), ("dilation", dilation)):
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}; a window of 1 is the query's own position")
@@ -207,14 +210,21 @@ def random_mask(n_query: int, n_random: int, generator: torch.Generator, n_key: 
 
 
 def check_mask(mask: Tensor, scores_shape: torch.Size) -> None:
-    """Raise ValueError unless `mask` is bool and broadcasts to the shape of the scores."""
+    """Raise ValueError unless `mask` is bool and broadcasts to the shape of the scores; TypeError for no tensor."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor of bool, got {type(mask).__name__}; use torch.tensor(mask)")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool (True = may attend), got {mask.dtype}; pass numbers to add as bias")
     check_broadcast("mask", mask, scores_shape)
 
 
 def check_bias(bias: Tensor, scores_shape: torch.Size) -> None:
-    """Raise ValueError unless `bias` holds numbers, which True and False are not, and broadcasts to the scores."""
+    """Raise ValueError unless `bias` holds numbers, which True and False are not, and broadcasts to the scores.
+
+    Raises TypeError for no tensor.
+    """
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor of numbers, got {type(bias).__name__}; use torch.tensor(bias)")
     if bias.dtype == torch.bool:
         raise ValueError(
             "bias must be numbers to add to the scores, got torch.bool, which would add 1; pass it as mask"
@@ -249,8 +259,14 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def check_widths(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    """Raise ValueError unless queries, keys and values, each (..., position, width), can meet in one attention."""
-    shapes = [tuple(tensor.shape) for tensor in (q, k, v) if tensor is not None]
+    """Raise ValueError unless queries, keys and values, each (..., position, width), can meet in one attention.
+
+    Raises TypeError for integers, whose average would be cut to an integer.
+    """
+    given = [tensor for tensor in (q, k, v) if tensor is not None]
+    if not all(tensor.is_floating_point() for tensor in given):
+        raise TypeError(f"attention needs floating-point tensors, got {[x.dtype for x in given]}; use .float()")
+    shapes = [tuple(tensor.shape) for tensor in given]
     if min(map(len, shapes)) < 2:
         raise ValueError(f"queries, keys and values need axes (..., position, width), got {shapes}")
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
@@ -337,9 +353,14 @@ class MultiHeadAttention(nn.Module):
         """(batch, seq, d_model) -> (batch, heads, seq, d_head): seq is x's own length, not always the query's."""
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (batch, heads, seq, d_head)
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor, mask: Tensor | None = None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"expected a sequence (batch, seq, d_model={self.d_model}), got {tuple(x.shape)}")
+        if isinstance(mask, Tensor) and mask.dim() == 3 and len(mask) != 1:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, expected (query, key) or (batch, heads, query, key); "
+                "use mask[:, None] for one per sequence, mask[None] for one per head"
+            )
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a memory, each (batch, heads, key, d_head): what a cache keeps."""
@@ -350,12 +371,7 @@ class MultiHeadAttention(nn.Module):
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention of x (batch, query, d_model) over keys and values that are already split into heads."""
-        self.check_input(x)
-        if mask is not None and mask.dim() == 3 and len(mask) != 1:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, expected (query, key) or (batch, heads, query, key); "
-                "use mask[:, None] for one per sequence, mask[None] for one per head"
-            )
+        self.check_input(x, mask)
         q = self.split_heads(self.q_proj(x))  # (batch, heads, query, d_head)
         weights = self.dropout(attention_weights(q, k, mask, bias, self.scale))  # (batch, heads, query, key)
         mixed = (weights @ v).transpose(1, 2).flatten(2)  # (batch, query, d_model)
@@ -403,7 +419,9 @@ class MultiHeadAttention(nn.Module):
 
 def check_same_attention(ours: MultiHeadAttention, theirs: nn.MultiheadAttention) -> None:
     """Raise ValueError unless the weights of one layer mean the same in the other: equal matrices cut into another
-    number of heads load without complaint and compute something else."""
+    number of heads load without complaint and compute something else. TypeError for another kind of layer."""
+    if not isinstance(theirs, nn.MultiheadAttention):
+        raise TypeError(f"expected an nn.MultiheadAttention, got {type(theirs).__name__}")
     pairs = {
         "d_model": (ours.d_model, theirs.embed_dim),
         "widths of keys and values": ((ours.d_model, ours.d_model), (theirs.kdim, theirs.vdim)),
@@ -425,7 +443,7 @@ class ScoredAttention(nn.Module):
     Shapes:
         query (batch, query, d_query), memory (batch, key, d_memory), mask broadcastable to (batch, query, key)
         -> context (batch, query, d_memory), weights (batch, query, key)
-    Raises ValueError for a query and a memory that are not sequences of one batch.
+    Raises ValueError for a query and a memory that are not sequences of one batch, and for another width.
     """
 
     def forward(self, query: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -439,6 +457,11 @@ class ScoredAttention(nn.Module):
         return context, weights
 
 
+def check_width(name: str, x: Tensor, layer: nn.Linear) -> None:
+    if x.shape[-1] != layer.in_features:
+        raise ValueError(f"{name} must have width {layer.in_features}, got {tuple(x.shape)}")
+
+
 class AdditiveAttention(ScoredAttention):
     """v^T tanh(W q + U h) (Bahdanau et al. 2015, section 3.1 and appendix A.1.2)."""
 
@@ -449,6 +472,8 @@ class AdditiveAttention(ScoredAttention):
         self.score_proj = nn.Linear(d_attention, 1, bias=False)
 
     def scores(self, query: Tensor, memory: Tensor) -> Tensor:
+        check_width("query", query, self.query_proj)
+        check_width("memory", memory, self.memory_proj)
         hidden = (
             self.query_proj(query)[:, :, None] + self.memory_proj(memory)[:, None]
         )  # (batch, query, key, attention)
@@ -471,7 +496,10 @@ class GeneralAttention(ScoredAttention):
         self.memory_proj = nn.Linear(d_memory, d_query, bias=False)
 
     def scores(self, query: Tensor, memory: Tensor) -> Tensor:
-        return query @ self.memory_proj(memory).transpose(1, 2)  # (batch, query, key)
+        check_width("memory", memory, self.memory_proj)
+        projected = self.memory_proj(memory)  # (batch, key, d_query)
+        check_widths(query, projected)
+        return query @ projected.transpose(1, 2)  # (batch, query, key)
 
 
 class ConcatAttention(ScoredAttention):
@@ -486,7 +514,9 @@ class ConcatAttention(ScoredAttention):
         n_query, n_key = query.shape[1], memory.shape[1]
         left = query[:, :, None].expand(-1, -1, n_key, -1)  # (batch, query, key, d_query)
         right = memory[:, None].expand(-1, n_query, -1, -1)  # (batch, query, key, d_memory)
-        hidden = self.pair_proj(torch.cat([left, right], dim=-1)).tanh()  # (batch, query, key, attention)
+        pairs = torch.cat([left, right], dim=-1)  # (batch, query, key, pair)
+        check_width("query and memory together", pairs, self.pair_proj)
+        hidden = self.pair_proj(pairs).tanh()  # (batch, query, key, attention)
         return self.score_proj(hidden).squeeze(-1)  # (batch, query, key)
 
 
@@ -585,6 +615,7 @@ def tiled_attention(
     and keeps no mask, while a mask is read tile by tile but is itself (query, key) unless it broadcasts.
     No second derivatives. Raises ValueError for tile_size < 1 and for what `scaled_dot_product_attention` refuses.
     """
+    check_integers(tile_size=tile_size)
     if tile_size < 1:
         raise ValueError(f"tile_size must be >= 1, got {tile_size}")
     check_widths(q, k, v)

@@ -976,12 +976,36 @@ def test_score_alignment_counts_by_hand() -> None:
             lambda: score_alignment(torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
             r"links must be bool and of the weights' shape \(2, 3, 4\), got torch.float32",
         ),
+        (lambda: AdditiveAttention(3, 4, 5)(normal(2, 5, 4), normal(2, 7, 4)), r"query must have width 3, got \(2, 5"),
+        (lambda: GeneralAttention(3, 4)(normal(2, 5, 3), normal(2, 7, 3)), r"memory must have width 4, got \(2, 7"),
+        (lambda: GeneralAttention(3, 4).double()(normal(2, 5, 4), normal(2, 7, 4)), r"queries have width 4 but keys 3"),
+        (lambda: ConcatAttention(3, 4, 5)(normal(2, 5, 4), normal(2, 7, 4)), r"together must have width 7, got"),
         (lambda: topic.attention_work(0, 5, 3, 8), r"n_query must be finite and >= 1, got 0"),
     ],
 )
 def test_mistakes_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_wrong_types_are_named() -> None:
+    """The average of integers would be cut to integers, and a window of 1.5 or nan keys be cut somehow."""
+    whole = torch.ones(2, 3, 5, 4, dtype=torch.long)
+    for attend in (scaled_dot_product_attention, tiled_attention, linear_attention):
+        for q in (whole, whole > 0):
+            with pytest.raises(TypeError, match="attention needs floating-point tensors, got .torch"):
+                attend(q, whole, whole)
+    for call, message in (
+        (lambda: window_mask(5, math.nan), "window_size must be an integer, got nan"),
+        (lambda: dilated_mask(5, 2, 1.5), r"dilation must be an integer, got 1\.5"),
+        (lambda: prefix_mask(5, 1.5), r"n_prefix must be an integer, got 1\.5"),
+        (lambda: tiled_attention(*qkv(), tile_size=True), "tile_size must be an integer, got True"),
+        (lambda: scaled_dot_product_attention(*qkv(), mask=[[True]]), "mask must be a tensor of bool, got list"),
+        (lambda: scaled_dot_product_attention(*qkv(), bias=1.0), "bias must be a tensor of numbers, got float"),
+        (lambda: MultiHeadAttention(8, 2).load_torch(nn.Linear(8, 8)), "expected an nn.MultiheadAttention, got Linear"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("attend", [scaled_dot_product_attention, tiled_attention])
