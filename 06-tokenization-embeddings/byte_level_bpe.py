@@ -471,6 +471,8 @@ def read_bpe(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], tuple[s
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         expect(path, option, model.get(option) or BPE_OPTIONS[option], BPE_OPTIONS[option])
     expect(path, "normalizer", content["normalizer"], None)
+    decoder = content["decoder"]
+    expect(path, "decoder", decoder.get("type") if isinstance(decoder, dict) else decoder, "ByteLevel", None)
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     broken = [number for number, pair in enumerate(merges) if len(pair) != 2]
     if broken:
@@ -484,6 +486,7 @@ def rule_of(path: Path, pre_tokenizer: dict | None) -> str:
     parts = found.pop("pretokenizers", [pre_tokenizer])
     split, level = (parts if len(parts) == 2 else [None, *parts])[-2:]
     level = {key: value for key, value in (level or {}).items() if key != "trim_offsets"}
+    level = level and {"use_regex": True, **level}  # GPT-2's own file is older than this setting
     expect(path, "pre_tokenizer", level, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": split is None})
     if split is None:
         return GPT2_RULE

@@ -633,6 +633,33 @@ def test_chat_models_files_keep_special_tokens_beside_the_vocabulary(tmp_path: P
     assert ours.vocab["<|im_end|>"] == 300 and ours.encode("a<|im_end|>", ["<|im_end|>"])[-1] == 300
 
 
+def test_files_in_the_form_of_gpt2_s_own_are_read(tmp_path: Path, parity) -> None:
+    """It is older than the fields for the kind of the model and for the rule, and writes a merge as one text."""
+    library_bpe(CORPORA["tiny-world"][:50], 300).save(str(tmp_path / "new.json"))
+    content = json.loads((tmp_path / "new.json").read_text())
+    del content["pre_tokenizer"]["use_regex"], content["model"]["type"]
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    content["model"] |= {"unk_token": "", "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    theirs, sample = Tokenizer.from_file(str(tmp_path / "old.json")), [*ODD, *CORPORA["tiny-world"][:10]]
+    found, wanted = ids_and_spans(ByteLevelBPE.load(tmp_path / "old.json"), sample), ids_and_spans(theirs, sample)
+    parity("ByteLevelBPE, GPT-2's form", "tokenizers", "exchange", found, wanted, 0)
+
+
+def test_bert_s_cleanup_is_read_written_and_done(tmp_path: Path, parity) -> None:
+    theirs = library_wordpiece(["we do not know , he said . don't you ? i 'm sure ! we 've n't 's 're"], 200)
+    theirs.decoder = decoders.WordPiece()
+    theirs.save(str(tmp_path / "theirs.json"))
+    WordPiece.load(tmp_path / "theirs.json").save(tmp_path / "ours.json")
+    ours, back = WordPiece.load(tmp_path / "ours.json"), Tokenizer.from_file(str(tmp_path / "ours.json"))
+    generator = random.Random(0)
+    rows = [[generator.randrange(len(ours.vocab)) for _ in range(generator.randint(0, 9))] for _ in range(300)]
+    rows += [theirs.encode("we do not know, he said. i'm sure!").ids]
+    wanted = [theirs.decode(ids) for ids in rows]
+    assert [back.decode(ids) for ids in rows] == wanted and wanted[-1].startswith("we do not know, he said.")
+    parity("WordPiece, cleanup", "tokenizers", "exchange", [ours.decode(ids) for ids in rows], wanted, 0)
+
+
 # Bad input, TK7: one clear line
 
 

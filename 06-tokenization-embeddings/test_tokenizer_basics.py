@@ -3,6 +3,7 @@ the libraries `tokenizers` and transformers."""
 
 import itertools
 import json
+import math
 import random
 import re
 import unicodedata
@@ -251,6 +252,11 @@ def broken(content: dict, **changes) -> bytes:
     return json.dumps({**content, **changes}).encode()
 
 
+SPACED = {"content": "<m>", "id": 300, "special": True, "lstrip": True}  # as RoBERTa's <mask>
+NORMALISED = {"content": "<m>", "id": 300, "special": True, "normalized": True}
+CHARACTERS = {"type": "BPE", "unk_token": "<unk>", "vocab": {"<unk>": 0, "a": 1}, "merges": []}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -265,6 +271,19 @@ def broken(content: dict, **changes) -> bytes:
         (ByteLevelBPE, {"normalizer": {"type": "NFC"}}, "its normalizer is"),
         (ByteLevelBPE, {"pre_tokenizer": None}, "its pre_tokenizer is"),
         (ByteLevelBPE, {"added_tokens": [{"content": "a", "id": 7, "special": True}]}, "'a' has the ids"),
+        (ByteLevelBPE, {"added_tokens": [SPACED]}, "the added token '<m>' has lstrip=true"),
+        (ByteLevelBPE, {"added_tokens": ["<m>"]}, "is no tokenizer.json"),
+        (ByteLevelBPE, {"decoder": {"type": "Fuse"}}, 'its decoder is "Fuse", not "ByteLevel"'),
+        (ByteLevelBPE, {"decoder": "ByteLevel!"}, 'its decoder is "ByteLevel!"'),
+        (WordPiece, {"decoder": {"type": "WordPiece", "prefix": "@@", "cleanup": True}}, "its decoder is"),
+        (WordPiece, {"added_tokens": [NORMALISED]}, "the added token '<m>' has normalized=true"),
+        (WordTokenizer, {"decoder": {"type": "Fuse"}}, "its decoder is"),
+        (Unigram, {"decoder": {"type": "Metaspace", "replacement": "_"}}, "its decoder is"),
+        (Unigram, {"model": {"type": "Unigram", "unk_id": -1, "vocab": [["<unk>", 0.0]]}}, "unk_id is -1"),
+        (Unigram, {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", math.nan]]}}, "no finite number"),
+        (CharacterTokenizer, {"model": {**CHARACTERS, "fuse_unk": True}}, "its fuse_unk is true, not false"),
+        (CharacterTokenizer, {"model": {**CHARACTERS, "end_of_word_suffix": "</w>"}}, "its end_of_word_suffix is"),
+        (CharacterTokenizer, {"decoder": {"type": "BPEDecoder"}}, "its decoder is"),
     ],
 )
 def test_a_file_that_would_be_cut_otherwise_is_refused(kind: type, changes: dict, message: str, tmp_path: Path) -> None:

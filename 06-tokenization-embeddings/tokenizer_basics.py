@@ -296,19 +296,29 @@ def tokenizer_json(
 def read_tokenizer_json(path: Path, kind: str) -> tuple[dict, tuple[str, ...]]:
     """The content and the special tokens of a tokenizer.json; ValueError names what is wrong with the file.
 
-    Special tokens that the model's vocabulary lacks, as in the files of many chat models, are put into it.
+    Special tokens that the model's vocabulary lacks, as in the files of many chat models, are put into it. What the
+    file says of post-processing, truncation and padding is not read: ids are those of the text alone, spans untrimmed.
     """
     content = read_json(path)
     try:
         model = content["model"]
-        if model["type"] != kind:
-            raise ValueError(f"{path} holds a {model['type']} model, not {kind}")
+        found = model["type"] if "type" in model else legacy_type(model)
+        if found != kind:
+            raise ValueError(f"{path} holds a {found} model, not {kind}")
         added = [(token["content"], token["id"], token["special"]) for token in content["added_tokens"]]
         tables = {"vocab": list if kind == "Unigram" else dict, **({"merges": list} if kind == "BPE" else {})}
         for name, table in tables.items():
             if not isinstance(model[name], table):
                 raise ValueError(f"{path}: {name} should be a {table.__name__}, got {type(model[name]).__name__}")
-    except (KeyError, TypeError) as error:
+        for token in content["added_tokens"]:
+            wider = [name for name in ("single_word", "lstrip", "rstrip") if token.get(name)]
+            wider += ["normalized"] if token.get("normalized") and content.get("normalizer") else []
+            if wider:
+                raise ValueError(
+                    f"{path}: the added token {token['content']!r} has {wider[0]}=true, but here a special token is "
+                    "found by its spelling alone, whatever stands beside it"
+                )
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no tokenizer.json: {type(error).__name__} {error}") from None
     for token, token_id, special in added:
         if not special:
@@ -317,6 +327,12 @@ def read_tokenizer_json(path: Path, kind: str) -> tuple[dict, tuple[str, ...]]:
             raise ValueError(f"{path}: {token!r} has the ids {model['vocab'][token]} and {token_id}")
     parts = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
     return {**parts, "model": model}, tuple(token for token, _, _ in added)
+
+
+def legacy_type(model: dict) -> str:
+    """The kind of a model in a file from before 2021, such as GPT-2's own: it is told by its fields alone."""
+    fields = {"merges": "BPE", "unk_id": "Unigram", "max_input_chars_per_word": "WordPiece"}
+    return next((kind for field, kind in fields.items() if field in model), "WordLevel")
 
 
 def read_json(path: Path) -> dict:
@@ -419,6 +435,8 @@ class CharacterTokenizer(WordCutter):
         normalizer: the stage before
     """
 
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+
     def __init__(
         self,
         vocab: dict[str, int],
@@ -476,9 +494,7 @@ class CharacterTokenizer(WordCutter):
             "vocab": self.vocab,
             "merges": [],
         }
-        steps = [{"type": "ByteFallback"}, {"type": "Fuse"}]
-        decoder = {"type": "Sequence", "decoders": steps}
-        self.write(path, model, decoder=decoder)
+        self.write(path, model, decoder=self.decoder)
 
     @classmethod
     def load(cls, path: Path) -> "CharacterTokenizer":
@@ -487,7 +503,12 @@ class CharacterTokenizer(WordCutter):
         model = content["model"]
         expect(path, "list of merges", model["merges"], [])
         expect(path, "pre_tokenizer", content["pre_tokenizer"], None)
+        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+            expect(path, option, model.get(option) or None, None)
+        expect(path, "fuse_unk", model.get("fuse_unk") or False, False)
         normalizer, fallback = Normalizer.from_json(content["normalizer"]), model.get("byte_fallback", False)
+        joined = [] if fallback else [{"type": "Fuse"}]
+        expect(path, "decoder", content["decoder"], cls.decoder, *joined, None)
         return cls(model["vocab"], special_tokens, model.get("unk_token"), fallback, normalizer)
 
 
@@ -552,6 +573,7 @@ class WordTokenizer(WordCutter):
         """Read a tokenizer.json with a WordLevel model. Raises ValueError with the reason if it cannot."""
         content, special_tokens = read_tokenizer_json(path, "WordLevel")
         expect(path, "pre_tokenizer", content["pre_tokenizer"], cls.pre_tokenizer)
+        expect(path, "decoder", content["decoder"], None)
         model, normalizer = content["model"], Normalizer.from_json(content["normalizer"])
         return cls(model["vocab"], special_tokens, model.get("unk_token"), normalizer)
 

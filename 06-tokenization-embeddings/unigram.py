@@ -197,9 +197,12 @@ class Unigram(UnigramModel):
         unk_id = self.vocab[self.unk_token]
         model = {"type": "Unigram", "unk_id": unk_id, "byte_fallback": self.byte_fallback}
         model["vocab"] = [list(piece) for piece in self.pieces]
-        bytes_first = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, self.spelling]}
-        decoder = bytes_first if self.byte_fallback else self.spelling
-        self.write(path, model, pre_tokenizer=self.spelling, decoder=decoder)
+        self.write(path, model, pre_tokenizer=self.spelling, decoder=self.decoder_of(self.byte_fallback))
+
+    @classmethod
+    def decoder_of(cls, byte_fallback: bool) -> dict:
+        bytes_first = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, cls.spelling]}
+        return bytes_first if byte_fallback else cls.spelling
 
     @classmethod
     def load(cls, path: Path) -> "Unigram":
@@ -209,10 +212,14 @@ class Unigram(UnigramModel):
         model = content["model"]
         try:
             pieces = [(spelling, float(score)) for spelling, score in model["vocab"]]
-            unk_token = pieces[model["unk_id"]][0]
+            unk_id = model["unk_id"]
+            if type(unk_id) is not int or unk_id < 0 or not all(math.isfinite(score) for _, score in pieces):
+                raise ValueError(f"unk_id is {unk_id!r}, or a score is no finite number")
+            unk_token = pieces[unk_id][0]
         except (TypeError, ValueError, LookupError) as error:
             raise ValueError(f"{path}: the pieces or the unk_id are broken: {error}") from None
         fallback, normalizer = model.get("byte_fallback", False), Normalizer.from_json(content["normalizer"])
+        expect(path, "decoder", content["decoder"], cls.decoder_of(fallback), None)
         return cls(pieces, special_tokens, unk_token, fallback, normalizer)
 
 

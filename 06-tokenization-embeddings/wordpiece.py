@@ -22,6 +22,7 @@ class WordPiece(WordCutter):
         vocab: piece -> id, with `unk_token` in it
         special_tokens: those of `vocab` that no text may produce
         unk_token: the piece that stands for a word without pieces
+        cleanup: decode without the blanks before full stops, commas, contractions ..., as BERT's own file does
     """
 
     prefix = "##"
@@ -42,11 +43,18 @@ class WordPiece(WordCutter):
     def words(text: str) -> list[tuple[str, list[int]]]:
         return bert_words(text)
 
-    def __init__(self, vocab: dict[str, int], special_tokens: tuple[str, ...] = ("[UNK]",), unk_token: str = "[UNK]"):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        special_tokens: tuple[str, ...] = ("[UNK]",),
+        unk_token: str = "[UNK]",
+        cleanup: bool = False,
+    ):
         check_vocab(vocab, special_tokens)
         if unk_token not in vocab:
             raise ValueError(f"the vocabulary lacks the unknown token {unk_token!r}")
         self.vocab, self.special_tokens, self.unk_token = vocab, special_tokens, unk_token
+        self.cleanup = cleanup
         self.spellings = {token_id: spelling for spelling, token_id in vocab.items()}
         self.pieces = vocab.keys() - set(special_tokens)  # no text may produce a special token
 
@@ -87,7 +95,9 @@ class WordPiece(WordCutter):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Pieces joined to words, words by blanks: case, accents and spacing of the text are gone."""
-        return " ".join(self.plain_spellings(ids)).replace(" " + self.prefix, "")
+        pieces = [piece if at == 0 else " " + piece for at, piece in enumerate(self.plain_spellings(ids))]
+        pieces = [piece.replace(" " + self.prefix, "") for piece in pieces]
+        return "".join(map(clean, pieces) if self.cleanup else pieces)
 
     def save(self, path: Path) -> None:
         """Write the Hugging Face library's tokenizer.json, whole or not at all."""
@@ -98,7 +108,8 @@ class WordPiece(WordCutter):
             "max_input_chars_per_word": self.max_word_chars,
             "vocab": self.vocab,
         }
-        self.write(path, model, **self.parts)
+        decoder = {**self.parts["decoder"], "cleanup": self.cleanup}
+        self.write(path, model, **{**self.parts, "decoder": decoder})
 
     @classmethod
     def load(cls, path: Path) -> "WordPiece":
@@ -109,7 +120,16 @@ class WordPiece(WordCutter):
             expect(path, part, content[part], cls.parts[part])
         expect(path, "continuing_subword_prefix", model.get("continuing_subword_prefix"), cls.prefix)
         expect(path, "max_input_chars_per_word", model.get("max_input_chars_per_word"), cls.max_word_chars)
-        return cls(model["vocab"], special_tokens, model.get("unk_token"))
+        decoder = content["decoder"]
+        expect(path, "decoder", decoder, *({**cls.parts["decoder"], "cleanup": way} for way in (False, True)), None)
+        return cls(model["vocab"], special_tokens, model.get("unk_token"), bool(decoder and decoder["cleanup"]))
+
+
+def clean(piece: str) -> str:
+    """A piece without the blank that English does not write, in the order of the library's replacements."""
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " do not", " 's", " 've", " 're"):
+        piece = piece.replace(spaced, " don't" if spaced == " do not" else spaced.strip())
+    return piece
 
 
 def code_points(ranges: str) -> list[range]:
