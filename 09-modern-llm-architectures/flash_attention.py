@@ -94,7 +94,8 @@ class FlashAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.zeros_like(tensor, dtype=wide) for tensor in (q, k, v))
         # The softmax Jacobian needs sum_j P_ij dP_ij of a whole row: it equals dO_i . O_i, one number for each row.
         shared = grad_output.new_empty(*q.shape[:-1], 1, dtype=wide)  # (batch, heads, query, 1)
-        traffic.store(shared, (traffic.load(grad_output) * traffic.load(output)).sum(dim=-1, keepdim=True))
+        each = traffic.load(grad_output).to(wide) * traffic.load(output).to(wide)  # (batch, heads, query, d_v)
+        traffic.store(shared, each.sum(dim=-1, keepdim=True))
         for columns in tiles(k.shape[-2], ctx.sizes[1]):
             k_tile, v_tile = (traffic.load(tensor[..., columns, :]).to(wide) for tensor in (k, v))
             grad_k_tile, grad_v_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)

@@ -55,6 +55,22 @@ def test_half_precision_is_rounded_once_and_not_in_every_tile(parity) -> None:
     parity("flash_attention, bfloat16, 400 keys", "float64", "output", got.double(), wanted, 1.01 * one_rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_half_precision_are_as_close_as_sdpas(dtype, parity) -> None:
+    """Sharp scores, where the products of output and gradient must not be rounded one by one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(4, 4, 30, 8, generator=generator) for _ in range(4))
+    halves = [tensor.to(dtype).requires_grad_() for tensor in (30 * q, k, v)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in halves]
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(*exact), exact, grad.to(dtype).double())
+    for name, one in (("queries", 0), ("keys", 1), ("values", 2)):
+        errors = []
+        for attention in (flash_attention, F.scaled_dot_product_attention):
+            got = torch.autograd.grad(attention(*halves), halves, grad.to(dtype))[one]
+            errors.append(((got.double() - wanted[one]).norm() / wanted[one].norm()).item())
+        parity(f"flash_attention, {dtype}, {name}", "SDPA's error", "gradient", errors[0], 0.0, 1.5 * errors[1])
+
+
 @pytest.mark.parametrize("fast_memory", [200, 2000, 20_000])
 def test_traffic_is_the_formula(fast_memory: int, parity) -> None:
     n, d_head, traffic = 64, 6, Traffic()
