@@ -83,7 +83,7 @@ def plot_load(found: dict[float, list[LoadReport]], capacity: float) -> Figure:
     for index, quantile in enumerate(("p50", "p95")):
         values = [[1000 * item.ttft[quantile] for item in reports] for reports in found.values()]
         left.plot(offered, [np.mean(own) for own in values], "o-", color=f"C{index}", label=quantile)
-    left.set(yscale="log", xlabel="offered load, of what the server can do", ylabel="time to the first token (ms)")
+    left.set(yscale="log", xlabel="offered load, of what 32 waiting clients get", ylabel="time to the first token (ms)")
     left.set(title="The first token: a cliff beyond full load")
     left.legend(frameon=False)
     seen, product = zip(*(sides(reports) for reports in found.values()), strict=True)
