@@ -712,6 +712,64 @@ def test_layer_norm_traps() -> None:
     assert tiny[0, 1].item() == pytest.approx(1e-3 / math.sqrt(1e-6 + 1e-5), abs=1e-12)  # outside would give 0.990
 
 
+@pytest.mark.parametrize("cls", [RotaryAttention, RelativeAttention, AlibiAttention])
+def test_a_mask_for_each_sequence_is_never_read_as_one_for_each_head(cls) -> None:
+    layer, x = cls(D_MODEL, 2), torch.randn(2, TGT, D_MODEL)
+    with pytest.raises(ValueError, match=r"use mask\[:, None\] for one per sequence"):
+        layer(x, mask=torch.ones(2, TGT, TGT, dtype=torch.bool))
+
+
+def test_what_would_broadcast_or_be_cut_is_named() -> None:
+    x, model = torch.randn(BATCH, TGT, D_MODEL), CausalTransformer(TINY, VOCAB)
+    for cls in (topic.SinusoidalPositions, topic.LearnedPositions, topic.NoPositions):
+        for wrong, start in ((x[..., :1], 0), (x[0], 0), (x, -TGT - 1)):
+            with pytest.raises(ValueError, match=r"expected a sequence \(batch, seq, d_model="):
+                cls(D_MODEL, 2 * TGT)(wrong, start)
+    for rotate in (rotate_pairs, topic.rotate_halves):
+        for wrong, angles in (
+            (x[..., :3], (TGT, 1)),
+            (x, (TGT, 1)),
+            (x, (TGT + 1, D_MODEL // 2)),
+            (x.long(), (TGT, 6)),
+        ):
+            with pytest.raises(ValueError, match=r"angles \(seq, d_head / 2\), got torch"):
+                rotate(wrong, torch.zeros(angles))
+    with pytest.raises(ValueError, match=f"got 0 caches for {TINY.n_layers} blocks"):  # [] is not "without a cache"
+        model(torch.zeros(1, 2, dtype=torch.long), [])
+    with pytest.raises(TypeError, match="expected floating-point numbers, got torch.int64"):
+        LayerNorm(D_MODEL)(x.long())
+    cache = KeyValueCache()
+    cache.append(x[:, None], x[:, None])
+    for rows, kind, message in (
+        ([BATCH], ValueError, f"rows must be in 0..{BATCH - 1}, got"),
+        ([-1], ValueError, "rows must be in"),
+        ([True], TypeError, "rows must be integers, got torch.bool; use mask.nonzero"),
+    ):
+        with pytest.raises(kind, match=message):
+            cache.select(rows)
+    cache.select([])
+    assert len(cache.own[0]) == 0
+    for call, message in (
+        (lambda: topic.relative_buckets(torch.tensor([1.5])), "offsets must be integers, got torch.float32"),
+        (lambda: topic.alibi_slopes(2.0), r"n_heads must be an integer, got 2\.0"),
+        (lambda: Encoder(1.5, D_MODEL, N_HEADS, D_FF), r"n_layers must be an integer, got 1\.5"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for call, message in (
+        (lambda: Encoder(-1, D_MODEL, N_HEADS, D_FF), "n_layers must be >= 0, got -1"),
+        (lambda: topic.position_angles(torch.arange(3), 4, 0.0), "theta must be > 0, got 0"),
+        (lambda: topic.copy_from_torch(Encoder(1, D_MODEL, N_HEADS, D_FF), nn.Linear(2, 2)), "only one of Encoder and"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.lm_head.weight.data[:] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="largest logit of a row must be finite"):
+            model.generate(torch.zeros(1, 2, dtype=torch.long), 2, temperature)
+    assert torch.equal(topic.alibi_slopes(np.int64(6)), topic.alibi_slopes(6))
+
+
 def test_rows_that_may_attend_nowhere_stay_finite() -> None:
     layer, x = EncoderLayer(D_MODEL, N_HEADS, D_FF), torch.randn(BATCH, TGT, D_MODEL, requires_grad=True)
     mask = torch.zeros(TGT, TGT, dtype=torch.bool)

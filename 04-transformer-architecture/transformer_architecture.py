@@ -43,6 +43,8 @@ from sequence_modeling import (
     IGNORE,
     PAD_ID,
     Vocabulary,
+    check_integers,
+    check_sizes,
     check_token_ids,
     document_batches,
     document_losses,
@@ -142,7 +144,8 @@ class LayerNorm(nn.Module):
     """Give every position mean 0 and variance 1, then scale and shift each feature (Ba et al. 2016, equation 4).
 
     The variance is the biased one (divided by d_model, not d_model - 1), and norm_eps stands inside the root. Half
-    precision is normalised in float32. Shapes: any (..., d_model) to the same. Raises ValueError for another width.
+    precision is normalised in float32. Shapes: any (..., d_model) to the same. Raises ValueError for another width and
+    TypeError for integers, to which the result would be cut.
     """
 
     def __init__(self, d_model: int, norm_eps: float = 1e-5) -> None:
@@ -154,6 +157,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.weight.shape:
             raise ValueError(f"expected vectors of width {len(self.weight)}, got a tensor of shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected floating-point numbers, got {x.dtype}; use .float()")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # the square of 256 is infinite in float16
         centred = wide - wide.mean(dim=-1, keepdim=True)
         variance = centred.square().mean(dim=-1, keepdim=True)
@@ -206,8 +211,10 @@ def position_angles(positions: Tensor, width: int, theta: float = 10000.0) -> Te
     """Angle of every position at every frequency, position / theta^(2i / width), in radians.
 
     positions (seq) to (seq, ceil(width / 2)), in float64 on the CPU: a float32 product of a position in the thousands
-    is already wrong in the fourth digit of its sine.
+    is already wrong in the fourth digit of its sine. Raises ValueError unless theta > 0.
     """
+    if not theta > 0:
+        raise ValueError(f"theta must be > 0, got {theta}; 10000 is the usual one")
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
     return torch.outer(positions.double().cpu(), theta**-exponents)
 
@@ -216,50 +223,63 @@ class SinusoidalPositions(nn.Module):
     """Add sin(pos / 10000^(2i/d)) to feature 2i and its cosine to 2i + 1 (Vaswani et al. 2017, section 3.5).
 
     An odd d_model ends on a sine. Shapes: (batch, seq, d_model) to the same; `start` is the position of the first row.
-    Raises ValueError for a position beyond max_seq_len.
+    Raises ValueError for another width or start and beyond max_seq_len.
     """
 
     def __init__(self, d_model: int, max_seq_len: int) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
+        check_sizes(d_model=d_model, max_seq_len=max_seq_len)
+        self.d_model, self.max_seq_len = d_model, max_seq_len
         angles = position_angles(torch.arange(max_seq_len, device="cpu"), d_model)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model]  # (seq, d_model)
         self.table = table  # no parameter and no buffer: it stays in float64 until it is added
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        stop = check_length(x.shape[1], start, self.max_seq_len)
+        stop = check_sequence(x, start, self)
         return x + self.table[start:stop].to(x.dtype).to(x.device)
 
 
 class LearnedPositions(nn.Module):
     """Add one learned vector for each position (Gehring et al. 2017, arXiv 1705.03122, section 3.1).
 
-    Shapes: (batch, seq, d_model) to the same. Raises ValueError for a position beyond max_seq_len.
+    Shapes: (batch, seq, d_model) to the same. Raises ValueError for another width or start and beyond max_seq_len.
     """
 
     def __init__(self, d_model: int, max_seq_len: int) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
+        check_sizes(d_model=d_model, max_seq_len=max_seq_len)
+        self.d_model, self.max_seq_len = d_model, max_seq_len
         self.weight = nn.Parameter(torch.empty(max_seq_len, d_model))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        return x + self.weight[start : check_length(x.shape[1], start, self.max_seq_len)]
+        return x + self.weight[start : check_sequence(x, start, self)]
 
 
 class NoPositions(nn.Module):
     """Add nothing: the order comes from attention, or only from the causal mask (Haviv et al. 2022, arXiv 2203.16634).
 
-    Shapes: (batch, seq, d_model) to the same. Raises ValueError for a position beyond max_seq_len.
+    Shapes: (batch, seq, d_model) to the same. Raises ValueError for another width or start and beyond max_seq_len.
     """
 
     def __init__(self, d_model: int, max_seq_len: int) -> None:
         super().__init__()
-        self.max_seq_len = max_seq_len
+        check_sizes(d_model=d_model, max_seq_len=max_seq_len)
+        self.d_model, self.max_seq_len = d_model, max_seq_len
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        check_length(x.shape[1], start, self.max_seq_len)
+        check_sequence(x, start, self)
         return x
+
+
+def check_sequence(x: Tensor, start: int, positions: SinusoidalPositions | LearnedPositions | NoPositions) -> int:
+    """Return the position after the last of x; raise ValueError for what `positions` cannot be added to."""
+    if x.dim() != 3 or x.shape[-1] != positions.d_model or start < 0:  # a width of 1 would broadcast
+        raise ValueError(
+            f"expected a sequence (batch, seq, d_model={positions.d_model}) and start >= 0, got {tuple(x.shape)} and "
+            f"{start}"
+        )
+    return check_length(x.shape[1], start, positions.max_seq_len)
 
 
 def check_length(seq_len: int, start: int, max_seq_len: int) -> int:
@@ -274,11 +294,22 @@ def check_length(seq_len: int, start: int, max_seq_len: int) -> int:
 # Positions inside attention: each scheme is a short class beside MultiHeadAttention
 
 
+def check_angles(x: Tensor, angles: Tensor) -> None:
+    """Raise ValueError unless there is an angle for every pair of features of x (..., seq, d_head)."""
+    fits = angles.dim() > 1 and angles.shape[-1] * 2 == x.shape[-1] and angles.shape[-2] in (1, x.shape[-2])
+    if not (fits and x.is_floating_point()):
+        raise ValueError(
+            f"expected floating-point x (..., seq, d_head) and angles (seq, d_head / 2), got {x.dtype} of shape "
+            f"{tuple(x.shape)} and {tuple(angles.shape)}"
+        )
+
+
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate features (2i, 2i + 1) of x (..., seq, d_head) by angles (seq, d_head / 2) (Su et al. 2021, section 3.2.2).
 
     The layout of the paper, of GPT-J and of Meta's Llama files.
     """
+    check_angles(x, angles)
     cos, sin = angles.cos().to(x.dtype).to(x.device), angles.sin().to(x.dtype).to(x.device)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -289,6 +320,7 @@ def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
 
     The same map as rotate_pairs with the features in another order: weights of one layout fail silently in the other.
     """
+    check_angles(x, angles)
     cos, sin = angles.cos().to(x.dtype).to(x.device), angles.sin().to(x.dtype).to(x.device)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -320,6 +352,7 @@ class RotaryAttention(MultiHeadAttention):
     def attend(
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        self.check_input(x, mask)
         q = self.split_heads(self.q_proj(x))  # (batch, heads, query, d_head)
         if q.shape[2] > k.shape[2]:
             raise ValueError(
@@ -346,11 +379,15 @@ def relative_buckets(
 
     One direction: half of the buckets hold one distance each, the others grow up to max_distance, and everything
     farther shares the last. Bidirectional: half of the buckets for each sign; otherwise keys ahead count as distance 0.
-    Raises ValueError for too few buckets, and unless max_distance lies beyond the distances with a bucket of their own.
+    Raises ValueError for too few buckets, and unless max_distance lies beyond the distances with a bucket of their own;
+    TypeError for offsets that are no integers.
     """
+    if offsets.is_floating_point() or offsets.dtype == torch.bool:
+        raise TypeError(f"offsets must be integers, got {offsets.dtype}")
+    check_integers(n_buckets=n_buckets)
     least = 4 if bidirectional else 2
     n_exact = n_buckets // least
-    if n_buckets < least or max_distance <= n_exact:
+    if n_buckets < least or not n_exact < max_distance < math.inf:
         raise ValueError(
             f"n_buckets={n_buckets} must be >= {least}, and max_distance={max_distance} > {n_exact}, the number of "
             "distances with a bucket of their own"
@@ -399,9 +436,10 @@ def alibi_slopes(n_heads: int) -> Tensor:
     Another n takes the slopes of the power of two below it, then every other slope of the power above. Raises
     ValueError for n < 1.
     """
+    check_integers(n_heads=n_heads)
     if n_heads < 1:
         raise ValueError(f"n_heads must be >= 1, got {n_heads}")
-    power = 1 << (n_heads.bit_length() - 1)
+    power = 1 << (int(n_heads).bit_length() - 1)
     slopes = 2.0 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2.0 ** (-4 / power * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64))
     return torch.cat([slopes, between])[:n_heads]  # (heads)
@@ -454,12 +492,24 @@ class KeyValueCache:
         return k, v
 
     def select(self, rows: Tensor | list[int]) -> None:
-        """Keep these rows of the batch, in this order, repeats allowed: what beam search does to its hypotheses."""
+        """Keep these rows of the batch, in this order, repeats allowed: what beam search does to its hypotheses.
+
+        Raises ValueError for a row that the cache has not, and TypeError for rows that are no integers.
+        """
         for name in ("own", "memory"):
             if getattr(self, name) is not None:
                 k, v = getattr(self, name)
                 index = torch.as_tensor(rows, device=k.device)
+                index = index if index.numel() else index.long()  # [] makes floats
+                check_rows(index, len(k))
                 setattr(self, name, (k.index_select(0, index), v.index_select(0, index)))
+
+
+def check_rows(rows: Tensor, n_rows: int) -> None:
+    if rows.is_floating_point() or rows.dtype == torch.bool:
+        raise TypeError(f"rows must be integers, got {rows.dtype}; use mask.nonzero()[:, 0] for a mask")
+    if rows.numel() and not 0 <= rows.min() <= rows.max() < n_rows:
+        raise ValueError(f"rows must be in 0..{n_rows - 1}, got {rows.tolist()}")
 
 
 class EncoderLayer(nn.Module):
@@ -549,9 +599,15 @@ class DecoderLayer(EncoderLayer):
 
 def one_for_each(blocks: nn.ModuleList, caches: list[KeyValueCache] | None) -> list[KeyValueCache | None]:
     """The cache of each block, or None for each; raises ValueError for another number of caches."""
-    if caches and len(caches) != len(blocks):
+    if caches is not None and len(caches) != len(blocks):
         raise ValueError(f"got {len(caches)} caches for {len(blocks)} blocks; build one KeyValueCache for each block")
     return caches or [None] * len(blocks)
+
+
+def check_depth(n_layers: int) -> None:
+    check_integers(n_layers=n_layers)
+    if n_layers < 0:
+        raise ValueError(f"n_layers must be >= 0, got {n_layers}")
 
 
 class Encoder(nn.Module):
@@ -563,6 +619,7 @@ class Encoder(nn.Module):
 
     def __init__(self, n_layers: int, d_model: int, *layer_args, **layer_options) -> None:
         super().__init__()
+        check_depth(n_layers)
         self.blocks = nn.ModuleList(EncoderLayer(d_model, *layer_args, **layer_options) for _ in range(n_layers))
         self.final_norm = LayerNorm(d_model)
 
@@ -581,6 +638,7 @@ class Decoder(nn.Module):
 
     def __init__(self, n_layers: int, d_model: int, *layer_args, **layer_options) -> None:
         super().__init__()
+        check_depth(n_layers)
         self.blocks = nn.ModuleList(DecoderLayer(d_model, *layer_args, **layer_options) for _ in range(n_layers))
         self.final_norm = LayerNorm(d_model)
 
@@ -620,6 +678,7 @@ class CausalTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        check_sizes(vocab_size=vocab_size)
         self.config, self.vocab_size = config, vocab_size
         added, attention = POSITIONS[config.positions]
         d_model, n_heads, dropout = config.d_model, config.n_heads, config.dropout
@@ -660,8 +719,8 @@ class CausalTransformer(nn.Module):
         """Sample a continuation of token_ids (batch, seq); returns the new ids (batch, at most max_new_tokens).
 
         Temperature 0 takes the most likely token. After its <eos> a row holds <pad>. With dropout, call `eval()` first.
-        Raises ValueError for a temperature or max_new_tokens below 0, for prompts without a token, and if the end could
-        lie beyond max_seq_len.
+        Raises ValueError for a temperature or max_new_tokens below 0, for prompts without a token, if the end could lie
+        beyond max_seq_len, and for logits that are not finite.
         """
         if token_ids.dim() != 2 or token_ids.shape[1] == 0:
             raise ValueError(
@@ -676,10 +735,13 @@ class CausalTransformer(nn.Module):
         done = torch.zeros(len(token_ids), 1, dtype=torch.bool, device=token_ids.device)  # (batch, 1)
         for _ in range(max_new_tokens):
             logits = self(token_ids, caches)[:, -1]  # (batch, vocab)
+            top = logits.amax(dim=-1, keepdim=True)  # (batch, 1)
+            if not top.isfinite().all():
+                raise ValueError("the largest logit of a row must be finite, got NaN or infinity; train again?")
             if temperature == 0:
                 token_ids = logits.argmax(dim=-1, keepdim=True)
             else:
-                behind = (logits - logits.amax(dim=-1, keepdim=True)).double()  # 0 / temperature stays 0
+                behind = (logits - top).double()  # 0 / temperature stays 0
                 chances = (behind / temperature).softmax(dim=-1).to(logits.dtype)  # (batch, vocab)
                 token_ids = torch.multinomial(chances, 1, generator=generator)
             token_ids = token_ids.masked_fill(done, PAD_ID)  # (batch, 1)
@@ -706,10 +768,11 @@ def start_as_identity(model: nn.Module) -> None:
 
 def affine_pairs(ours: nn.Module, theirs: nn.Linear | nn.LayerNorm) -> Iterator[tuple[Tensor, Tensor]]:
     """Weight and bias of both; raises ValueError if only one layer has them, or for another epsilon."""
-    if isinstance(theirs, nn.LayerNorm) and ours.norm_eps != theirs.eps:
-        raise ValueError(f"norm_eps={ours.norm_eps} does not fit eps={theirs.eps}")
+    norm_eps = getattr(ours, "norm_eps", None)
+    if isinstance(theirs, nn.LayerNorm) and norm_eps != theirs.eps:
+        raise ValueError(f"norm_eps={norm_eps} does not fit eps={theirs.eps}")
     for name in ("weight", "bias"):
-        pair = getattr(ours, name), getattr(theirs, name)
+        pair = getattr(ours, name, None), getattr(theirs, name)
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"only one of {type(ours).__name__} and {type(theirs).__name__} has a {name}")
         if pair[0] is not None:
