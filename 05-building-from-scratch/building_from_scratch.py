@@ -32,7 +32,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import MultiHeadAttention, causal_mask, padding_mask
-from sequence_modeling import BOS_ID, EOS_ID, FIRST_TOKENS, IGNORE, PAD_ID, Vocabulary, check_token_ids, sample_ids
+from sequence_modeling import (
+    BOS_ID,
+    EOS_ID,
+    FIRST_TOKENS,
+    IGNORE,
+    PAD_ID,
+    Vocabulary,
+    check_integers,
+    check_sizes,
+    check_token_ids,
+    sample_ids,
+)
 from transformer_architecture import (
     Decoder,
     Encoder,
@@ -181,7 +192,7 @@ class Transformer(nn.Module):
         self, tgt_ids: Tensor, memory: Tensor, memory_mask: Tensor, caches: list[KeyValueCache] | None = None
     ) -> Tensor:
         """Logits (batch, tgt, vocab); with caches, tgt_ids holds only the tokens that the caches have not seen."""
-        start = len(caches[0]) if caches else 0
+        start = len(caches[0]) if caches else 0  # an empty list is refused by the decoder
         x = self.embed(tgt_ids, self.tgt_token_emb, self.tgt_pos_emb, start)  # (batch, tgt, d_model)
         n_new = tgt_ids.shape[1]
         mask = causal_mask(n_new, start + n_new, device=x.device)
@@ -203,7 +214,7 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: flo
 
     Szegedy et al. 2016, section 7. Shapes: logits (..., vocab), targets (...); a target of -100 does not count.
     The uniform part includes the right token, so the smoothed target sums to 1. Raises ValueError if none counts, for a
-    target that is no token, and for shapes that do not fit.
+    target that is no token, and for shapes that do not fit; TypeError for targets that are no integers.
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie between 0 and 1, got {label_smoothing}")
@@ -214,8 +225,9 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: flo
     counted = targets != IGNORE
     if not counted.any():
         raise ValueError("no target counts: every position is padding; drop empty pairs")
-    wanted = targets.masked_fill(~counted, PAD_ID).long()
+    wanted = targets.masked_fill(~counted, PAD_ID)
     check_token_ids(wanted, logits.shape[-1])
+    wanted = wanted.long()
     log_probs = logits.log_softmax(dim=-1)
     losses = -log_probs.gather(-1, wanted[..., None]).squeeze(-1)
     if label_smoothing:  # without it a forbidden token, of logit -inf, would cost 0 * inf
@@ -229,7 +241,7 @@ def noam_factor(step: int, warmup_steps: int) -> float:
     Vaswani et al. 2017, equation 3, is d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5), with its peak
     (d_model * warmup_steps)**-0.5 at step = warmup_steps.
     """
-    if min(step, warmup_steps) < 1:
+    if not (step >= 1 and warmup_steps >= 1):
         raise ValueError(f"steps count from 1: step and warmup_steps must be at least 1, got {step} and {warmup_steps}")
     return min(step / warmup_steps, math.sqrt(warmup_steps / step))
 
@@ -238,7 +250,13 @@ def cooldown_factor(step: int, max_steps: int, cooldown_steps: int) -> float:
     """Share left in the last `cooldown_steps` of `max_steps`: a straight fall to 1/cooldown_steps at the last one.
 
     The published schedule has none and averages the last checkpoints instead (section 6.1); both quiet the last steps.
+    Raises ValueError for a step behind the end, where the share would be negative.
     """
+    if not cooldown_steps >= 1 or not step <= max_steps + 1:
+        raise ValueError(
+            f"need cooldown_steps >= 1 and step <= max_steps + 1, got cooldown_steps={cooldown_steps}, step={step}, "
+            f"max_steps={max_steps}"
+        )
     return min(1.0, (max_steps - step + 1) / cooldown_steps)
 
 
@@ -303,6 +321,7 @@ def endless_batches(pairs: list[Pair], batch_size: int, seed: int, first_step: i
     """Epoch after epoch, starting with the batch of `first_step` (counted from 0)."""
     if not pairs:
         raise ValueError("no pairs to train on; give at least one")
+    check_sizes(batch_size=batch_size)
     n_batches = math.ceil(len(pairs) / batch_size)
     epoch, skip = divmod(first_step, n_batches)
     while True:
@@ -329,7 +348,7 @@ def generate(
     """
     check_new_tokens(model, max_new_tokens)
     memory, memory_mask = model.encode(src_ids)
-    caches, ids = model.new_caches(), torch.full_like(src_ids[:, :1], BOS_ID)
+    caches, ids = model.new_caches(), src_ids.new_full((len(src_ids), 1), BOS_ID)
     finished = torch.zeros(len(src_ids), dtype=torch.bool, device=src_ids.device)
     tokens, scores = [], []
     for _ in range(max_new_tokens):
@@ -347,6 +366,7 @@ def generate(
 
 def check_new_tokens(model: Transformer, max_new_tokens: int) -> None:
     limit = model.config.max_seq_len
+    check_integers(max_new_tokens=max_new_tokens)
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens must be in 1..{limit} (the model's max_seq_len), got {max_new_tokens}")
 
@@ -377,7 +397,14 @@ def beam_search(
     length_penalty, <eos> counted, because a sum of log-probabilities only falls: without division short wins.
     An item ends when what still runs can no longer enter its `n_best` hypotheses (None: n_beams), and with early_stop
     also as soon as it has n_beams of them, which is quicker and may miss a better long one.
+    Raises ValueError for a size below 1, a length_penalty outside 0..100, n_best below 1, and log-probabilities
+    of another shape or that are NaN or +inf.
     """
+    check_sizes(n_beams=n_beams, max_new_tokens=max_new_tokens)
+    if not 0 <= length_penalty <= 100 or (n_best is not None and n_best < 1):
+        raise ValueError(f"length_penalty must be in 0..100 and n_best >= 1, got {length_penalty} and {n_best}")
+    if batch_size == 0:
+        return []
     running = torch.full((batch_size, n_beams), -math.inf, dtype=torch.float64)  # sums of many logarithms
     running[:, 0] = 0.0
     tokens = torch.full((batch_size * n_beams,), bos_id)
@@ -386,7 +413,12 @@ def beam_search(
     done: list[list[Hypothesis]] = [[] for _ in range(batch_size)]
     closed = [False] * batch_size
     for length in range(1, max_new_tokens + 1):
-        log_probs = step(tokens, parents).cpu().view(batch_size, n_beams, -1)  # (batch, beams, vocab)
+        log_probs = step(tokens, parents).cpu()
+        if log_probs.ndim != 2 or len(log_probs) != len(tokens):
+            raise ValueError(f"step must give ({len(tokens)}, vocab) log-probabilities, got {tuple(log_probs.shape)}")
+        log_probs = log_probs.reshape(batch_size, n_beams, -1)  # (batch, beams, vocab)
+        if not (log_probs < math.inf).all():
+            raise ValueError(f"log-probabilities must be below inf, got NaN or inf at length {length}; train again?")
         vocab_size = log_probs.shape[-1]
         total = (running[:, :, None] + log_probs).flatten(1)  # (batch, beams * vocab)
         best = total.topk(min(2 * n_beams, total.shape[1]))  # two for each beam: half of them may be <eos>

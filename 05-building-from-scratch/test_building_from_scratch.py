@@ -543,6 +543,38 @@ def test_token_ids_out_of_range_and_long_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="no pairs to train on"):
         next(endless_batches([], 4, 0))
     assert beam_translate(model, padded_batch()[0][:0], DecodeConfig(max_new_tokens=5)) == []
+    assert generate(model, padded_batch()[0][:, :0], 3)[0].shape[0] == len(padded_batch()[0])  # an empty source
+    with pytest.raises(ValueError, match="got 0 caches for"):  # [] is not "without caches"
+        model.decode(tgt_ids, *model.encode(padded_batch()[0]), [])
+    with pytest.raises(TypeError, match=r"max_new_tokens must be an integer, got 1\.5"):
+        generate(model, padded_batch()[0], 1.5)
+    for step, max_steps, cooldown_steps in ((1, 3, 0), (9, 3, 2), (math.nan, 3, 2)):
+        with pytest.raises(ValueError, match="need cooldown_steps >= 1 and step <= max_steps"):
+            cooldown_factor(step, max_steps, cooldown_steps)
+    with pytest.raises(TypeError, match="token ids must be integers, got torch.float32"):  # 1.7 is not class 1
+        smoothed_cross_entropy(torch.randn(2, 3), torch.tensor([0.0, 1.7]))
+    model.lm_head.weight.data[:] = math.nan
+    with pytest.raises(ValueError, match="got NaN or inf at length 1"):
+        beam_translate(model, padded_batch()[0], DecodeConfig(max_new_tokens=5))
+
+
+def test_beam_search_names_what_it_cannot_use() -> None:
+    def step(tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(tokens), 4).log_softmax(-1)
+
+    assert beam_search(step, 0, 2, 3) == []
+    assert beam_search(lambda *pair: step(*pair).T.contiguous().T, 2, 2, 3) == beam_search(step, 2, 2, 3)
+    for arguments, message in (
+        ((1, 0, 3), "n_beams must be finite and >= 1, got 0"),
+        ((1, 2, 0), "max_new_tokens must be finite and >= 1, got 0"),
+        ((1, 2, 3, -1.0), r"length_penalty must be in 0..100 and n_best >= 1, got -1\.0"),
+        ((1, 2, 3, math.nan), "length_penalty must be in 0..100"),
+        ((1, 2, 3, 0.6, True, 0), "n_best >= 1, got 0.6 and 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            beam_search(step, *arguments)
+    with pytest.raises(ValueError, match=r"step must give \(2, vocab\) log-probabilities, got \(3, 4\)"):
+        beam_search(lambda *_: torch.zeros(3, 4), 1, 2, 3)
 
 
 @pytest.mark.parametrize(
