@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -268,8 +269,8 @@ def gallery(model: PictureLM, tokenizer, n: int = 8) -> Figure:
     for scene, question, caption, answer in zip(scenes, asked, captions, answers, strict=True):
         caption_ok, answer_ok = f"Picture:{caption}" in captions_of(scene), answer == question.answer
         wording = question.prompt.removeprefix("Question: ").removesuffix(" Answer:")
-        text = caption.strip().replace(" and", "\nand").replace(" of a", "\nof a", 1)
-        titles.append(f"{mark(caption_ok)} {text}\n{mark(answer_ok)} {wording} {answer.strip()}")
+        said = f"{mark(caption_ok)} {caption.strip()}", f"{mark(answer_ok)} {wording} {answer.strip()}"
+        titles.append("\n".join(fill(line, 34) for line in said))
     return plot_pictures(pictures, titles)
 
 

@@ -386,10 +386,10 @@ def png_bytes(pixels: Tensor, scale: int = 8) -> bytes:
 def plot_pictures(pixels: Tensor, titles: Sequence[str], n_columns: int = 4) -> Figure:
     """Pictures (pictures, 3, 30, 30), each above its text."""
     n_rows = -(-len(pixels) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(2.4 * n_columns, 3.1 * n_rows), squeeze=False)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(2.4 * n_columns, 3.2 * n_rows), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture, title in zip(axes.flat, pixels, titles, strict=False):
         axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=7, loc="left", y=-0.05, va="top")
+        axis.set_title(title, fontsize=8.5, loc="left", y=-0.05, va="top")
     return figure
