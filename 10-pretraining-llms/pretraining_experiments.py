@@ -127,7 +127,7 @@ def plot_course(rows: list[dict[str, str]], report: dict) -> Figure:
     kinds = sorted((kind for kind in report["gaps"] if kind != "all"), key=lambda kind: report["gaps"][kind][1])
     right.barh(kinds, [report["gaps"][kind][1] for kind in kinds], color="C0")
     right.axvline(report["gaps"]["all"][1], color="black", ls="--", lw=1)
-    right.set(xlabel="gap at the end; dashed: all documents")
+    right.set(xlabel="gap at the end (nats per token)\ndashed: all documents")
     return figure
 
 
