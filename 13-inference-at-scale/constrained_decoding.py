@@ -304,7 +304,7 @@ class SchemaReader:
         values = [value for value in values if "const" not in said or same_json(value, said["const"])]
         kinds = said.get("type", list(JSON_TYPES))
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        if not set(kinds) <= JSON_TYPES.keys():
+        if not all(isinstance(kind, str) and kind in JSON_TYPES for kind in kinds):
             raise ValueError(f"the type at {path} is {said['type']!r}; choose from {', '.join(KEYWORDS)}")
         values = [value for value in values if any(JSON_TYPES[kind](value) for kind in kinds)]
         if not values:
@@ -346,7 +346,7 @@ class SchemaReader:
             raise ValueError(f"properties at {path} should be an object and required a list")
         if said.get("additionalProperties", False) is not False:
             raise ValueError(f"additionalProperties at {path} is not supported unless false; name the properties")
-        unknown = [name for name in required if name not in properties]
+        unknown = [name for name in required if not isinstance(name, str) or name not in properties]
         if unknown:
             raise ValueError(f"{path} requires {unknown[0]!r}, which its properties lack")
         if not properties and "properties" not in said and "additionalProperties" not in said:

@@ -352,6 +352,8 @@ def test_valid_values_in_the_order_of_the_schema_are_accepted(number: int) -> No
         ({"anyOf": []}, r"the schema at \$\.anyOf should be a list with at least one entry, got \[\]"),
         ({"type": "object", "required": ["x"], "properties": {}}, r"\$ requires 'x', which its properties lack"),
         ({"type": "object", "additionalProperties": True}, r"additionalProperties at \$ is not supported unless false"),
+        ({"type": "object", "required": [["x"]], "properties": {}}, r"\$ requires \['x'\], which its properties lack"),
+        ({"type": ["string", ["x"]], "enum": ["a"]}, r"the type at \$ is \['string', \['x'\]\]; choose from object"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern beside minLength or maxLength"),
         ({"type": "string", "pattern": "(?!a)"}, r"'\(\?!' is not supported"),
         ({"type": "string", "maxLength": -1}, r"maxLength at \$ must be a whole number in 0\.\.2000, got -1"),

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from statistics import NormalDist
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -196,7 +197,8 @@ def bootstrap(
     """
     if n_boot < 2:
         raise ValueError(f"n_boot={n_boot} draws must be at least 2")
-    numbers = np.arange(groups) if isinstance(groups, int) else np.unique(np.asarray(groups), return_inverse=True)[1]
+    given = np.arange(groups) if isinstance(groups, Integral) else np.asarray(groups)
+    numbers = np.unique(given, return_inverse=True)[1]
     if not len(numbers) or numbers.max() < 1:
         raise ValueError(f"a bootstrap needs at least 2 groups, got {len(set(numbers.tolist()))}")
     whole, n_groups = np.ones((1, len(numbers))), numbers.max() + 1

@@ -267,6 +267,11 @@ def test_a_paired_bootstrap_draws_whole_texts() -> None:
     assert (wide_high - wide_low) / (high - low) == pytest.approx(math.sqrt(6), rel=0.2)
 
 
+def test_a_number_of_items_may_be_numpy_s() -> None:
+    ours, theirs = (bootstrap(mean_of([1, 2, 4]), n, 50).draws for n in (3, np.int64(3)))
+    assert (ours == theirs).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

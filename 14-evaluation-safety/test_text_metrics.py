@@ -262,6 +262,10 @@ def test_windows_lie_side_by_side_unless_told_otherwise() -> None:
     assert token_nats(model, ids, 10) != pytest.approx(token_nats(model, ids, 10, 1), abs=1e-3)
 
 
+def test_one_text_is_one_reference_and_not_its_characters() -> None:
+    assert exact_match("The cat.", "cat") and not exact_match("a", "a b") and token_f1("the cat", "cat") == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -269,6 +273,16 @@ def test_windows_lie_side_by_side_unless_told_otherwise() -> None:
         (lambda: chrf(["a"] * 3, ["b"] * 4), "3 predictions but 4 references"),
         (lambda: bleu([], []), "0 predictions"),
         (lambda: chrf(["a", "b"], ["a", []]), "prediction 1 has no reference"),
+        (lambda: bleu("abc", "abc"), "lists of texts, got one str"),
+        (lambda: bleu(["a", None], ["a", "b"]), "are texts, got None; an answer that is missing is ''"),
+        (lambda: bleu(["a"], [None]), "prediction 0 has no reference"),
+        (lambda: chrf(["a"], [["a", 5]]), "are texts, got 5"),
+        (lambda: chrf(["a"], ["a"], -1), "word_order=-1 must be at least 0"),
+        (lambda: exact_match("a", []), "prediction 0 has no reference"),
+        (lambda: token_f1("a", []), "prediction 0 has no reference"),
+        (lambda: token_f1(None, ["a"]), "are texts, got None"),
+        (lambda: rouge(None, "a"), "are texts, got None"),
+        (lambda: pass_at_k(5, 2, 2.5), "k=2.5 must be a whole number"),
         (lambda: bleu(["a"], ["b"], "laplace"), "unknown smoothing 'laplace'.*choose from none, exp, floor, add-k"),
         (lambda: pass_at_k(3, 1, 5), "k=5 must be between 1 and n_samples=3; draw more samples"),
         (lambda: pass_at_k(3, 4, 1), "n_right=4 must be between 0 and n_samples=3"),

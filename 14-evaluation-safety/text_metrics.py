@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,27 @@ References = Sequence[str | Sequence[str]]  # for each prediction one right text
 
 def paired(predictions: Sequence[str], references: References) -> list[tuple[str, list[str]]]:
     """Predictions with their references, each a list. Raises ValueError for none, and for lengths that differ."""
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise ValueError("predictions and references are lists of texts, got one str; put it into a list")
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions but {len(references)} references; give each prediction one entry"
         )
     if not predictions:
         raise ValueError("0 predictions: a score needs at least 1")
-    lists = [[right] if isinstance(right, str) else list(right) for right in references]
+    lists = [[right] if isinstance(right, str) else list(right) if right is not None else [] for right in references]
     found = list(zip(predictions, lists, strict=True))
     empty = next((place for place, (_, rights) in enumerate(found) if not rights), None)
     if empty is not None:
         raise ValueError(f"prediction {empty} has no reference; give it at least 1")
+    check_texts(*predictions, *(right for rights in lists for right in rights))
     return found
+
+
+def check_texts(*texts: str) -> None:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"predictions and references are texts, got {text!r}; an answer that is missing is ''")
 
 
 # Answers of a few words
@@ -57,17 +67,19 @@ def normalise_answer(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", bare).split())
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Whether the normalised prediction is one of the normalised references."""
-    return normalise_answer(prediction) in {normalise_answer(right) for right in references}
+def exact_match(prediction: str, references: str | Sequence[str]) -> bool:
+    """Whether the normalised prediction is one of the normalised references; a str is one reference."""
+    [(text, rights)] = paired([prediction], [references])
+    return normalise_answer(text) in {normalise_answer(right) for right in rights}
 
 
-def token_f1(prediction: str, references: Sequence[str]) -> float:
+def token_f1(prediction: str, references: str | Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words as bags, the best of the references; 0..1.
 
     Where one side has no word, 1 if both have none, else 0 (SQuAD 2.0, which has questions without an answer).
     """
-    return max(words_f1(normalise_answer(prediction).split(), normalise_answer(right).split()) for right in references)
+    [(text, rights)] = paired([prediction], [references])
+    return max(words_f1(normalise_answer(text).split(), normalise_answer(right).split()) for right in rights)
 
 
 def words_f1(made: list[str], right: list[str]) -> float:
@@ -221,6 +233,8 @@ def chrf_score(counts: Iterable[tuple[int, int, int]], beta: float = 2.0) -> flo
 
 def chrf(predictions: Sequence[str], references: References, word_order: int = 0) -> float:
     """chrF of a corpus, 0..100 (Popovic 2015, chrF2); word_order=2 is chrF++. Counts add up, as for BLEU."""
+    if word_order < 0:
+        raise ValueError(f"word_order={word_order} must be at least 0; 0 is chrF, 2 is chrF++")
     total = [(0, 0, 0)] * (6 + word_order)
     for text, rights in paired(predictions, references):
         best = max((chrf_counts(text, right, word_order) for right in rights), key=chrf_score)
@@ -297,6 +311,7 @@ def rouge(prediction: str, reference: str, stem: bool = False) -> dict[str, Over
     Lsum takes the lines of a text for its sentences: each sentence of the reference counts the tokens that a longest
     common subsequence with any sentence of the prediction covers, no token more often than both texts have it.
     """
+    check_texts(prediction, reference)
     made, right = rouge_tokens(prediction, stem), rouge_tokens(reference, stem)
     found = {}
     for n in (1, 2):
@@ -325,6 +340,9 @@ def pass_at_k(n_samples: int, n_right: int, k: int) -> float:
     samples, so the share of the others is an average of unbiased estimates. 1 - (1 - c/n)^k is biased: it is concave in
     c, so it is too small on average (Jensen) wherever k > 1. Raises ValueError for k > n and for c outside 0..n.
     """
+    for name, count in (("n_samples", n_samples), ("n_right", n_right), ("k", k)):
+        if not isinstance(count, Integral):
+            raise ValueError(f"{name}={count!r} must be a whole number")
     if not 0 <= n_right <= n_samples:
         raise ValueError(f"n_right={n_right} must be between 0 and n_samples={n_samples}")
     if not 1 <= k <= n_samples:

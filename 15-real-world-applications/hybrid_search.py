@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from contrastive import TextEncoder
 from course_tokenizer import load_course_tokenizer
-from dense_search import DenseConfig, PairBatches, PassageEncoder
+from dense_search import DenseConfig, PairBatches, PassageEncoder, check_k
 from gpt2 import init_weights
 from lexical_search import BM25Index, Hit, best
 from text_chunks import Chunk
@@ -39,7 +39,7 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[Hit]], k: int, constant: 
     An id that a ranking has twice counts there with its first rank. Ties by id. Raises ValueError for k < 1 or a
     constant below 0.
     """
-    if constant < 0:
+    if not constant >= 0:
         raise ValueError(f"constant={constant} must be at least 0")
     scores: dict[int, float] = defaultdict(float)
     for ranking in rankings:
@@ -64,12 +64,12 @@ def recall_at(found: Sequence[int], right: Collection[int], k: int) -> float:
     """The share of the right ids among the first k found. Raises ValueError if there is no right one."""
     if not right:
         raise ValueError("recall needs at least one right passage, got none")
-    return len(set(found[:k]) & set(right)) / len(set(right))
+    return len(set(found[: check_k(k)]) & set(right)) / len(set(right))
 
 
 def success_at(found: Sequence[int], right: Collection[int], k: int) -> float:
     """1 if any of the first k found is right, else 0; its mean is what question answering calls recall@k."""
-    return float(any(id in right for id in found[:k]))
+    return float(any(id in right for id in found[: check_k(k)]))
 
 
 def reciprocal_rank(found: Sequence[int], right: Collection[int]) -> float:
@@ -79,7 +79,7 @@ def reciprocal_rank(found: Sequence[int], right: Collection[int]) -> float:
 
 def dcg(gains: Sequence[float], k: int) -> float:
     """Sum of gain / log2(rank + 1) over the first k ranks."""
-    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], start=1))
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[: check_k(k)], start=1))
 
 
 def ndcg(found: Sequence[int], gains: Mapping[int, float], k: int) -> float:
@@ -87,7 +87,7 @@ def ndcg(found: Sequence[int], gains: Mapping[int, float], k: int) -> float:
 
     An id that is found twice gains once. Raises ValueError if nothing has gain, or a gain is negative.
     """
-    if not any(gains.values()) or min(gains.values()) < 0:
+    if not any(gains.values()) or not all(gain >= 0 for gain in gains.values()):
         raise ValueError("nDCG needs gains of at least 0, and one above it")
     made = dcg([gains.get(id, 0.0) for id in dict.fromkeys(found)], k)
     return made / dcg(sorted(gains.values(), reverse=True), k)

@@ -64,6 +64,11 @@ def test_fusion_looks_at_ranks_alone() -> None:
     for call, message in (
         (lambda: reciprocal_rank_fusion([], 0), "k=0"),
         (lambda: reciprocal_rank_fusion([], 1, -1), "constant=-1"),
+        (lambda: reciprocal_rank_fusion([], 1, math.nan), "constant=nan"),
+        (lambda: recall_at([1, 2], {2}, -1), "k=-1 must be at least 1"),  # not all but the last
+        (lambda: success_at([1, 2], {2}, 0), "k=0 must be at least 1"),
+        (lambda: ndcg([1], {1: 1.0}, 0), "k=0 must be at least 1"),
+        (lambda: ndcg([1], {1: math.nan}, 1), "gains of at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
