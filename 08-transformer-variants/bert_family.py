@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import check_heads
-from gpt2 import TanhFeedForward, check_real, init_weights, set_norm_eps
+from gpt2 import TanhFeedForward, check_real, check_text_ids, init_weights, set_norm_eps
 from huggingface_folders import FileTensor, FolderModel, Layout, file_tensors
 from sequence_modeling import IGNORE, check_token_ids, sample_ids
 from transformer_architecture import EncoderLayer, LayerNorm, LearnedPositions, check_length
@@ -134,10 +134,10 @@ class BertTrunk(nn.Module):
         return self.pos_emb(x)
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        check_text_ids(token_ids, self.config.vocab_size)
         check_length(token_ids.shape[1], 0, self.config.max_seq_len)
         segment_ids = torch.zeros_like(token_ids) if segment_ids is None else segment_ids  # (batch, seq)
         if not token_ids.is_meta:
-            check_token_ids(token_ids, self.config.vocab_size)
             check_token_ids(segment_ids, self.config.n_segments)
         mask = None if real is None else real[:, None, None, :]  # none is quicker than one that is True everywhere
         if real is None:
@@ -628,6 +628,9 @@ def mask_tokens(
     ordinary = everyone[~torch.isin(everyone, special)]  # (ordinary)
     if not len(ordinary):
         raise ValueError(f"all {vocab_size} tokens are special; there is nothing to mask")
+    check_token_ids(token_ids, vocab_size)
+    if not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id={mask_id} must be in 0..{vocab_size - 1}, the ids of the vocabulary")
     lots = torch.rand(2, *token_ids.shape, generator=generator, device=generator.device).to(device)
     drawn = torch.randint(len(ordinary), token_ids.shape, generator=generator, device=generator.device).to(device)
     chosen = (lots[0] < config.mask_rate) & ~torch.isin(token_ids, special)  # (batch, seq)

@@ -60,6 +60,8 @@ def info_nce(scores: Tensor) -> Tensor:
     """
     if scores.dim() != 2 or scores.shape[0] != scores.shape[1]:
         raise ValueError(f"scores must be square, one row and one column for each pair, got {tuple(scores.shape)}")
+    if not len(scores):
+        raise ValueError("there is no pair to find; give scores of at least one")
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
@@ -68,10 +70,14 @@ def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
 
     Shapes: images and texts (pairs, width), of any lengths. Raises ValueError if they differ in shape.
     """
-    if images.shape != texts.shape:
-        raise ValueError(f"pairs need equal shapes, got {tuple(images.shape)} and {tuple(texts.shape)}")
+    check_pairs(images, texts)
     scores = similarity(images, texts) * log_scale.exp()  # (pairs, pairs)
     return (info_nce(scores) + info_nce(scores.T)) / 2
+
+
+def check_pairs(images: Tensor, texts: Tensor) -> None:
+    if images.shape != texts.shape or images.dim() != 2:
+        raise ValueError(f"pairs need equal shapes (pairs, width), got {tuple(images.shape)} and {tuple(texts.shape)}")
 
 
 def similarity(images: Tensor, texts: Tensor) -> Tensor:
@@ -82,8 +88,11 @@ def similarity(images: Tensor, texts: Tensor) -> Tensor:
 def masked_clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, captions: Tensor) -> Tensor:
     """CLIP's loss without the false negatives: another pair with the same caption is no wrong answer, and is left out.
 
-    Shapes: as clip_loss; captions (pairs), one number for each different caption.
+    Shapes: as clip_loss; captions (pairs), one number for each different caption. Raises ValueError for others.
     """
+    check_pairs(images, texts)
+    if captions.shape != images.shape[:1]:
+        raise ValueError(f"captions need one number for each of {len(images)} pairs, got {tuple(captions.shape)}")
     scores = similarity(images, texts) * log_scale.exp()  # (pairs, pairs)
     same = (captions[:, None] == captions) & ~torch.eye(len(captions), dtype=torch.bool, device=captions.device)
     scores = scores.masked_fill(same, -math.inf)  # (pairs, pairs)

@@ -77,8 +77,9 @@ def orthogonal_gaussian(n_features: int, d_head: int, generator: torch.Generator
     matrix has length 1, so each gets the length of a Gaussian vector. And Householder's QR picks signs of its own, so
     that Q points to one side; the signs of R's diagonal undo that (Mezzadri 2007, arXiv math-ph/0609050).
     """
-    if n_features < 1:
-        raise ValueError(f"n_features must be >= 1, got {n_features}")
+    for name, value in (("n_features", n_features), ("d_head", d_head)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     n_blocks = -(-n_features // d_head)
     square = torch.randn(n_blocks, d_head, d_head, generator=generator, dtype=torch.float64)
     orthogonal, triangular = torch.linalg.qr(square)
@@ -129,6 +130,12 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, cau
     keys. Raises ValueError for shapes that do not fit.
     """
     check_widths(q, k, v)
+    if projection.dim() != 2 or projection.shape[1] != q.shape[-1] or not len(projection):
+        raise ValueError(
+            f"the projection has shape {tuple(projection.shape)}, expected (features, {q.shape[-1]}), as wide as q"
+        )
+    if not k.shape[-2] and not (causal and q.shape[-2]):  # nobody to attend to: 0, as exact attention gives
+        return (q @ k.transpose(-2, -1)) @ v  # (batch, heads, query, d_head)
     scale, projection = q.shape[-1] ** -0.25, projection.to(q)
     of_queries = feature_exponents(q * scale, projection)  # (batch, heads, query, features)
     of_queries = (of_queries - of_queries.amax(dim=-1, keepdim=True)).exp()  # (batch, heads, query, features)
@@ -224,6 +231,9 @@ class SparsePattern:
         n_blocks = -(-self.n_positions // self.block_size)
         if self.table.dim() != 2 or len(self.table) != n_blocks or self.table.max() >= n_blocks:
             raise ValueError(f"the table needs a row for each of {n_blocks} blocks, naming blocks below {n_blocks}")
+        rows = self.table.sort(dim=1).values  # (blocks, neighbours)
+        if ((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)).any() or rows.min() < -1:
+            raise ValueError("a row of the table must name different blocks, or -1 for none: each is read once")
         wrong = [position for position in self.global_ids if not 0 <= position < self.n_positions]
         if wrong or len(set(self.global_ids)) < len(self.global_ids):
             raise ValueError(f"global_ids={self.global_ids} must be different positions in 0..{self.n_positions - 1}")

@@ -163,8 +163,7 @@ class GPT2(FolderModel):
     def forward(
         self, token_ids: Tensor, real: Tensor | None = None, caches: list[KeyValueCache] | None = None
     ) -> Tensor:
-        if not token_ids.is_meta:  # a meta tensor has a shape but no values to check
-            check_token_ids(token_ids, self.config.vocab_size)
+        check_text_ids(token_ids, self.config.vocab_size)
         start = len(caches[0]) if caches else 0
         stop = check_length(token_ids.shape[1], start, self.config.max_seq_len)
         mask = causal_mask(token_ids.shape[1], stop, token_ids.device)  # (query, key)
@@ -233,6 +232,14 @@ class GPT2(FolderModel):
         return Layout(tuple(tensors), {"lm_head.weight": "transformer.wte.weight"}, masks, "transformer.")
 
 
+def check_text_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError or TypeError unless the ids are a tensor (batch, seq) of known tokens."""
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"token ids must be a tensor (batch, seq), got a {type(token_ids).__name__}; use torch.tensor")
+    if not token_ids.is_meta:  # a meta tensor has a shape but no values to check
+        check_token_ids(token_ids, vocab_size, 2)
+
+
 def check_real(real: Tensor, shape: tuple[int, int]) -> None:
     """Raise ValueError unless `real` is bool and has one entry for each position so far."""
     if real.dtype != torch.bool or tuple(real.shape) != shape:
@@ -246,6 +253,8 @@ def check_real(real: Tensor, shape: tuple[int, int]) -> None:
 
 
 def check_prompt(token_ids: Tensor, real: Tensor | None) -> None:
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"a prompt must be a tensor (batch, seq), got a {type(token_ids).__name__}; use torch.tensor")
     if token_ids.dim() != 2 or token_ids.shape[1] == 0:
         raise ValueError(f"a prompt needs shape (batch, seq) with at least one token, got {tuple(token_ids.shape)}")
     if real is not None:
@@ -268,8 +277,11 @@ def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (batch, vocab) with -inf for all but the top_k most likely tokens, then all but the nucleus.
 
     The nucleus is the fewest most likely tokens whose probability reaches top_p (Holtzman et al. 2020, section 3.1);
-    the most likely one always stays. Tokens that tie with the last of the top_k stay as well.
+    the most likely one always stays. Tokens that tie with the last of the top_k stay as well. Raises ValueError for a
+    negative top_k and for a top_p outside (0, 1].
     """
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"top_k must be >= 0, 0 for all, and top_p in (0, 1], got {top_k} and {top_p}")
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]  # (batch, 1)
         logits = logits.masked_fill(logits < least, -math.inf)  # (batch, vocab)

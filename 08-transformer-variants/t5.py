@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import MultiHeadAttention, causal_mask, check_heads
-from gpt2 import SamplingConfig, check_real, extend, init_weights
+from gpt2 import SamplingConfig, check_real, check_text_ids, extend, init_weights
 from huggingface_folders import FileTensor, FolderModel, Layout, file_tensors
-from sequence_modeling import IGNORE, check_token_ids
+from sequence_modeling import IGNORE
 from transformer_architecture import (
     DecoderLayer,
     EncoderLayer,
@@ -93,8 +93,7 @@ class EncoderDecoder(FolderModel):
         return self.decode(tgt_ids, memory, memory_mask)
 
     def check_source(self, src_ids: Tensor, real: Tensor | None) -> Tensor:
-        if not src_ids.is_meta:
-            check_token_ids(src_ids, self.config.vocab_size)
+        check_text_ids(src_ids, self.config.vocab_size)
         if real is None:
             real = torch.ones_like(src_ids, dtype=torch.bool)  # (batch, src)
         check_real(real, tuple(src_ids.shape))
@@ -121,7 +120,7 @@ class EncoderDecoder(FolderModel):
         """
         with torch.no_grad():
             memory, memory_mask = self.encode(src_ids, real)
-        caches, start = self.new_caches(), torch.full_like(src_ids[:, :1], self.config.start_id)
+        caches, start = self.new_caches(), src_ids.new_full((len(src_ids), 1), self.config.start_id)
 
         def next_logits(new_ids: Tensor) -> Tensor:
             return self.decode(new_ids, memory, memory_mask, caches)[:, -1]
@@ -287,8 +286,7 @@ class T5(EncoderDecoder):
     def decode(
         self, tgt_ids: Tensor, memory: Tensor, memory_mask: Tensor, caches: list[KeyValueCache] | None = None
     ) -> Tensor:
-        if not tgt_ids.is_meta:
-            check_token_ids(tgt_ids, self.config.vocab_size)
+        check_text_ids(tgt_ids, self.config.vocab_size)
         start, length = len(caches[0]) if caches else 0, tgt_ids.shape[1]
         mask = causal_mask(length, start + length, tgt_ids.device)
         x = self.dropout(self.token_emb(tgt_ids))  # (batch, tgt, d_model)
@@ -444,8 +442,7 @@ class Bart(EncoderDecoder):
     def decode(
         self, tgt_ids: Tensor, memory: Tensor, memory_mask: Tensor, caches: list[KeyValueCache] | None = None
     ) -> Tensor:
-        if not tgt_ids.is_meta:
-            check_token_ids(tgt_ids, self.config.vocab_size)
+        check_text_ids(tgt_ids, self.config.vocab_size)
         start, length = len(caches[0]) if caches else 0, tgt_ids.shape[1]
         check_length(length, start, self.config.max_seq_len)
         mask = causal_mask(length, start + length, tgt_ids.device)
@@ -551,10 +548,12 @@ def corrupt_spans(
     """Replace every span by a sentinel of its own; the target is each sentinel with its span, and one last sentinel.
 
     Raffel et al. 2020, figure 2. Raises ValueError for spans that overlap, touch or leave the text, for fewer than
-    len(spans) + 1 sentinels, and for a text that contains one.
+    len(spans) + 1 sentinels, for two that are equal, and for a text that contains one.
     """
     if len(sentinel_ids) < len(spans) + 1:
         raise ValueError(f"{len(spans)} spans need {len(spans) + 1} sentinels, got {len(sentinel_ids)}")
+    if len(set(sentinel_ids)) < len(sentinel_ids):
+        raise ValueError(f"each span needs a sentinel of its own, got {sentinel_ids}")
     if set(token_ids) & set(sentinel_ids):
         raise ValueError(f"the text contains the sentinel {min(set(token_ids) & set(sentinel_ids))}")
     inputs: list[int] = []

@@ -499,6 +499,12 @@ def test_bad_calls_are_named() -> None:
     model, token_ids = BertForMaskedLM(TINY), some_ids()
     for call, message in (
         (lambda: model(token_ids + VOCAB), r"token id \d+ >= vocab_size 67 at \[0, 0\]"),
+        (lambda: model(token_ids[0]), "token ids must have 2 axes"),
+        (
+            lambda: mask_tokens(token_ids, 70, 70, (), MaskingConfig(), torch.Generator()),
+            r"mask_id=70 must be in 0\.\.69",
+        ),
+        (lambda: mask_tokens(token_ids + 70, 70, 1, (), MaskingConfig(), torch.Generator()), ">= vocab_size 70"),
         (lambda: model(some_ids(1, 38)), "sequence length 38 exceeds max_seq_len 37"),
         (lambda: model(token_ids, torch.full_like(token_ids, 2)), r"token id 2 >= vocab_size 2 at \[0, 0\]"),
         (lambda: model(token_ids, None, torch.ones(2, 9)), "real must be bool"),

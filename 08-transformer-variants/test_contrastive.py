@@ -301,6 +301,15 @@ def test_the_scale_starts_at_the_temperature_and_is_clipped_at_100(monkeypatch) 
     [
         (lambda: info_nce(torch.zeros(3, 4)), r"scores must be square, .*got \(3, 4\)"),
         (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(4, 4), torch.tensor(0.0)), r"got \(3, 4\) and \(4, 4\)"),
+        (lambda: info_nce(torch.zeros(0, 0)), "there is no pair to find"),
+        (
+            lambda: masked_clip_loss(torch.ones(2, 3), torch.ones(3, 3), torch.tensor(0.0), torch.arange(2)),
+            r"equal shapes \(pairs, width\), got \(2, 3\) and \(3, 3\)",
+        ),
+        (
+            lambda: masked_clip_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(0.0), torch.arange(3)),
+            "one number for each of 2 pairs",
+        ),
         (lambda: PairConfig(batch_size=1), "batch_size must be finite and >= 2, got 1"),
         (lambda: PairConfig(temperature=0.0), "temperature must be finite and >= 0.01"),
         (lambda: DualEncoder(LETTERS, TINY).tokens(["Three"]), r"not in the vocabulary"),

@@ -422,8 +422,19 @@ def test_shape_comments_hold(checked_shapes) -> None:
             "takes no memory and no mask",
         ),
         (lambda: attention_flops("exakt", 8, 4, 0), "unknown kind 'exakt'"),
+        (lambda: orthogonal_gaussian(4, 0, generator()), "d_head must be >= 1, got 0"),
+        (lambda: performer_attention(*qkv(5), torch.randn(6, 9)), r"shape \(6, 9\), expected \(features, 4\)"),
+        (lambda: SparsePattern(4, 2, torch.tensor([[0, 0], [1, -1]])), "must name different blocks, or -1 for none"),
+        (lambda: SparsePattern(4, 2, torch.tensor([[0, -2], [1, -1]])), "must name different blocks, or -1 for none"),
     ],
 )
 def test_bad_input_gives_one_clear_line(work, message) -> None:
     with pytest.raises(ValueError, match=message):
         work()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_estimated_attention_to_nobody_is_0_as_exact_attention_is(causal) -> None:
+    q, nobody = torch.randn(1, 2, 0 if causal else 5, 4), torch.randn(1, 2, 0, 4)
+    got = performer_attention(q, nobody, nobody, torch.randn(6, 4), causal)
+    assert torch.equal(got, torch.zeros_like(q))

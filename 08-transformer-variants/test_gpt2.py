@@ -390,6 +390,9 @@ def test_bad_calls_are_named(pair, tmp_path) -> None:
             lambda: ours.generate(token_ids, GREEDY, torch.tensor([[True] * 9, [True] * 8 + [False]])),
             "must end with a token",
         ),
+        (lambda: ours(token_ids[0]), "token ids must have 2 axes"),
+        (lambda: keep_likely(torch.zeros(1, 4), -1), r"top_k must be >= 0.* got -1 and 1.0"),
+        (lambda: keep_likely(torch.zeros(1, 4), 0, 0.0), r"top_p in \(0, 1\], got 0 and 0.0"),
         (lambda: left_padded([[1], []], 0), "every prompt needs at least one token"),
         (lambda: SamplingConfig(temperature=-1), "temperature must be finite and >= 0, got -1"),
         (lambda: SamplingConfig(temperature=math.nan), "temperature must be finite"),
@@ -399,6 +402,9 @@ def test_bad_calls_are_named(pair, tmp_path) -> None:
         (lambda: GPT2Config(n_heads=5), "d_model=768 is not divisible by n_heads=5"),
     ):
         with pytest.raises(ValueError, match=message):
+            call()
+    for call in (lambda: ours([[1, 2]]), lambda: ours.generate([[1, 2]], GREEDY)):
+        with pytest.raises(TypeError, match=r"must be a tensor \(batch, seq\), got a list"):
             call()
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; choose another folder"):

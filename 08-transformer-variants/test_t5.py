@@ -240,6 +240,16 @@ def test_layers_share_one_table_of_positions() -> None:
 
 
 @cases
+@torch.no_grad()
+def test_an_empty_source_has_an_answer(name, tmp_path) -> None:
+    their_model(name).save_pretrained(tmp_path)
+    ours, nothing = CASES[name][0].from_pretrained(tmp_path), some_ids(2, 4)[:, :0]
+    answers = ours.generate(nothing, SamplingConfig(3, 0.0))
+    start = torch.full((2, 1), ours.config.start_id)
+    assert answers.shape[0] == 2 and torch.equal(answers[:, 0], ours(nothing, start)[:, -1].argmax(dim=-1))
+
+
+@cases
 def test_second_names_of_settings_count(name, tmp_path) -> None:
     """Another number of heads may fit the same tensors."""
     their_model(name).save_pretrained(tmp_path)
@@ -348,6 +358,8 @@ def test_every_division_into_parts_is_equally_likely() -> None:
         (lambda: T5Config(ffn="swiglu"), "unknown ffn 'swiglu'; choose from relu, gated-gelu"),
         (lambda: T5Config(n_buckets=3), "n_buckets must be finite and >= 4, got 3"),
         (lambda: T5Config(n_buckets=64, max_distance=32), "max_distance must be finite and >= 64"),
+        (lambda: corrupt_spans([1, 2, 3], [(0, 1)], [9, 9]), r"a sentinel of its own, got \[9, 9\]"),
+        (lambda: T5(TINY)(some_ids()[0], some_ids()), "token ids must have 2 axes"),
         (lambda: T5(TINY)(some_ids() + VOCAB, some_ids()), "token id .* >= vocab_size 67"),
         (lambda: T5(TINY)(some_ids(), some_ids() + VOCAB), "token id .* >= vocab_size 67"),
         (lambda: T5(TINY)(some_ids(), some_ids(), torch.ones(2, 9)), "real must be bool"),

@@ -422,6 +422,8 @@ def test_a_picture_turned_by_its_camera_stands_upright(tmp_path) -> None:
         (lambda: patchify(torch.zeros(2, 1, 8, 9), 4), "8 x 9 pixels"),
         (lambda: patchify(torch.zeros(2, 1, 0, 8), 4), "0 x 8 pixels"),
         (lambda: VisionTransformer(SMALL)(torch.zeros(2, 1, 12, 12)), r"\(batch, 3 channels, height, width\)"),
+        (lambda: patchify(torch.zeros(2, 1, 8, 8), 0), "patch_size must be >= 1 pixel, got 0"),
+        (lambda: unpatchify(torch.zeros(2, 4, 5), 1, 4, 4), "4 patches of 5 numbers are no image of 1 channels"),
         (lambda: load_digits_images("random"), "unknown split 'random'; use content or writers"),
         (lambda: DigitsConfig(learning_rate=float("nan")), "learning_rate must be finite"),
         (lambda: image_tensor(Image.new("L", (4, 4)), VisionTransformer(VisionConfig(n_channels=2))), "expects 2"),
@@ -430,6 +432,11 @@ def test_a_picture_turned_by_its_camera_stands_upright(tmp_path) -> None:
 def test_bad_input_gives_one_clear_line(work, message) -> None:
     with pytest.raises(ValueError, match=message):
         work()
+
+
+def test_whole_numbers_are_no_pixels() -> None:
+    with pytest.raises(TypeError, match="images must hold normalised numbers, got torch.uint8"):
+        VisionTransformer(SMALL)(torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
 
 
 def test_bad_folders_are_named(tmp_path) -> None:

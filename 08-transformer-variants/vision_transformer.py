@@ -100,6 +100,8 @@ class DigitsConfig:
 
 
 def check_patches(height: int, width: int, patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be >= 1 pixel, got {patch_size}")
     if height % patch_size or width % patch_size or not height * width:
         raise ValueError(
             f"an image of {height} x {width} pixels cannot be cut into patches of {patch_size} x {patch_size}; "
@@ -124,6 +126,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, n_channels: int, height: int, width: int) -> Tensor:
     """Put the patches of `patchify` together again: (batch, patches, features) to (batch, channels, height, width)."""
     patch_size = math.isqrt(patches.shape[2] // n_channels)
+    if (height // max(1, patch_size)) * (width // max(1, patch_size)) != patches.shape[1] or (
+        n_channels * patch_size**2 != patches.shape[2]
+    ):
+        raise ValueError(
+            f"{patches.shape[1]} patches of {patches.shape[2]} numbers are no image of {n_channels} channels and "
+            f"{height} x {width} pixels; give the sizes that `patchify` got"
+        )
     grid = patches.unflatten(1, (height // patch_size, width // patch_size))  # (batch, down, across, features)
     cut = grid.unflatten(3, (n_channels, patch_size, patch_size)).permute(0, 3, 1, 4, 2, 5)
     return cut.flatten(4, 5).flatten(2, 3)  # (batch, channels, height, width)
@@ -213,6 +222,8 @@ class VisionTransformer(FolderModel):
         if images.dim() != 4 or images.shape[1] != self.config.n_channels:
             wanted = f"(batch, {self.config.n_channels} channels, height, width)"
             raise ValueError(f"images must have shape {wanted}, got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must hold normalised numbers, got {images.dtype}; use .float() and scale them")
         patches = self.patch_proj(images)  # (batch, patches, d_model)
         special = self.special_tokens().expand(len(images), -1, -1)  # (batch, special, d_model)
         down, across = (side // self.config.patch_size for side in images.shape[2:])

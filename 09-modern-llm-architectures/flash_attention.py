@@ -131,6 +131,11 @@ def flash_attention(
     aligns the last query with the last key. `traffic` counts what is read and written, backward included.
     Raises ValueError for shapes that do not fit and for a fast memory that holds no row.
     """
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit; give (batch, heads, position, "
+            "width), keys and values of the same heads and positions"
+        )
     if k.shape[1] != q.shape[1]:
         if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads; use a divisor")

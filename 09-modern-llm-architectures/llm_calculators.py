@@ -109,6 +109,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
 # Arithmetic
 
 
+def check_positions(seq_len: int, least: int) -> None:
+    if seq_len < least:
+        raise ValueError(f"seq_len must be >= {least} positions, got {seq_len}")
+
+
 def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     """Multiply-adds, two FLOPs each, of one forward pass over `seq_len` tokens, per token on average.
 
@@ -116,6 +121,7 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     or fewer under a window, and each meeting costs a dot product and a weighted sum. Norms, softmax and rotations,
     which are not matrix products, are left out. A training step costs three times as much.
     """
+    check_positions(seq_len, 1)
     parameters = count_parameters(config)
     biases = (
         config.n_layers * (2 * config.n_kv_heads + config.n_heads) * config.d_head + config.n_layers * config.d_model
@@ -148,6 +154,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> floa
 
 def kv_bytes(config: ModelConfig, seq_len: int, batch_size: int = 1, bytes_per_number: float = 2) -> float:
     """Bytes of the caches of `batch_size` sequences of `seq_len` positions; a windowed layer keeps its window."""
+    check_positions(seq_len, 0)
     layer = kv_bytes_per_token(config, bytes_per_number) / config.n_layers
     kept = (min(seq_len, config.window_of(index) or seq_len) for index in range(config.n_layers))
     return batch_size * layer * sum(kept)

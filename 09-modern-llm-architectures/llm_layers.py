@@ -120,6 +120,8 @@ def rotary_frequencies(
     """
     if d_head < 2 or d_head % 2:
         raise ValueError(f"rotary positions turn pairs of features: d_head must be even and >= 2, got {d_head}")
+    if not rope_theta > 0:
+        raise ValueError(f"rope_theta, the base of the wavelengths, must be > 0, got {rope_theta}")
     scaling = scaling or RopeScaling()
     if scaling.kind == "dynamic":
         if max_seq_len < 1:
@@ -203,7 +205,9 @@ class RotaryTable:
         return cos[chosen][None, None], sin[chosen][None, None]
 
     def at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (batch, seq), each row its own: two of (batch, 1, seq, half)."""
+        """Positions (batch, seq), each row its own, from 0: two of (batch, 1, seq, half)."""
+        if positions.numel() and int(positions.min()) < 0:
+            raise ValueError(f"positions count from 0, got {int(positions.min())}")
         cos, sin = self.rows(int(positions.max()) + 1 if positions.numel() else 1, like)
         return cos[positions][:, None], sin[positions][:, None]
 
@@ -266,6 +270,8 @@ class KVCache:
     """
 
     def __init__(self, window_size: int = 0, n_sinks: int = 0) -> None:
+        if window_size < 0 or n_sinks < 0:
+            raise ValueError(f"window_size and n_sinks must be >= 0, got {window_size} and {n_sinks}")
         self.window_size, self.n_sinks = window_size, n_sinks
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.n_kept, self.n_seen = 0, 0
@@ -353,6 +359,8 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, use_bias: bool = False) -> None:
         super().__init__()
+        if d_head < 1 or n_heads < 1:
+            raise ValueError(f"n_heads and d_head must be >= 1, got {n_heads} and {d_head}")
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_heads={n_heads} is not divisible by n_kv_heads={n_kv_heads}; choose a divisor")
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head

@@ -89,7 +89,7 @@ class SigmoidRouter(SoftmaxRouter):
         scale: float = 1.0,
     ) -> None:
         super().__init__(d_model, n_experts, n_active_experts)
-        if n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
+        if n_groups < 1 or n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
             raise ValueError(f"n_groups={n_groups} must divide n_experts={n_experts} and be >= {n_active_groups=} >= 1")
         if n_active_groups * (n_experts // n_groups) < n_active_experts:
             raise ValueError(f"{n_active_groups} groups hold fewer than n_active_experts={n_active_experts} experts")
@@ -117,6 +117,10 @@ class SigmoidRouter(SoftmaxRouter):
 
         Shapes: counts (experts), the tokens that each expert got in the last batch.
         """
+        if counts.shape != self.bias.shape:
+            raise ValueError(
+                f"counts have shape {tuple(counts.shape)}, expected one for each of {len(self.bias)} experts"
+            )
         self.bias += rate * torch.sign(counts.float().mean() - counts.float())
 
 
@@ -194,6 +198,14 @@ def load_balance_loss(routings: list[Routing], counted: Tensor | None = None) ->
     if not routings:
         raise ValueError("there is no routing to balance; run a model with experts first")
     n_experts = routings[0].logits.shape[-1]
+    wrong = [tuple(routing.logits.shape) for routing in routings if routing.logits.shape[-1] != n_experts]
+    if wrong:
+        raise ValueError(f"the layers have different numbers of experts: {n_experts} and {wrong[0][-1]}")
+    n_tokens = [len(routing.logits) for routing in routings]
+    if counted is not None and any(len(counted) != n for n in n_tokens):
+        raise ValueError(
+            f"counted has shape {tuple(counted.shape)}, expected one entry for each of {n_tokens[0]} tokens"
+        )
     visits, probabilities, n_rows = 0.0, 0.0, 0
     for routing in routings:
         share = routing.logits.float().softmax(dim=-1)  # (tokens, experts)
@@ -212,7 +224,12 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 
 def load_entropy(counts: Tensor) -> float:
-    """Entropy of the load over the experts as a share of the most possible: 1 is even, 0 is one expert for all."""
+    """Entropy of the load over the experts as a share of the most possible: 1 is even, 0 is one expert for all.
+
+    Raises ValueError for a load of nothing.
+    """
+    if not counts.sum() > 0:
+        raise ValueError("no expert was visited; count a batch that has tokens")
     shares = counts.double() / counts.sum()
     entropy = -(shares * shares.clamp(min=1e-300).log()).sum().item()
     return entropy / math.log(len(counts)) if len(counts) > 1 else 1.0

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from attention_mechanisms import causal_mask, document_mask
 from fast_decoding import DecodePlan, can_plan
-from gpt2 import SamplingConfig, check_prompt, init_weights, keep_likely
+from gpt2 import SamplingConfig, check_prompt, check_text_ids, init_weights, keep_likely
 from huggingface_folders import CONFIG, WEIGHTS, check_fit, joined, load_weights, read_config, read_weights
 from latent_attention import LatentAttention
 from llm_config import ModelConfig, config_from_folder, config_to_folder, folder_layout, with_generation_ends
@@ -45,7 +45,7 @@ from llm_layers import (
 from mixture_of_experts import MixtureOfExperts, SigmoidRouter, SoftmaxRouter, load_balance_loss
 from optimizers import shapes_alone
 from packing import language_model_loss
-from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, check_token_ids, sample_ids
+from sequence_modeling import BOS_ID, EOS_ID, PAD_ID, sample_ids
 from tiny_world import join
 from training_transformers import TrainConfig, WorldBatches, fit, world_losses
 from transformer_architecture import held_out_documents, tiny_world
@@ -148,6 +148,10 @@ class CausalLM(nn.Module):
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """The stream after the last norm: (batch, seq, d_model)."""
+        if not isinstance(token_ids, Tensor) or token_ids.dim() != 2:
+            check_text_ids(token_ids, self.config.vocab_size)
+        if caches and len(caches) != len(self.blocks):
+            raise ValueError(f"{len(caches)} caches for {len(self.blocks)} layers; take those of new_caches()")
         start, seq_len = len(caches[0]) if caches else 0, token_ids.shape[1]
         self.check(token_ids, start + seq_len, is_real, document_ids)
         if document_ids is not None and (caches or is_real is not None):
@@ -182,8 +186,14 @@ class CausalLM(nn.Module):
     ) -> None:
         if token_ids.is_meta:
             return
-        check_token_ids(token_ids, self.config.vocab_size)
+        check_text_ids(token_ids, self.config.vocab_size)
         self.check_length(n_positions)
+        if is_real is not None and is_real.dtype != torch.bool:
+            raise ValueError(f"is_real must be bool, True at tokens and False at padding, got {is_real.dtype}")
+        if document_ids is not None and document_ids.shape != token_ids.shape:
+            raise ValueError(
+                f"document_ids has shape {tuple(document_ids.shape)}, expected the ids' {tuple(token_ids.shape)}"
+            )
         if is_real is not None and is_real.shape != (len(token_ids), n_positions):
             raise ValueError(
                 f"is_real has shape {tuple(is_real.shape)}, expected (batch, all positions so far) = "
@@ -233,7 +243,8 @@ class CausalLM(nn.Module):
 
         Returns the new ids (batch, at most max_new_tokens); after its end a row holds pad_id. Call `eval()` first.
         """
-        return torch.cat([token_ids[:, :0], *self.stream(token_ids, sampling, is_real, generator)], dim=1)
+        steps = list(self.stream(token_ids, sampling, is_real, generator))
+        return torch.cat([token_ids[:, :0], *steps], dim=1)
 
     @torch.no_grad()
     def stream(

@@ -121,6 +121,9 @@ def test_bad_input_is_refused_in_words() -> None:
     q, k, v = inputs(5, 7)
     with pytest.raises(ValueError, match="fast_memory=20 holds no row of width 6; it needs at least 31"):
         flash_attention(q, k, v, fast_memory=20)
+    for wrong in ((q[0], k[0], v[0]), (q, k, v[:, :2]), (q[:1], k, v)):
+        with pytest.raises(ValueError, match="keys and values of the same heads and positions"):
+            flash_attention(*wrong)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
         flash_attention(q, k[:, :3], v[:, :3])
     with pytest.raises(ValueError, match="queries have width 6 but keys 5"):

@@ -135,3 +135,11 @@ def test_the_matmul_counter_of_topic_04_agrees() -> None:
     with counter, torch.no_grad():
         CausalLM(SMALL)(torch.arange(3, 10)[None])
     assert forward_flops(SMALL, 7)["matrices"] * 7 <= counter.flops
+
+
+def test_a_sequence_of_nothing_costs_no_cache_and_has_no_mean() -> None:
+    assert kv_bytes(PUBLISHED["Llama-2-7B"], 0) == 0
+    with pytest.raises(ValueError, match="seq_len must be >= 1 positions, got 0"):
+        forward_flops(PUBLISHED["Llama-2-7B"], 0)
+    with pytest.raises(ValueError, match="seq_len must be >= 0 positions, got -5"):
+        kv_bytes(PUBLISHED["Llama-2-7B"], -5)

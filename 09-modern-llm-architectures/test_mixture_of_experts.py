@@ -196,6 +196,16 @@ def test_a_mixture_costs_its_active_experts_and_no_more() -> None:
 
 
 def test_bad_sizes_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="n_groups=0 must divide n_experts=6"):
+        SigmoidRouter(12, 6, 2, n_groups=0, n_active_groups=0)
+    with pytest.raises(ValueError, match=r"counts have shape \(1,\), expected one for each of 6 experts"):
+        SigmoidRouter(12, 6, 2).update_bias(torch.ones(1))
+    with pytest.raises(ValueError, match="different numbers of experts: 6 and 4"):
+        load_balance_loss([even_routing(24, 6, 2), even_routing(24, 4, 2)])
+    with pytest.raises(ValueError, match=r"counted has shape \(5,\), expected one entry for each of 24 tokens"):
+        load_balance_loss([even_routing(24, 6, 2)], torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no expert was visited"):
+        load_entropy(torch.zeros(6))
     with pytest.raises(ValueError, match=r"n_active_experts=7 must be in 1\.\.6"):
         SoftmaxRouter(12, 6, 7)
     with pytest.raises(ValueError, match="n_groups=4 must divide n_experts=6"):

@@ -772,6 +772,25 @@ def test_bad_sizes_and_inputs_are_refused() -> None:
         model(some_ids(1, 9))
     with pytest.raises(ValueError, match="67"):
         model(torch.full((1, 3), 67))
+    for kwargs, message in (
+        ({"is_real": torch.ones(1, 3)}, "is_real must be bool"),
+        ({"document_ids": torch.zeros(1, 4, dtype=torch.long)}, r"document_ids has shape \(1, 4\)"),
+        ({"caches": [llm_layers.KVCache()] * 2}, "2 caches for 1 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(some_ids(1, 3), **kwargs)
+    with pytest.raises(ValueError, match="token ids must have 2 axes"):
+        model(some_ids()[0])
+    with pytest.raises(ValueError, match=r"a prompt needs shape \(batch, seq\)"):
+        model.generate(some_ids()[0], SamplingConfig(1))
+    with pytest.raises(ValueError, match="rope_theta, the base of the wavelengths, must be > 0, got -1.0"):
+        llm_layers.rotary_frequencies(8, -1.0)
+    with pytest.raises(ValueError, match="positions count from 0, got -1"):
+        llm_layers.RotaryTable(8, 1e4, 16).at(torch.tensor([[-1]]), torch.zeros(1))
+    with pytest.raises(ValueError, match="window_size and n_sinks must be >= 0, got -1 and 0"):
+        llm_layers.KVCache(-1)
+    with pytest.raises(ValueError, match="n_heads and d_head must be >= 1, got 2 and 0"):
+        llm_layers.GroupedQueryAttention(48, 2, 1, 0)
     with pytest.raises(ValueError, match=r"is_real has shape \(1, 2\)"):
         model(some_ids(1, 3), is_real=torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no experts to balance"):
