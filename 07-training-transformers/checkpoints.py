@@ -69,8 +69,13 @@ class Checkpoints:
     def save(self, step: int, parts: dict[str, Any]) -> Path:
         """Write all parts, then the manifest with size and SHA-256 of each, then make the folder appear.
 
-        Raises OSError, with nothing changed, if the disk is full.
+        Raises OSError, with nothing changed, if the disk is full, and ValueError for a step below 0, for a part whose
+        name cannot be a file's, and for a part that `load` would refuse.
         """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"a step is an integer >= 0, got {step!r}")
+        if wrong := [name for name in parts if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]:
+            raise ValueError(f"the name of a part becomes that of a file, got {wrong}; use letters, digits, _, - and .")
         final = self.path(step)
         temporary, old = (self.folder / f".{final.name}.tmp.{kind}{os.getpid()}" for kind in ("", "old."))
         try:
@@ -152,9 +157,22 @@ def write_part(path: Path, part: Any) -> dict[str, Any]:
             torch.save(part, writer)
         except RuntimeError:
             raise writer.error or sys.exception() from None
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise ValueError(f"{path.stem} cannot be saved ({error}); give tensors and plain values") from None
         file.flush()
         os.fsync(file.fileno())
+    check_loadable(path)
     return {"bytes": writer.n_bytes, "sha256": writer.digest.hexdigest()}
+
+
+def check_loadable(path: Path) -> None:
+    """Raise ValueError for a file that `read_part` would refuse; reads its structure, and no numbers."""
+    try:
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path.stem} holds more than tensors and plain values, and could not be loaded again"
+        ) from None
 
 
 def render_manifest(body: dict[str, Any]) -> bytes:
@@ -318,6 +336,8 @@ class CsvLog:
 
     def add(self, row: dict[str, float]) -> None:
         row = {name: value if type(value) is int else float(value) for name, value in row.items()}
+        if wrong := [name for name in row if re.search(r"[,\r\n]", name)]:
+            raise ValueError(f"the name of a column must have no comma and no line break, got {wrong}")
         self.rows.append(row)
         if new := [name for name in row if name not in self.columns]:
             self.columns += new

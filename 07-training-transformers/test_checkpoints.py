@@ -332,10 +332,11 @@ def hostile_parts(marker: Path) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("how", ["os.system", "eval", "subprocess", "nested", "in the optimizer"])
-def test_a_checkpoint_that_would_run_a_program_is_refused(tmp_path, how: str) -> None:
+def test_a_checkpoint_that_would_run_a_program_is_refused(tmp_path, how: str, monkeypatch) -> None:
     """CK9; its manifest is right, because whoever writes the one can write the other."""
     marker = tmp_path / "marker"
     parts = hostile_parts(marker)[how]
+    monkeypatch.setattr("checkpoints.check_loadable", lambda path: None)  # as a foreign program writes it
     Checkpoints(tmp_path).save(1, parts)
     with pytest.raises(ValueError, match="refused, because loading it could run a program") as refused:
         Checkpoints(tmp_path).load()
@@ -626,3 +627,30 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path) -> None:
 
     assert exit_code_of(in_child(run)) == 0
     assert Checkpoints(tmp_path).steps() == [3]
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path) -> None:
+    """A part of any object would be written, and then refused by every load, that of earlier steps included."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(1, {"model": {"weight": torch.ones(2)}, "run.info": {"n": 1, "names": ["a"], "none": None}})
+    for step, parts, message in (
+        (2, {"model": object()}, "model holds more than tensors and plain values"),
+        (2, {"model": torch.nn.Linear(2, 2)}, "model holds more than tensors and plain values"),
+        (2, {"model": lambda: 0}, "model cannot be saved .*lambda"),
+        (2, {"../model": 1}, r"the name of a part becomes that of a file, got \['../model'\]"),
+        (2, {7: 1}, "the name of a part"),
+        (-1, {"model": 1}, "a step is an integer >= 0, got -1"),
+        (1.5, {"model": 1}, r"a step is an integer >= 0, got 1\.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.save(step, parts)
+    assert checkpoints.load()["step"] == 1 and [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_column_that_would_hide_the_rows_is_refused(tmp_path) -> None:
+    log = CsvLog(tmp_path / "log.csv")
+    log.add({"step": 1, "loss": 2.0})
+    for name in ("a,b", "a\nb"):
+        with pytest.raises(ValueError, match="no comma and no line break"):
+            log.add({"step": 2, name: 1.0})
+    assert CsvLog(tmp_path / "log.csv", 9).rows == [{"step": 1, "loss": 2.0}]
