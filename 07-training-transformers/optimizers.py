@@ -38,9 +38,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, learning_rate: float, **settings: Any) -> None:
         super().__init__(params, {"lr": learning_rate, **settings})
-        for group in self.param_groups:
-            check_settings(group)
-            group.setdefault("base_lr", group["lr"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, also after the start; what it leaves out is as in the others' default."""
+        check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("base_lr", self.param_groups[-1]["lr"])
 
     @staticmethod
     def update(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -57,6 +60,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    if parameter.grad.is_sparse:
+                        raise ValueError(f"{type(self).__name__} takes no sparse gradients; build nn.Embedding without")
                     self.update(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
@@ -199,6 +204,8 @@ class Adafactor(RuleOptimizer):
 
     @staticmethod
     def update(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if grad.numel() == 0:
+            return  # no mean of nothing
         if not state:
             sums = {"row": grad[..., :1], "column": grad[..., :1, :]} if grad.dim() > 1 else {"square": grad}
             state.update(step=0, **{name: torch.zeros_like(part) for name, part in sums.items()})
@@ -294,11 +301,14 @@ class Muon(RuleOptimizer):
         check_name("ns_dtype", ns_dtype, ("float32", "bfloat16", "float64"))
         settings = {"momentum": momentum, "match": match, "ns_dtype": ns_dtype}
         super().__init__(params, learning_rate, weight_decay=weight_decay, **settings)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.dim() != 2:
-                    raise ValueError(f"Muon takes matrices, got shape {tuple(parameter.shape)}; give it to AdamW")
-                muon_scale(parameter.shape, group["match"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() != 2:
+                self.param_groups.pop()
+                raise ValueError(f"Muon takes matrices, got shape {tuple(parameter.shape)}; give it to AdamW")
+            muon_scale(parameter.shape, self.param_groups[-1]["match"])
 
     @staticmethod
     def update(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -445,7 +455,7 @@ def schedule_factor(
     Raises ValueError for an unknown name, a warm-up and cooldown longer than the run, and a step outside it.
     """
     check_name("schedule", name, SCHEDULES)
-    if max_steps < 1 or min(warmup_steps, cooldown_steps) < 0 or warmup_steps + cooldown_steps > max_steps:
+    if not (max_steps >= 1 and warmup_steps >= 0 <= cooldown_steps and warmup_steps + cooldown_steps <= max_steps):
         raise ValueError(
             f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} must be >= 0 and together at most "
             f"max_steps={max_steps}; train longer or shorten them"
@@ -476,8 +486,14 @@ def schedule_factor(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group `factor` times its own full rate."""
+    """Give every group `factor` times its own full rate; of one that has no "base_lr" yet, the rate is the full one.
+
+    Raises ValueError for a factor that is negative or not finite.
+    """
+    if not 0 <= factor < math.inf:
+        raise ValueError(f"the factor on the learning rate must be finite and >= 0, got {factor}")
     for group in optimizer.param_groups:
+        group.setdefault("base_lr", group["lr"])
         group["lr"] = group["base_lr"] * factor
 
 
@@ -538,14 +554,19 @@ class GradientNoise:
 
 
 def gradient_squares(model: nn.Module, losses: Iterable[Tensor]) -> tuple[list[float], float]:
-    """Squared length of the gradient of each loss, and that of their mean; changes no `grad`."""
+    """Squared length of the gradient of each loss, and that of their mean; changes no `grad`.
+
+    A parameter that a loss does not use counts as 0. Raises ValueError without a loss.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total, squares = [torch.zeros_like(parameter) for parameter in parameters], []
     for loss in losses:
-        grads = torch.autograd.grad(loss, parameters)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         squares.append(sum(grad.square().sum().item() for grad in grads))
         for summed, grad in zip(total, grads, strict=True):
             summed.add_(grad)
+    if not squares:
+        raise ValueError("no losses; give at least one")
     return squares, sum(summed.square().sum().item() for summed in total) / len(squares) ** 2
 
 

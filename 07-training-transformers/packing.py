@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_mechanisms import causal_mask, document_mask
-from sequence_modeling import IGNORE, PAD_ID, check_token_ids, device_of
+from sequence_modeling import IGNORE, PAD_ID, check_sizes, check_token_ids, device_of
 from transformer_architecture import CausalTransformer, KeyValueCache
 
 Batch = dict[str, Tensor]  # every tensor has the rows of the batch on its first axis
@@ -33,6 +33,7 @@ class PackedBatches:
     """
 
     def __init__(self, documents: list[list[int]], batch_size: int, seq_len: int, seed: int) -> None:
+        check_sizes(seq_len=seq_len)
         pieces = [
             document[start : start + seq_len + 1]
             for document in documents
@@ -80,6 +81,7 @@ class BucketedBatches:
     """
 
     def __init__(self, documents: list[list[int]], batch_size: int, seed: int, pool_size: int = 16) -> None:
+        check_sizes(pool_size=pool_size)
         self.documents, self.pool_size = documents, pool_size
         self.order = EpochOrder(len(documents), batch_size, seed, self.sort_pools)
 
@@ -92,7 +94,7 @@ class BucketedBatches:
         return batches
 
     def __call__(self, step: int) -> Batch:
-        ids = [torch.tensor(self.documents[index]) for index in self.order(step)]
+        ids = [torch.tensor(self.documents[index], dtype=torch.long) for index in self.order(step)]
         rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=IGNORE)  # (batch, seq_and_one)
         return {"inputs": rows[:, :-1].clamp(min=PAD_ID), "targets": rows[:, 1:]}
 
@@ -101,12 +103,15 @@ class EpochOrder:
     """Which of n items form the batch of a step: every item once in an epoch, in an order that depends on the seed."""
 
     def __init__(self, n_items: int, batch_size: int, seed: int, cut: Callable | None = None) -> None:
+        check_sizes(batch_size=batch_size)
         if n_items < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the data has rows ({n_items}); lower it")
         self.n_items, self.batch_size, self.seed, self.cut = n_items, batch_size, seed, cut
         self.n_batches, self.known = math.ceil(n_items / batch_size), (-1, [])
 
     def __call__(self, step: int) -> list[int]:
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
         epoch, index = divmod(step, self.n_batches)
         if self.known[0] != epoch:
             rng = random.Random(f"{self.seed} {epoch}")
@@ -125,7 +130,7 @@ class PackedTransformer(CausalTransformer):
     Shapes: token_ids, document_ids (batch, seq) to logits (batch, seq, vocab); without document_ids as its base class,
     whose weights it shares name by name. Positions need not start again in each document where attention sees only the
     distance of two positions, which is the same anywhere in a row: rotary, alibi, relative, none.
-    Raises ValueError for document_ids with positions that are added to the embeddings.
+    Raises ValueError for document_ids with positions that are added to the embeddings, or with caches.
     """
 
     def forward(
@@ -133,6 +138,8 @@ class PackedTransformer(CausalTransformer):
     ) -> Tensor:
         if document_ids is None:
             return super().forward(token_ids, caches)
+        if caches is not None:
+            raise ValueError("caches continue one document in each row; leave out document_ids or the caches")
         if self.config.positions in ("sinusoidal", "learned"):
             raise ValueError(
                 f"positions={self.config.positions!r} count from the start of the row, not of the document; "

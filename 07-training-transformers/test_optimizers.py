@@ -653,6 +653,10 @@ def test_a_gradient_without_signal_has_an_infinite_noise_scale() -> None:
         (lambda: schedule_factor("linear", 0, 9, -1), "must be >= 0"),
         (lambda: schedule_factor("linear", 10, 9, 1), "count optimizer steps, not micro-batches"),
         (lambda: schedule_factor("linear", 1, 9, 1, min_lr_ratio=1.5), "min_lr_ratio must be >= 0 and <= 1, got 1.5"),
+        (lambda: schedule_factor("linear", 1, 9, math.nan), "warmup_steps=nan and cooldown_steps=0 must be >= 0"),
+        (lambda: set_learning_rates(build_optimizer(small_model(), "sgd", 0.1), math.nan), "finite and >= 0, got nan"),
+        (lambda: set_learning_rates(build_optimizer(small_model(), "sgd", 0.1), -1.0), "finite and >= 0, got -1"),
+        (lambda: topic.gradient_squares(small_model(), []), "no losses; give at least one"),
         (lambda: gradient_noise_scale([1.0], [1.0], 4, 4), "small_size=4 must be >= 1 and below big_size=4"),
         (lambda: gradient_noise_scale([], [1.0], 1, 4), "at least one length of each size, got 0 and 1"),
     ],
@@ -660,6 +664,38 @@ def test_a_gradient_without_signal_has_an_infinite_noise_scale() -> None:
 def test_bad_input_is_refused_with_the_reason(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_group_that_is_added_later_is_a_group_like_the_others() -> None:
+    matrix, late = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = Muon([matrix], 0.1)
+    optimizer.add_param_group({"params": [late], "lr": 0.4})
+    set_learning_rates(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.2]
+    for wrong, message in (
+        ({"params": [nn.Parameter(torch.ones(2))]}, "Muon takes matrices"),
+        ({"params": [nn.Parameter(torch.ones(2, 2))], "lr": -1.0}, "learning_rate must be finite and >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(wrong)
+    assert len(optimizer.param_groups) == 2
+    plain = torch.optim.SGD([matrix], 0.2)  # not of build_optimizer: its rate is the full one
+    for factor in (0.5, 0.25):
+        set_learning_rates(plain, factor)
+    assert plain.param_groups[0]["lr"] == 0.05
+
+
+def test_empty_unused_and_sparse_parameters() -> None:
+    empty = nn.Parameter(torch.ones(0, 3))
+    empty.grad = torch.ones(0, 3)
+    Adafactor([empty]).step()
+    used, unused = nn.Linear(3, 2), nn.Linear(1, 1)
+    squares, square = topic.gradient_squares(nn.ModuleList([used, unused]), [used(torch.ones(3)).sum()])
+    assert squares == [square] == [8.0]  # two rows of three ones, and two biases
+    sparse = nn.Embedding(3, 2, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="AdamW takes no sparse gradients"):
+        AdamW(sparse.parameters()).step()
 
 
 def test_the_closure_is_called_with_gradients_on_and_its_loss_returned() -> None:

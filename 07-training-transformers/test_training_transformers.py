@@ -176,6 +176,40 @@ def test_the_loss_scale_follows_torch_amp(parity) -> None:
         scales["theirs"].append(theirs.get_scale())
     parity("LossScaler", "torch.amp.GradScaler", "trajectory", scales["ours"], scales["theirs"], 0.0)
     assert len(set(scales["ours"])) > 4
+    ours = LossScaler(2.0**126, growth_interval=1)
+    for _ in range(4):
+        ours.update(overflow=False)
+    assert ours.scale == 2.0**127  # as there: twice that is no float32
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LossScaler(0.0), "scale must be finite and > 0, got 0"),
+        (lambda: LossScaler(growth_factor=1.0), "growth_factor must be finite and > 1, got 1"),
+        (lambda: LossScaler(backoff_factor=2.0), "backoff_factor must be finite and > 0 and < 1, got 2"),
+        (lambda: EMA(nn.Linear(3, 2), math.nan), "decay must be finite and >= 0 and <= 1, got nan"),
+        (lambda: EMA(nn.Linear(3, 2), 0.9).update(nn.Linear(4, 2)), "other weights than the one that the average"),
+        (lambda: EMA(nn.Linear(3, 2), 0.9).update(nn.ReLU()), "other weights than the one that the average"),
+        (lambda: clip_gradients([torch.ones(2)], -1.0), r"max_norm must be >= 0, got -1\.0"),
+        (lambda: clip_gradients([torch.ones(2)], math.nan), "max_norm must be >= 0, got nan"),
+        (lambda: PackedBatches([[1, 2]], 0, 2, 0), "batch_size must be finite and >= 1, got 0"),
+        (lambda: PackedBatches([[1, 2]], 1, 0, 0), "seq_len must be finite and >= 1, got 0"),
+        (lambda: PackedBatches([[1, 2]], 1, 2, 0)(-1), "steps count from 0, got -1"),
+        (lambda: BucketedBatches([[1, 2]], 1, 0, 0), "pool_size must be finite and >= 1, got 0"),
+        (lambda: loss_spikes([1.0, 2.0], 0), "window must be finite and >= 1, got 0"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_average_takes_its_decay_from_the_state() -> None:
+    average = EMA(nn.Linear(3, 2), 0.5)
+    average.load_state_dict(EMA(nn.Linear(3, 2), 0.9).state_dict())
+    assert average.decay == 0.9
+    assert BucketedBatches([[], []], 2, 0)(0)["inputs"].dtype == torch.int64
 
 
 def test_fp16_finds_its_scale_and_learns_what_fp32_learns() -> None:
@@ -760,6 +794,8 @@ def test_packed_model_reduces_to_its_base_class_and_refuses_added_positions(pari
             small_model(positions=positions)(ids, document_ids=ones)
     with pytest.raises(ValueError, match=f"token id {VOCAB}"):
         model(ids.masked_fill(ids == ids[0, 0], VOCAB), document_ids=ones)
+    with pytest.raises(ValueError, match="leave out document_ids or the caches"):
+        model(ids, model.new_caches(), ones)
     assert language_model_loss(model.bfloat16(), uneven_batch(0))[0].dtype == torch.float32, "sums need more bits"
 
 

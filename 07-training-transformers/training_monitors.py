@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention_mechanisms import MultiHeadAttention
 from building_from_scratch import watched
+from sequence_modeling import check_sizes
 from transformer_architecture import FeedForward
 
 
@@ -96,7 +97,9 @@ def loss_spikes(losses: list[float], window: int = 25, threshold: float = 6.0) -
     """Positions whose loss is not finite, or above the median of the `window` before by `threshold` robust deviations.
 
     The deviation is 1.48 times the median distance from the median, which a spike inside the window hardly moves.
+    Raises ValueError for a window below 1.
     """
+    check_sizes(window=window)
     spikes = []
     for position in range(window, len(losses)):
         recent = np.asarray(losses[position - window : position])

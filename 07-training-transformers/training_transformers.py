@@ -167,7 +167,8 @@ MAY_CHANGE = (  # settings that a resumed run may have otherwise: the last three
 class LossScaler:
     """Multiply the loss so that small gradients survive fp16; find the factor by trial (Micikevicius et al. 2018, 3.2).
 
-    An overflow skips the step and halves the scale; growth_interval steps without one double it.
+    An overflow skips the step and halves the scale; growth_interval steps without one double it, up to the largest
+    number of float32. Raises ValueError for a scale <= 0 and for factors that do not grow and shrink it.
     """
 
     def __init__(
@@ -179,6 +180,10 @@ class LossScaler:
     ) -> None:
         self.scale, self.n_good = scale, 0
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
+        check_range(self, "scale", above=0)
+        check_range(self, "growth_factor", above=1)
+        check_range(self, "backoff_factor", above=0, below=1)
+        check_range(self, "growth_interval", least=1)
 
     def update(self, overflow: bool) -> None:
         """Adapt the scale after a step."""
@@ -186,7 +191,8 @@ class LossScaler:
         if overflow:
             self.scale *= self.backoff_factor
         elif self.n_good == self.growth_interval:
-            self.scale, self.n_good = self.scale * self.growth_factor, 0
+            grown, self.n_good = self.scale * self.growth_factor, 0
+            self.scale = grown if grown <= torch.finfo(torch.float32).max else self.scale
 
     def state_dict(self) -> dict[str, float]:
         return {"scale": self.scale, "n_good": self.n_good}
@@ -219,22 +225,28 @@ class EMA:
     """A running average of a model's weights: decay * average + (1 - decay) * weights after every step.
 
     The first update copies the weights. About the last 1 / (1 - decay) steps count, so choose a decay that makes this
-    a tenth of the run or less.
+    a tenth of the run or less. Raises ValueError unless 0 <= decay <= 1, and for a model with other weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.n_updates = decay, 0
+        check_range(self, "decay", least=0, most=1)
         self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         current = model.state_dict()
+        if {name: tensor.shape for name, tensor in current.items()} != self.shapes():
+            raise ValueError("the model has other weights than the one that the average was made of")
         for name, average in self.weights.items():
             if self.n_updates and average.is_floating_point():
                 average.lerp_(current[name], 1 - self.decay)
             else:
                 average.copy_(current[name])
         self.n_updates += 1
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.weights.items()}
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -250,7 +262,7 @@ class EMA:
         return {"decay": self.decay, "n_updates": self.n_updates, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.n_updates = state["n_updates"]
+        self.decay, self.n_updates = state["decay"], state["n_updates"]
         for name, average in self.weights.items():
             average.copy_(state["weights"][name])
 
@@ -286,8 +298,11 @@ def gradient_norm(gradients: list[Tensor]) -> float:
 def clip_gradients(gradients: list[Tensor], max_norm: float) -> float:
     """Shorten all gradients together to `max_norm` if they are longer (Pascanu et al. 2013); return the norm before.
 
-    A norm that is not finite changes nothing: dividing by it would turn every gradient into 0 or NaN.
+    A norm that is not finite changes nothing: dividing by it would turn every gradient into 0 or NaN. Raises ValueError
+    for a max_norm below 0, which would turn the gradients around.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be >= 0, got {max_norm}")
     norm = gradient_norm(gradients)
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
