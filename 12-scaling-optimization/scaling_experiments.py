@@ -222,7 +222,8 @@ def save_laws(config: FiguresConfig, runs: Runs, bodies: Runs, run: RunConfig) -
             if len(found) == config.n_boot // 4:  # else most samples have no answer, and those that have are no sample
                 low, high = interval([each.exponent for each in found])
                 band = f"{low:.3f} to {high:.3f}"
-            rows.append([f"{approach}; {name}", exponent_of(method, these), band])
+            exponent, note = exponent_of(method, these)
+            rows.append([f"{approach}; {name}{note}", exponent, band])
         law, laws = fit_chinchilla(these), bootstrap_laws(these, config.n_boot, run.seed)
         low, high = interval([each.exponent for each in laws])
         rows.append([f"3, parametric; {name}", f"{law.exponent:.3f}", f"{low:.3f} to {high:.3f}"])
@@ -252,13 +253,14 @@ def save_laws(config: FiguresConfig, runs: Runs, bodies: Runs, run: RunConfig) -
     config.save("floor", [Column("Number"), Column("value"), Column("95 % interval")], rows, "isoflop", config.n_seeds)
 
 
-def exponent_of(method: Callable[[Runs], Frontier], runs: Runs) -> str:
-    """The exponent that an approach finds, or why it finds none."""
+def exponent_of(method: Callable[[Runs], Frontier], runs: Runs) -> tuple[str, str]:
+    """The exponent that an approach finds, or why it finds none; and how many budgets it stands on, if not on all."""
     try:
         found = method(runs)
     except ValueError as reason:
-        return str(reason).partition(";")[0]
-    return f"{found.exponent:.3f}" + (f" (without {len(found.left_out)} budgets)" if found.left_out else "")
+        return str(reason).partition(";")[0], ""
+    used, left_out = len(found.budgets), len(found.left_out)
+    return f"{found.exponent:.3f}", f"; {used} of {used + left_out} budgets" if left_out else ""
 
 
 def misfit_rows(runs: Runs) -> list[list]:
@@ -318,7 +320,7 @@ def plot_isoflop(runs: Runs) -> Figure:
 
 
 def prediction(config: FiguresConfig, run: RunConfig) -> None:
-    """The larger run: what four laws predict of it, written down first, and what it gave."""
+    """The larger run: what the laws predict of it, written down first, and what it gave."""
     with locked(run.out):
         records = train_all(plan_cells(config.scale), config.scale, run, say=False)
         cell, says = predicted_run(as_runs(records), PredictConfig(config.target, n_boot=config.n_boot), run)

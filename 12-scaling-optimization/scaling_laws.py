@@ -385,7 +385,8 @@ def frontier_through(budgets: np.ndarray, best: np.ndarray, least: np.ndarray) -
 def parabola(n_parameters: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
     """The lowest point (N, loss) of the parabola of loss over log N through the runs of one budget.
 
-    Raises ValueError for fewer than three sizes, and where the parabola opens downwards and has no lowest point.
+    Raises ValueError for fewer than three sizes, and where no lowest point lies between them: the parabola opens
+    downwards, or is so flat that it would turn at a size that nobody trained, perhaps a weight of 1e-20.
     """
     n_sizes = len(np.unique(n_parameters))
     if n_sizes < 3:
@@ -393,9 +394,9 @@ def parabola(n_parameters: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
     log_n = np.log(n_parameters)
     middle = log_n.mean()
     curvature, slope, level = np.polyfit(log_n - middle, loss, 2)
-    if curvature <= 0:
+    turn = -slope / (2 * curvature) if curvature > 0 else math.inf
+    if not (log_n.min() <= turn + middle <= log_n.max()):
         raise ValueError("the losses of one budget have no lowest point in between; train smaller and larger sizes")
-    turn = -slope / (2 * curvature)
     return math.exp(turn + middle), float(level - slope**2 / (4 * curvature))
 
 
@@ -404,7 +405,7 @@ def isoflop_frontier(runs: Runs, near: float = 2.5) -> Frontier:
 
     A parabola is the second-order view of a lopsided curve: only runs whose size is within a factor `near` of the best
     one that was tried take part, four sizes at least. Budgets are those of `runs.flops`, neighbours within 5 per cent
-    together; one whose parabola has no lowest point is left out, and named in the answer. Raises ValueError if fewer
+    together; one whose parabola has no lowest point in between is left out, and named in the answer. Raises ValueError if fewer
     than two remain.
     """
     order = np.argsort(runs.flops)

@@ -311,11 +311,13 @@ def test_bad_runs_are_refused() -> None:
         interval([])
     with pytest.raises(ValueError, match="flops must be finite and > 0, got -1"):
         LAW.optimum(-1)
-    with pytest.raises(ValueError, match="needs at least 2 budgets with a lowest point, got 1"):
+    with pytest.raises(ValueError, match="needs at least 2 budgets with a lowest point, got 0"):
         isoflop_frontier(runs)
     with pytest.raises(ValueError, match="at least 3 sizes at one budget, got 2"):
         parabola(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="no lowest point in between; train smaller and larger"):
         parabola(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 1.0]))
+    with pytest.raises(ValueError, match="no lowest point in between"):  # nearly straight: it turns far outside
+        parabola(np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.101, 1.2021]))
     with pytest.raises(ValueError, match="changes at fewer than two budgets"):
         envelope_frontier(runs)
