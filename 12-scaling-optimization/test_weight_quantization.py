@@ -166,6 +166,26 @@ def test_two_codes_of_four_bits_share_a_byte() -> None:
     assert pack_codes(torch.tensor([[1, 2, 3, 0]]), 2).tolist() == [[0b00111001]]
     with pytest.raises(ValueError, match="codes from 3 to 16 do not fit 4 bits"):
         pack_codes(torch.tensor([[3, 16]]), 4)
+    with pytest.raises(ValueError, match="5 codes of 4 bits are not in rows of 2 bytes"):
+        unpack_codes(torch.zeros(1, 2, dtype=torch.uint8), 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quantise(torch.randn(3), QuantFormat()), r"is a matrix \(rows, columns\), got shape \(3,\)"),
+        (
+            lambda: quantise(torch.randn(2, 3, 4), QuantFormat()),
+            r"is a matrix \(rows, columns\), got shape \(2, 3, 4\)",
+        ),
+        (lambda: QuantFormat(4.0), "n_bits must be a whole number, got 4.0"),
+        (lambda: QuantFormat(4, 2.5), "quant_group_size must be a whole number, got 2.5"),
+        (lambda: int_matmul(*(torch.zeros(2, n, dtype=torch.int8) for n in (3, 4))), "rows of 3 and of 4 numbers"),
+    ],
+)
+def test_what_has_no_codes_is_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_codes_below_the_zero_point_are_negative() -> None:

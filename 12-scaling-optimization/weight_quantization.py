@@ -12,6 +12,7 @@ Jacob et al. 2018 (affine codes, arXiv 1712.05877), Bennett 1948 (noise of a uni
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -37,6 +38,9 @@ class QuantFormat:
         check_range(self, "n_bits", least=2, most=8)
         check_range(self, "quant_group_size", least=-1)
         check_name("scheme", self.scheme, SCHEMES)
+        for name in ("n_bits", "quant_group_size"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
 
     @property
     def most(self) -> int:
@@ -117,6 +121,8 @@ def group_parameters(weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     its zero point is 2^(n_bits - 1) throughout. Raises ValueError for a matrix without entries, and for weights
     that are NaN or infinite.
     """
+    if weight.dim() != 2:
+        raise ValueError(f"a weight to quantise is a matrix (rows, columns), got shape {tuple(weight.shape)}")
     if not weight.numel():
         raise ValueError(f"a matrix of shape {tuple(weight.shape)} has no weight to quantise; leave the layer out")
     if not torch.isfinite(weight).all():
@@ -174,8 +180,8 @@ def quantise(weight: Tensor, fmt: QuantFormat) -> Quantised:
     The error of a weight is at most (1 / 2 + most / 2048) * its scale: half a step, and what float16 takes from the
     scale; zero stays exactly zero.
     """
-    columns = weight.shape[1]
     scales, zeros = group_parameters(weight, fmt)
+    columns = weight.shape[1]
     size = fmt.group_size(columns)
     codes = to_codes(weight.float(), per_column(scales, size, columns), per_column(zeros, size, columns), 0, fmt.most)
     return Quantised(codes.to(torch.uint8), scales, zeros, fmt)
@@ -199,7 +205,9 @@ def pack_codes(codes: Tensor, n_bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, n_bits: int, columns: int) -> Tensor:
-    """The way back: (rows, bytes) to (rows, columns), uint8."""
+    """The way back: (rows, bytes) to (rows, columns), uint8. Raises ValueError where the bytes are not as many."""
+    if packed.shape[-1] != math.ceil(columns * n_bits / 8):
+        raise ValueError(f"{columns} codes of {n_bits} bits are not in rows of {packed.shape[-1]} bytes")
     if 8 % n_bits == 0:  # no code crosses a byte: one shift and one mask
         shifts = torch.arange(0, 8, n_bits, dtype=torch.uint8, device=packed.device)
         return (packed[..., None] >> shifts & (2**n_bits - 1)).flatten(1)[:, :columns]  # (rows, columns)
@@ -256,6 +264,8 @@ def int_matmul(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype != torch.int8 or right.dtype != torch.int8:
         raise ValueError(f"int_matmul multiplies int8 by int8, got {left.dtype} and {right.dtype}")
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"rows of {left.shape[1]} and of {right.shape[1]} numbers have no product")
     largest = left.shape[1] * 128**2
     if largest >= 2**31:
         raise ValueError(f"a sum of {left.shape[1]} products of int8 may leave int32; split the columns")

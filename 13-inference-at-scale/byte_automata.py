@@ -100,6 +100,8 @@ class Reader:
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.place, self.depth = pattern, 0, 0
+        if not isinstance(pattern, str):
+            raise ValueError(f"a regular expression is a text, got {pattern!r:.60}")
         if len(pattern) > MAX_PATTERN:
             raise ValueError(f"the expression has {len(pattern)} characters; at most {MAX_PATTERN} are read")
 

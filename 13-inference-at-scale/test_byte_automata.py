@@ -135,6 +135,8 @@ def test_separators_stand_between_and_nowhere_else() -> None:
         ("a[]b]", "an empty class .* at character 1"),
         ("[b-a]", "a range of a class goes from a smaller to a larger character"),
         (r"[\d-z]", "a range of a class goes from"),
+        (None, "a regular expression is a text, got None"),
+        (b"a", "a regular expression is a text, got b'a'"),
         ("*a", r"the quantifier '\*' repeats nothing"),
         ("a|+", r"the quantifier '\+' repeats nothing"),
         ("a*?", "a quantifier of a quantifier"),
