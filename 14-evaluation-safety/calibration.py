@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -74,8 +75,8 @@ BINNINGS = ("width", "mass")
 def bin_places(confidence: np.ndarray, n_bins: int, by: str) -> np.ndarray:
     """The number of the bin of each forecast: bins of equal width, or of equal mass (as many forecasts in each)."""
     check_name("binning", by, BINNINGS)
-    if n_bins < 1:
-        raise ValueError(f"n_bins={n_bins} must be at least 1")
+    if not isinstance(n_bins, Integral) or n_bins < 1:
+        raise ValueError(f"n_bins={n_bins} must be a whole number of at least 1")
     if by == "width":
         return np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)  # (lower, upper], as Guo et al.
     places = np.empty(len(confidence), dtype=int)
@@ -200,7 +201,9 @@ def fit_temperature(logits: np.ndarray, labels: Sequence[int]) -> float:
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities (n, classes) at a temperature."""
+    """Probabilities (n, classes) at a temperature above 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
     moved = np.asarray(logits, dtype=float) / temperature
     weights = np.exp(moved - moved.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
@@ -318,6 +321,8 @@ def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable], weights: str
     check_name("weights", weights, WEIGHTS)
     if len(one) != len(other):
         raise ValueError(f"{len(one)} labels of one rater but {len(other)} of the other; give one for each item")
+    if not len(one):
+        raise ValueError("0 labels: nothing to agree on")
     names = sorted(set(one) | set(other), key=str if weights == "none" else None)  # else their order means something
     if len(names) < 2:
         raise ValueError("kappa is not defined where only one label occurs; agreement is then certain")

@@ -84,6 +84,8 @@ def log_choices(n: int) -> np.ndarray:
 
 def binomial_chances(n: int, share: float) -> np.ndarray:
     """P(k of n) for k = 0..n."""
+    if not isinstance(n, Integral) or n < 0:
+        raise ValueError(f"n={n} must be a whole number of at least 0")
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} must be between 0 and 1")
     if share in (0, 1):
@@ -149,6 +151,8 @@ def mean_of(values: Sequence[float]) -> Statistic:
 def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Statistic:
     """Sum over sum, such as nats over bytes."""
     above, below = finite(numerators), finite(denominators)
+    if not below.sum() > 0:
+        raise ValueError(f"the denominators add up to {below.sum():g}; a ratio needs a sum above 0")
     return lambda drawn: (drawn @ above) / (drawn @ below)
 
 
@@ -235,6 +239,8 @@ def clustered_error(values: Sequence[float], groups: Sequence[int]) -> float:
     sqrt(sum over groups of (sum of the deviations in it)^2) / n; with groups of one item the usual error.
     """
     column = finite(values)
+    if not len(column) or len(column) != len(groups):
+        raise ValueError(f"{len(column)} scores but {len(groups)} groups; give each score its group, at least one")
     sums = np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], column - column.mean())
     return float(math.sqrt((sums**2).sum()) / len(column))
 
@@ -263,6 +269,8 @@ def sign_flip_test(
     Exact for up to `most_exact` questions on which the models differ (equal ones change no sum). A sample counts what
     was seen as one of its draws, so p is never 0 and rejects too seldom rather than too often.
     """
+    if n_flips < 1:
+        raise ValueError(f"n_flips={n_flips} must be at least 1")
     moved = differences(first, second)
     apart, mean = moved[moved != 0], float(moved.mean())
     seen, slack = abs(apart.sum()), 1e-9 * np.abs(apart).sum()
@@ -329,6 +337,8 @@ def paired_power(n: int, difference: float, disagreement: float, level: float = 
     with variance `disagreement` if the models are alike and disagreement - difference^2 if they are not.
     """
     check_effect(difference, disagreement)
+    if not n >= 0:
+        raise ValueError(f"n={n} questions must be at least 0")
     shift, null = abs(difference) * math.sqrt(n), two_sided(level) * math.sqrt(disagreement)
     spread = math.sqrt(disagreement - difference**2)
     if not spread:
@@ -417,6 +427,8 @@ def elo(games: Sequence[tuple[int, int, float]], n_players: int, k: float = 16.0
     A step of stochastic gradient on the Bradley-Terry likelihood for each game: it depends on the order, forgets, and
     never settles. For players that do not change, `bradley_terry` uses all games alike.
     """
+    if not 0 < k < math.inf:
+        raise ValueError(f"k={k} must be finite and > 0, such as 16")
     ratings = np.full(n_players, start)
     for first, second, score in games:
         check_game(first, second, score, n_players)
@@ -428,7 +440,8 @@ def elo(games: Sequence[tuple[int, int, float]], n_players: int, k: float = 16.0
 
 def check_game(first: int, second: int, score: float, n_players: int) -> None:
     """Raises ValueError for a player that there is not, one who plays against itself, and a score outside 0..1."""
-    if not (0 <= first < n_players and 0 <= second < n_players) or first == second:
+    known = all(isinstance(player, Integral) and 0 <= player < n_players for player in (first, second))
+    if not known or first == second or isinstance(first, bool) or isinstance(second, bool):
         raise ValueError(f"a game is between two of the players 0 to {n_players - 1}, got {first} against {second}")
     if not 0 <= score <= 1:
         raise ValueError(f"the score of a game must be between 0 and 1, got {score}")

@@ -222,7 +222,7 @@ def test_the_figure_shows_every_curve() -> None:
         (lambda: auc([], []), "0 scores: nothing to measure"),
         (lambda: auc([1.0], [1, 0]), "1 scores but 2 labels"),
         (lambda: brier_score([1.5], [1]), "a confidence must be between 0 and 1, got 1.5"),
-        (lambda: reliability([0.5], [1], 0), "n_bins=0 must be at least 1"),
+        (lambda: reliability([0.5], [1], 0), "n_bins=0 must be a whole number of at least 1"),
         (lambda: reliability([0.5], [1], 5, "depth"), "unknown binning 'depth'"),
         (lambda: fit_temperature(np.eye(3), [0, 1, 2]), "every label has the largest logit"),
         (lambda: fit_temperature(np.eye(2), [1, 0]), "no better than a uniform guess"),
@@ -241,6 +241,9 @@ def test_the_figure_shows_every_curve() -> None:
         (lambda: fit_temperature(np.eye(2), [True, False]), "got bool"),
         (lambda: fit_temperature(np.eye(2), [[0], [1]]), r"int64 of shape \(2, 1\)"),
         (lambda: fit_temperature(np.array([[1e300, 0.0], [0.0, 1.0]]), [1, 1]), "finite and at most 1e.100 in size"),
+        (lambda: calibration_error([0.5], [1], 2.5), "n_bins=2.5 must be a whole number of at least 1"),
+        (lambda: cohen_kappa([], []), "0 labels: nothing to agree on"),
+        (lambda: softmax([[1.0, 2.0]], 0.0), "temperature=0.0 must be above 0"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -302,6 +302,16 @@ def test_a_number_of_items_may_be_numpy_s() -> None:
         (lambda: elo([(1, -1, 1.0)], 2), "got 1 against -1"),
         (lambda: win_table([(1, 1, 1.0)], 2), "got 1 against 1"),
         (lambda: exact_coverage("wilson", 3, 1.5), "share=1.5 must be between 0 and 1"),
+        (lambda: binomial_chances(-1, 0.5), "n=-1 must be a whole number of at least 0"),
+        (lambda: clopper_pearson(1, 2.5), "n=2.5 must be a whole number"),
+        (lambda: ratio_of([1.0, 2.0], [0.0, 0.0]), "the denominators add up to 0"),
+        (lambda: clustered_error([], []), "0 scores but 0 groups"),
+        (lambda: clustered_error([1.0, 2.0], [0]), "2 scores but 1 groups"),
+        (lambda: sign_flip_test([1.0] * 20, [0.0] * 20, n_flips=0), "n_flips=0 must be at least 1"),
+        (lambda: paired_power(-4, 0.1, 0.2), "n=-4 questions"),
+        (lambda: elo([(0, 1, 1.0)], 2, k=math.nan), "k=nan must be finite and > 0"),
+        (lambda: elo([(0.0, 1, 1.0)], 2), "got 0.0 against 1"),
+        (lambda: elo([(0, True, 1.0)], 2), "got 0 against True"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -172,6 +172,19 @@ def test_a_text_ends_at_its_end_and_pairs_may_have_one_before_them(model) -> Non
     assert detect([9, 4], MARK, previous=5) == detect([(5, 9), (9, 4)], MARK) != detect([9, 4], MARK)
 
 
+def test_ids_and_shares_that_cannot_be_are_named() -> None:
+    mark, rng = Watermark(10), random.Random(0)
+    for call, message in (
+        (lambda: detect([1, 10], mark), r"token id 10 is not in 0\.\.9"),
+        (lambda: detect([1, -1], mark), r"token id -1 is not in 0\.\.9"),  # not the last of the list
+        (lambda: substituted([1, 2], 1.5, [1], rng), "share=1.5 must be between 0 and 1"),
+        (lambda: substituted([1, 2], 0.5, [], rng), "the pool holds no token"),
+        (lambda: cropped([1, 2], 2), "share=2 must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_bad_settings_name_value_and_limit() -> None:
     with pytest.raises(ValueError, match="green_share"):
         Watermark(100, green_share=1.0)

@@ -155,6 +155,9 @@ def detect(
     pairs = list(dict.fromkeys(pairs)) if distinct else pairs
     if not pairs:
         raise ValueError("a watermark is looked for in pairs of tokens; give at least 2 tokens")
+    strange = next((token for pair in pairs for token in pair if not 0 <= token < mark.vocab_size), None)
+    if strange is not None:
+        raise ValueError(f"token id {strange} is not in 0..{mark.vocab_size - 1}, the vocabulary of the mark")
     n_green = sum(map(mark.is_green, pairs))
     return Detection(len(pairs), n_green, z_score(n_green, len(pairs), mark), tail(n_green, len(pairs), mark))
 
@@ -182,8 +185,16 @@ def threshold(n: int, mark: Watermark, level: float) -> int:
 # Taking it off
 
 
+def check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share} must be between 0 and 1")
+
+
 def substituted(ids: Sequence[int], share: float, pool: Sequence[int], rng: random.Random) -> list[int]:
     """The text with a share of its tokens, drawn at random, replaced by others of the pool."""
+    check_share(share)
+    if not len(pool):
+        raise ValueError("the pool holds no token to put in place of others")
     made = list(ids)
     for place in rng.sample(range(len(made)), round(share * len(made))):
         made[place] = pool[int(rng.random() * len(pool))]
@@ -191,7 +202,8 @@ def substituted(ids: Sequence[int], share: float, pool: Sequence[int], rng: rand
 
 
 def cropped(ids: Sequence[int], share: float) -> list[int]:
-    """The text without a share of its tokens, at its end."""
+    """The text without a share of its tokens, at its end; the first one stays."""
+    check_share(share)
     return list(ids[: max(1, round((1 - share) * len(ids)))])
 
 
@@ -203,6 +215,7 @@ def resampled(
 
     What comes after is kept, so the text may stop making sense: this is a rewriter that looks back only.
     """
+    check_share(share)
     made = list(ids)
     for place in sorted(rng.sample(range(len(made)), round(share * len(made)))):
         row = torch.tensor([[*prompt, *made[:place]]], device=device_of(model))
