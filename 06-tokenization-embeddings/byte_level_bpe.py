@@ -402,6 +402,8 @@ class ByteLevelBPE(BytePairMerges):
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes, valid UTF-8 or not."""
+        if not isinstance(data, bytes | bytearray):
+            raise ValueError(f"encode_bytes reads bytes, got {type(data).__name__}; encode reads str")
         text = data.decode("utf-8", "surrogateescape")
         return [
             token_id

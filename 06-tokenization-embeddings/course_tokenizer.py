@@ -21,7 +21,7 @@ from typing import NamedTuple
 from byte_level_bpe import DIGITS_RULE, ByteLevelBPE
 from python_text import PARTS, python_text
 from tiny_world import Document, World, join
-from tokenizer_basics import Batch, pad_batch, size_of
+from tokenizer_basics import Batch, check_ids, pad_batch, plain_ids, size_of
 from workbench import check_name, check_range, write_atomically
 
 FOLDER = Path(__file__).parent / "tokenizer"
@@ -141,10 +141,12 @@ class CourseTokenizer(ByteLevelBPE):
         pad_side: str = "right",
         cut_side: str = "right",
     ) -> Batch:
-        """Texts or rows of ids as one tensor, filled up with <|pad|>; see `pad_batch`."""
+        """Texts or rows of ids as one tensor, filled up with <|pad|>; see `pad_batch`. ValueError for strange ids."""
         if isinstance(rows, str):
             raise ValueError("a batch is a list of texts or of rows of ids, got one str; put it into a list")
-        ids = [self.encode(row) if isinstance(row, str) else list(row) for row in rows]
+        ids = [self.encode(row) if isinstance(row, str) else list(plain_ids(row)) for row in rows]
+        for row in ids:
+            check_ids(row, self.spellings)
         return pad_batch(ids, self.pad_id, max_seq_len, pad_side, cut_side)
 
     def save_folder(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from course_tokenizer import (
@@ -268,6 +269,15 @@ def test_batches_take_texts_or_ids(ours: CourseTokenizer, theirs, parity) -> Non
         found = [batch.token_ids.tolist(), batch.mask.int().tolist()]
         expected = [wanted["input_ids"], wanted["attention_mask"]]
         parity("CourseTokenizer.batch", "AutoTokenizer", "output", found, expected, 0)
+
+
+def test_a_batch_of_strange_ids_is_refused_and_one_of_tensors_is_not(ours: CourseTokenizer) -> None:
+    for strange in (len(ours.vocab), -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"token id {strange} is not in 0..2047"):
+            ours.batch([[5], [strange]])
+    assert ours.batch([torch.tensor([5, 6])]).token_ids.tolist() == [[5, 6]]
+    with pytest.raises(ValueError, match="encode_bytes reads bytes, got str"):
+        ours.encode_bytes("a")
 
 
 def test_other_tokenizers_are_not_the_course_s(tmp_path: Path) -> None:

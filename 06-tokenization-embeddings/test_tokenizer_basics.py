@@ -235,6 +235,8 @@ def test_batches_that_cannot_be_are_refused(checked_shapes) -> None:
         ([], {}, "a batch needs at least one row"),
         ([[1]], {"max_seq_len": 0}, "max_seq_len must be at least 1, got 0"),
         ([[1]], {"pad_side": "up"}, "unknown side 'up'"),
+        ([[1], [2.5, 3]], {}, "row 1 holds 2.5; token ids are whole numbers"),
+        ([[True]], {}, "row 0 holds True; token ids are whole numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             pad_batch(rows, 0, **options)
@@ -331,6 +333,9 @@ def test_bad_texts_ids_and_sizes_are_refused_in_words(kind: type) -> None:
         ours.encode(None)
     with pytest.raises(ValueError, match="token id 99 is not in 0"):
         ours.decode([99])
+    for strange in (True, 1.0, "1"):
+        with pytest.raises(ValueError, match=f"token id {strange!r} is not in 0"):
+            ours.decode([strange])
     with pytest.raises(ValueError, match="the corpus is empty"):
         kind.train([], 300)
     with pytest.raises(ValueError, match="vocab_size must be >= 2"):

@@ -117,7 +117,7 @@ def plain_ids(ids: Iterable[int] | Tensor) -> Iterable[int]:
 
 def check_ids(ids: Iterable[int], spellings: Collection[int]) -> None:
     for token_id in ids:
-        if token_id not in spellings:
+        if isinstance(token_id, bool | float) or token_id not in spellings:  # True and 1.0 are found where 1 is
             raise ValueError(f"token id {token_id!r} is not in 0..{len(spellings) - 1}")
 
 
@@ -268,7 +268,10 @@ def pad_batch(
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)  # (batch, seq)
     for index, row in enumerate(rows):
         where = slice(len(row)) if pad_side == "right" else slice(longest - len(row), longest)
-        token_ids[index, where] = torch.tensor(row, dtype=torch.long)
+        ids = torch.tensor(row, dtype=None if len(row) else torch.long)
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise ValueError(f"row {index} holds {row[0]!r}; token ids are whole numbers")
+        token_ids[index, where] = ids.long()
         mask[index, where] = True
     return Batch(token_ids, mask)
 
