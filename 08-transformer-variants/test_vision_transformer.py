@@ -439,6 +439,19 @@ def test_whole_numbers_are_no_pixels() -> None:
         VisionTransformer(SMALL)(torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
 
 
+def test_a_folder_may_name_two_equal_sides(tmp_path) -> None:
+    VisionTransformer(SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for name in ("image_size", "patch_size"):
+        path.write_text(json.dumps(content | {name: [content[name]] * 2}))
+        assert VisionTransformer.from_pretrained(tmp_path).config == SMALL
+        for sides in ([content[name], content[name] + 1], []):
+            path.write_text(json.dumps(content | {name: sides}))
+            with pytest.raises(ValueError, match=f"config.json has {name}=.*; it must be of type int"):
+                VisionTransformer.from_pretrained(tmp_path)
+
+
 def test_bad_folders_are_named(tmp_path) -> None:
     model = VisionTransformer(SMALL)
     model.save_pretrained(tmp_path)

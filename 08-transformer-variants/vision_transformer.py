@@ -260,6 +260,10 @@ class VisionTransformer(FolderModel):
 
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> VisionConfig:
+        for name in ("image_size", "patch_size"):  # one number, or height and width
+            sides = config.get(name)
+            if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1]:
+                config = config | {name: sides[0]}
         bias = tensors.get(f"{next(iter(cls.head_names))}.bias", torch.zeros(1))
         return replace(super().config_of(config, tensors), n_classes=max(1, bias.numel()))
 
