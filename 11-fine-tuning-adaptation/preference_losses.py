@@ -58,7 +58,10 @@ def lay_out(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id
     token_ids = torch.full((len(prompts), width), pad_id)  # (batch, seq_and_one)
     mask = torch.zeros(len(prompts), width - 1, dtype=torch.bool)  # (batch, seq)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        token_ids[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        ids = torch.tensor([*prompt, *response])
+        if ids.is_floating_point():
+            raise ValueError(f"row {row} holds ids that are no whole numbers")
+        token_ids[row, : len(prompt) + len(response)] = ids
         mask[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
     return Responses(token_ids, mask)
 
@@ -213,7 +216,9 @@ def orpo_loss(pairs: Pairs, orpo_weight: float) -> Tensor:
     Without a reference: the first term is ordinary fine-tuning. The odds are those of the mean per token.
     """
     means = pairs.per_token()
-    odds = [value - torch.log(-torch.expm1(value)) for value in (means.chosen, means.rejected)]  # exact near p = 1 too
+    below_0 = -torch.finfo(means.chosen.dtype).tiny  # p = 1 has infinite odds, and two of them no ratio
+    values = [value.clamp(max=below_0) for value in (means.chosen, means.rejected)]
+    odds = [value - torch.log(-torch.expm1(value)) for value in values]  # exact near p = 1 too
     return -means.chosen - orpo_weight * F.logsigmoid(odds[0] - odds[1])  # (batch)
 
 

@@ -91,6 +91,7 @@ def test_the_probabilities_of_all_responses_add_up_to_one() -> None:
         ([], [], "0 prompts"),
         ([[5], []], [[6], [7]], "row 1 has an empty prompt"),
         ([[5], [6]], [[6], []], "row 1 has an empty response"),
+        ([[5], [1.5]], [[6], [7]], "row 1 holds ids that are no whole numbers"),
     ],
 )
 def test_rows_without_a_prompt_or_a_response_are_refused(prompts, responses, message) -> None:
@@ -168,6 +169,16 @@ def test_orpo_is_finite_where_both_answers_are_nearly_certain() -> None:
     loss = orpo_loss(Pairs(chosen, rejected, 0 * one, 0 * one, one, one), 0.3)
     assert loss.item() == pytest.approx(0.3 * math.log(1 + 1 / 3), rel=1e-4)  # the odds are as 3 to 1
     assert all(torch.isfinite(slope).all() for slope in torch.autograd.grad(loss, (chosen, rejected)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_orpo_of_answers_that_are_certain_is_a_draw_and_no_nan(dtype: torch.dtype) -> None:
+    """A probability that rounds to 1 has log-probability 0."""
+    chosen, rejected = (torch.zeros(1, dtype=dtype, requires_grad=True) for _ in range(2))
+    one = torch.ones(1, dtype=dtype)
+    loss = orpo_loss(Pairs(chosen, rejected, 0 * one, 0 * one, one, one), 0.3)
+    assert loss.item() == pytest.approx(0.3 * math.log(2), rel=1e-2)
+    assert all(torch.isfinite(slope).all() for slope in torch.autograd.grad(loss.sum(), (chosen, rejected)))
 
 
 @pytest.fixture(scope="module")

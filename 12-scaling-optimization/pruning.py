@@ -55,8 +55,14 @@ SCORES: dict[str, Callable[[Tensor, InputStatistics | None], Tensor]] = {
 }
 
 
+def check_share(sparsity: float) -> None:
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity={sparsity} must be between 0 and 1, the share of weights that go")
+
+
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
     """True where a weight stays: the best of each row, so that every row loses the same number, rounded down."""
+    check_share(sparsity)
     n_gone = int(sparsity * scores.shape[1] + 1e-9)  # 0.29 * 100 is 28.999... in floats
     order = scores.argsort(dim=1)  # (rows, columns), the worst first
     return torch.ones_like(scores, dtype=torch.bool).scatter(1, order[:, :n_gone], False)  # (rows, columns)
@@ -145,6 +151,7 @@ def csr_bytes(rows: int, columns: int, sparsity: float, bytes_per_value: int = 4
 
     Below the dense bytes only from a sparsity of 4 / (4 + bytes_per_value) on: a half in float32, two thirds in bf16.
     """
+    check_share(sparsity)
     kept = rows * columns - round(sparsity * rows * columns)
     return kept * (bytes_per_value + 4) + 4 * (rows + 1)
 

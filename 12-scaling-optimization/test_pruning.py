@@ -270,6 +270,9 @@ def test_shape_comments(checked_shapes) -> None:
         (lambda: prune_layers(tiny(), 4, BATCHES), "4 blocks cannot stay of 3; keep 1 to 3"),
         (lambda: PruneConfig(share=1.0), "share must be finite and >= 0 and < 1, got 1.0"),
         (lambda: pruned(tiny(), "columns", 0.5, BATCHES), "unknown what 'columns'"),
+        (lambda: row_mask(torch.randn(2, 3), -1.0), "sparsity=-1.0 must be between 0 and 1"),
+        (lambda: matrix_mask(torch.randn(2, 3), float("nan")), "sparsity=nan must be between 0 and 1"),
+        (lambda: csr_bytes(2, 3, 2.0), "sparsity=2.0 must be between 0 and 1"),
     ],
 )
 def test_bad_input(make, message) -> None:
