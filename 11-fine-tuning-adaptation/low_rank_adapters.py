@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from huggingface_folders import read_json, read_safetensors, some
 from llm_config import folder_layout
 from modern_llm_architectures import CausalLM
+from sequence_modeling import check_token_ids
 from workbench import check_name, check_range, shown, write_atomically
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +51,10 @@ class LoraConfig:
         check_range(self, "lora_rank", least=1)
         check_range(self, "lora_alpha", above=0)
         check_range(self, "lora_dropout", least=0, below=1)
+        if not isinstance(self.lora_rank, int) or isinstance(self.lora_rank, bool):
+            raise ValueError(f"lora_rank must be a whole number, got {self.lora_rank!r}")
+        if not isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules is one text with commas, got {self.target_modules!r}; join the names")
         if not self.targets:
             raise ValueError(f"target_modules names no layer; give some of {ALL_LINEAR}")
 
@@ -230,6 +235,7 @@ def train_rows(model: CausalLM, token_ids: Sequence[int]) -> None:
     ids, size = sorted(set(token_ids)), model.config.vocab_size
     if not ids or ids[0] < 0 or ids[-1] >= size:
         raise ValueError(f"the rows to train must be some of the ids 0..{size - 1}, got {ids[:3]}...{ids[-3:]}")
+    check_token_ids(torch.tensor(ids), size)
     if not model.config.tie_embeddings or isinstance(model.token_emb, TokenRows):
         raise ValueError("rows are trained once, of an embedding that is tied to the head")
     remember_base(model)
@@ -279,7 +285,8 @@ def add_adapters(model: CausalLM, config: LoraConfig) -> list[str]:
     kind = DoRALinear if config.dora else LoRALinear
     for name in chosen:
         base = model.get_submodule(name)
-        model.set_submodule(name, kind(base, config.lora_rank, config.scale, config.lora_dropout))
+        layer = kind(base, config.lora_rank, config.scale, config.lora_dropout)
+        model.set_submodule(name, layer.train(model.training))  # a new module would drop in a model that evaluates
     model.lora_config = config
     return chosen
 

@@ -22,6 +22,7 @@ from gpt2 import SamplingConfig
 from llm_layers import GroupedQueryAttention, SwiGLU, attend, rotate
 from low_rank_adapters import freeze
 from modern_llm_architectures import CausalLM, ModelConfig
+from sequence_modeling import check_token_ids
 from workbench import check_name
 
 BIASED = ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -198,6 +199,7 @@ class PromptTuned(nn.Module):
         super().__init__()
         if not token_ids:
             raise ValueError("a prompt needs at least one token id to start from")
+        check_token_ids(torch.tensor([*token_ids, placeholder_id]), model.config.vocab_size)
         freeze(model)
         start = model.token_emb.weight[torch.tensor(list(token_ids))]  # (virtual, d_model)
         model.token_emb = PromptedEmbedding(model.token_emb, start, placeholder_id)

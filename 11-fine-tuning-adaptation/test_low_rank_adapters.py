@@ -347,6 +347,16 @@ def test_dropout_reaches_the_update_alone() -> None:
         assert not torch.allclose(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_model_that_evaluates_goes_on_doing_so_with_adapters(quantised: bool) -> None:
+    model = tiny().eval()
+    if quantised:
+        quantize_model(model)
+    add_adapters(model, replace(KINDS["DoRA"], lora_dropout=0.5))
+    shaken(model)
+    assert torch.equal(model(ids()), model(ids()))
+
+
 def test_generation_uses_the_adapters_and_folding_keeps_them(tmp_path) -> None:
     from gpt2 import SamplingConfig
 
@@ -472,6 +482,8 @@ def test_adapters_and_rows_are_back_whatever_happened_without_them() -> None:
 def test_rows_that_cannot_be_trained_are_refused() -> None:
     with pytest.raises(ValueError, match=r"some of the ids 0\.\.49"):
         train_rows(tiny(), [50])
+    with pytest.raises(TypeError, match="token ids must be integers, got torch.float32"):
+        train_rows(tiny(), [1.5])
     with pytest.raises(ValueError, match="tied to the head"):
         train_rows(CausalLM(replace(TINY, tie_embeddings=False)), [3])
     with pytest.raises(ValueError, match="rows are trained once"):
@@ -573,6 +585,9 @@ def test_a_choice_of_layers_goes_to_peft_and_back(choice: dict, tmp_path, parity
         ({"lora_alpha": math.nan}, "lora_alpha must be finite and > 0, got nan"),
         ({"lora_dropout": 1.0}, "lora_dropout must be finite and >= 0 and < 1"),
         ({"target_modules": " , "}, "target_modules names no layer"),
+        ({"target_modules": ["q_proj"]}, r"target_modules is one text with commas, got \['q_proj'\]"),
+        ({"lora_rank": 2.5}, "lora_rank must be a whole number, got 2.5"),
+        ({"lora_rank": True}, "lora_rank must be a whole number, got True"),
     ],
 )
 def test_bad_settings_are_refused(flags: dict, message: str) -> None:

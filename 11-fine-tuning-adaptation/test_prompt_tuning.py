@@ -297,6 +297,8 @@ def test_packed_rows_are_refused_by_a_prompt() -> None:
         (lambda: add_prefix(CausalLM(replace(TINY, window_size=4)), [3]), "window_size=4; use PromptTuned"),
         (lambda: PromptTuned(tiny(), FIRST, 13)(torch.tensor([[12, 13]])), "a text holds id 13"),
         (lambda: PromptTuned(tiny(), [], PLACEHOLDER), "a prompt needs at least one token id"),
+        (lambda: PromptTuned(tiny(), [-1], PLACEHOLDER), r"token id -1 < 0 at \[0\]"),  # not the last of the table
+        (lambda: PromptTuned(tiny(), [3], 999), r"token id 999 >= vocab_size \d+ at \[1\]"),
     ],
 )
 def test_mistakes_are_refused(work, message: str) -> None:
