@@ -298,6 +298,17 @@ def test_bad_input_gives_one_line(argv: list[str], message: str, capsys) -> None
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_texts_that_are_not_cut_and_sizes_that_cannot_be_are_refused() -> None:
+    counts, _ = cooccurrences([["a", "b", "c"]], 2)
+    for call, message in (
+        (lambda: cooccurrences(["a b", "c"], 2), "a document is a list of words, got one str"),
+        (lambda: shifted_pmi(counts, 0), "n_negatives must be at least 1, got 0"),
+        (lambda: pmi_vectors(counts, 4), r"d_model must be in 1\.\.3, the number of words, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_nothing_to_count_is_refused() -> None:
     with pytest.raises(ValueError, match="no words to count"):
         cooccurrences([], 2)

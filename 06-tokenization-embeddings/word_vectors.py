@@ -90,6 +90,9 @@ def cooccurrences(documents: Iterable[list[str]], window_size: int) -> tuple[Ten
     Shapes:
         counts: (vocab, vocab), symmetric, float64
     """
+    documents = list(documents)
+    if any(isinstance(document, str) for document in documents):
+        raise ValueError("a document is a list of words, got one str, whose characters would be counted; split it")
     documents = [list(document) for document in documents]
     frequency: dict[str, int] = {}
     for document in documents:
@@ -129,6 +132,8 @@ def shifted_pmi(counts: Tensor, n_negatives: int = 1, power: float = 1.0) -> Ten
     Shapes:
         counts: (vocab, vocab) -> the same
     """
+    if n_negatives < 1:
+        raise ValueError(f"n_negatives must be at least 1, got {n_negatives}")
     expected = counts.sum(1, keepdim=True) * noise_shares(counts, power)  # (vocab, vocab)
     ratio = torch.where(counts > 0, counts / expected, 0.0)  # (vocab, vocab); 0 / 0 for words that met nobody
     return ratio.log() - math.log(n_negatives)
@@ -143,6 +148,8 @@ def pmi_vectors(counts: Tensor, d_model: int) -> Tensor:
     Shapes:
         counts: (vocab, vocab) -> (vocab, d_model)
     """
+    if not 1 <= d_model <= len(counts):
+        raise ValueError(f"d_model must be in 1..{len(counts)}, the number of words, got {d_model}")
     positive = shifted_pmi(counts).clamp(min=0)
     left, values, _ = torch.linalg.svd(positive)
     return left[:, :d_model] * values[:d_model].sqrt()

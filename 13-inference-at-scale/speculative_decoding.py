@@ -363,6 +363,8 @@ def acceptance_rate(p: Tensor, q: Tensor) -> Tensor:
 
 def expected_tokens(acceptance: float, n_draft: int) -> float:
     """Tokens for each pass of the target if every guess is kept with the same chance (Leviathan et al. 2023, eq. 1)."""
+    if not 0 <= acceptance <= 1 or n_draft < 0:
+        raise ValueError(f"acceptance={acceptance} must be between 0 and 1, and n_draft={n_draft} at least 0")
     if acceptance == 1:
         return n_draft + 1.0
     return (1 - acceptance ** (n_draft + 1)) / (1 - acceptance)

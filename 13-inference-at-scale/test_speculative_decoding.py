@@ -462,6 +462,12 @@ def test_a_draft_ends_at_its_end_and_at_its_models_last_position() -> None:
 # What it brings
 
 
+@pytest.mark.parametrize(("acceptance", "n_draft"), [(1.5, 3), (-0.1, 3), (float("nan"), 3), (0.5, -1)])
+def test_a_chance_that_is_none_is_refused(acceptance: float, n_draft: int) -> None:
+    with pytest.raises(ValueError, match=f"acceptance={acceptance} must be between 0 and 1, and n_draft={n_draft} "):
+        expected_tokens(acceptance, n_draft)
+
+
 def test_expected_tokens_is_the_mean_of_what_is_kept(parity) -> None:
     for a, k in ((0.8, 5), (0.3, 1), (0.0, 4), (1.0, 3)):
         by_cases = sum(a**n * (1 - a) * (n + 1) for n in range(k)) + a**k * (k + 1)
