@@ -28,6 +28,7 @@ from workbench import (
     describe_machine,
     fill_blocks,
     progress,
+    run_command,
     shown,
     shown_ratio,
     topic_script,
@@ -71,7 +72,8 @@ def time_topic(folder: Path, run: RunConfig, limit: float) -> dict[str, Any]:
     command = [sys.executable, str(script), "bench", *flags, "--out", str(run.out / folder.name)]
     environment = os.environ | {"OMP_NUM_THREADS": str(run.threads)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
+        pipe = subprocess.PIPE
+        done = run_command(command, limit, stdout=pipe, stderr=pipe, text=True, env=environment)
     except subprocess.TimeoutExpired:
         return {"rows": [], "failure": f"given up after {limit:g} s", "seconds": limit}
     rows, lines, failure = read_ratios(done.stdout), done.stderr.strip().splitlines(), ""

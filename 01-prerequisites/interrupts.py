@@ -1,15 +1,56 @@
-"""Topic 01 - Interrupts: Ctrl-C in the seconds of importing ends a script as it does later: one line, no traceback.
+"""Topic 01 - Interrupts: Ctrl-C, SIGTERM or a closed terminal end a script in one line, with all that it started.
 
 Every script of the course imports this before the packages that take long. Standard library only.
 """
 
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 ROOT = Path(__file__).resolve().parents[1]
 FAREWELL = "\ninterrupted; what was saved stays"
 EXIT_CODE = 130
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or a closed terminal (SIGHUP), which end a verb as Ctrl-C does; exit code 143 or 129."""
+
+    def __init__(self, signum: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.code = 128 + signum
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block the first signal to end raises Terminated, so that what was started ends too; the next kills.
+
+    A signal that is ignored (nohup) or has another handler keeps it; so do processes of torchrun, which ends them all.
+    """
+
+    def take(signum: int, _frame: FrameType | None) -> None:
+        restore()
+        raise Terminated(signum)
+
+    def restore() -> None:
+        for each in ours:
+            if signal.getsignal(each) is take:
+                signal.signal(each, signal.SIG_DFL)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
+        ours = [each for each in ENDING if signal.getsignal(each) is signal.SIG_DFL]
+        for each in ours:
+            signal.signal(each, take)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,8 +1,10 @@
 """Proofs for interrupts.py: Ctrl-C ends a script in one line, from its first import on."""
 
-from interrupts import end_quietly
+from interrupts import Terminated, end_quietly, terminable
 
 import ast
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,23 @@ def test_other_errors_keep_their_traceback(capsys) -> None:
     error = caught(ImportError)
     end_quietly(ImportError, error, error.__traceback__)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_the_first_signal_is_taken_and_only_within_the_block(monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(Terminated) as ended, terminable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert ended.value.code == 143
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as nohup has it
+    with terminable():
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setenv("RANK", "0")
+    with terminable():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 SCRIPTS = [

@@ -175,6 +175,31 @@ def test_interrupt_exits_130_without_a_traceback(capsys) -> None:
     assert exit_info.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_a_closed_terminal_end_a_verb_as_ctrl_c_does(signum: int, code: int, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    cleared = []
+
+    def demo() -> None:
+        """Get a signal."""
+        try:
+            os.kill(os.getpid(), signum)
+        finally:
+            cleared.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        run_verbs("Toy.", {"demo": (demo,)}, [])
+    assert ended.value.code == code and cleared and capsys.readouterr().err == "\ninterrupted; what was saved stays\n"
+    assert signal.getsignal(signum) is signal.SIG_DFL
+
+
+def test_what_a_command_started_has_time_to_end_with_it(tmp_path: Path) -> None:
+    script = "trap 'echo ended > ended; exit' TERM; while :; do sleep 0.02; done"
+    with pytest.raises(subprocess.TimeoutExpired):
+        workbench.run_command(["sh", "-c", script], 0.2, cwd=tmp_path)
+    assert (tmp_path / "ended").exists()
+
+
 def run_into(stream, monkeypatch, text: str = "√ → 9\n") -> int:
     """Exit code of a verb that prints `text` into this stream."""
 

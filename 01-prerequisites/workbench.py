@@ -216,7 +216,8 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     """Parse `[verb] [--flag value ...]` and call verbs[verb] = (function, *config classes); no verb means demo.
 
     A mistake in the input (ValueError, OSError, a size beyond memory) becomes one line on stderr and exit code 2;
-    Ctrl-C becomes exit code 130, a reader of the output that has left (`| head`) 141. None prints a traceback.
+    Ctrl-C becomes exit code 130, SIGTERM 143, a closed terminal 129, a reader of the output that has left (`| head`)
+    141. None prints a traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
@@ -240,6 +241,7 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
     try:
         configs = [config_from_args(config_cls, args) for config_cls in config_classes]
         with contextlib.ExitStack() as held:
+            held.enter_context(interrupts.terminable())
             for config in configs:
                 if isinstance(config, RunConfig):
                     torch.set_num_threads(config.threads)
@@ -248,8 +250,8 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
             function(*configs)
         if sys.stdout:
             sys.stdout.flush()  # here, where a full disk still gets its line
-    except KeyboardInterrupt:
-        parser.exit(interrupts.EXIT_CODE, interrupts.FAREWELL + "\n")
+    except KeyboardInterrupt as ended:
+        parser.exit(getattr(ended, "code", interrupts.EXIT_CODE), interrupts.FAREWELL + "\n")
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():
             sys.exit(141)
@@ -304,6 +306,21 @@ def progress(iterable: Iterable, description: str, total: int | None = None) -> 
     pace = 0.1 if sys.stderr.isatty() else 10.0
     quiet = "ipykernel" in sys.modules
     return tqdm(iterable, desc=description, total=total, mininterval=pace, disable=quiet, dynamic_ncols=True)
+
+
+def run_command(command: list[str], timeout: float | None = None, **settings: Any) -> subprocess.CompletedProcess:
+    """subprocess.run, but a process that must not go on is asked to end before it is killed: it may have its own."""
+    with subprocess.Popen(command, **settings) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            for ask, patience in ((lambda: None, 0.5), (process.terminate, 10), (process.kill, None)):
+                ask()  # nothing at first: Ctrl-C in a terminal reaches both
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(patience)
+                    break
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 # Files: whole or not at all
@@ -871,7 +888,7 @@ def every(config: EveryConfig) -> None:
     for script in having:
         print(f"\n{script.name} {verb}", flush=True)
         before = time.perf_counter()
-        code = subprocess.run([sys.executable, str(script), verb], check=False).returncode
+        code = run_command([sys.executable, str(script), verb]).returncode
         print(f"{script.name} {verb}: {time.perf_counter() - before:.0f} s", flush=True)
         failed += [script.parent.name] if code else []
     if failed:
