@@ -6,6 +6,8 @@ torchrun --nproc-per-node 2 --max-restarts 1 10-pretraining-llms/pretraining_llm
 forks where it can and so starts within a tenth of a second. Both give a restarted process a clean table of addresses.
 """
 
+import interrupts
+
 import contextlib
 import datetime
 import itertools
@@ -16,6 +18,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -181,10 +184,27 @@ def address_table() -> Iterator[int]:
 
 
 def hold_table(pipe: Connection) -> None:
+    obey_starter_alone()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipe.send(store.port)
     while True:
         time.sleep(60)
+
+
+def obey_starter_alone() -> None:
+    """In a process that was started here: Ctrl-C and a closed terminal are its starter's to answer; it dies with it.
+
+    Forked processes hold the ends of the pipes by which those before them watch the starter, so the last one sees its
+    death first, and the others one after the other.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    for number in (signal.SIGINT, *interrupts.ENDING):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_once(worker: Callable, launch: LaunchConfig, port: int, number: int, args: tuple) -> list[Any]:
@@ -222,6 +242,7 @@ def member(
 
     It ends at once, without destructors: those of a broken group may wait for its dead, or end the process themselves.
     """
+    obey_starter_alone()
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": launch.size, ATTEMPT: number, AGENT_STORE: True}
     place |= {"LOCAL_WORLD_SIZE": launch.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

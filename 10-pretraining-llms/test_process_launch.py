@@ -1,7 +1,9 @@
 """Proofs for process_launch: a process that dies or hangs ends the team with its name, and a restart finds its way."""
 
 import dataclasses
+import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -54,6 +56,35 @@ def test_results_come_in_the_order_of_ranks() -> None:
 
 def rank_of(team: Team) -> int:
     return team.rank
+
+
+def linger(team: Team, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_ctrl_c_is_the_starters_and_its_death_ends_all(tmp_path: Path) -> None:
+    starter = multiprocessing.get_context("fork").Process(target=run_processes, args=(linger, QUICK, tmp_path))
+    starter.start()
+    deadline = time.monotonic() + 20
+    while len(team := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in team:
+        os.kill(process, signal.SIGINT)  # a terminal sends it to all
+    time.sleep(0.1)
+    assert len(team) == 2 and all(map(runs, team))
+    starter.kill()
+    starter.join()
+    while any(map(runs, team)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(runs, team))
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_where_there_is_a_gpu_processes_start_afresh_and_compute_on_the_cpu(monkeypatch) -> None:
