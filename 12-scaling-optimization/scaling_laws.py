@@ -405,8 +405,8 @@ def isoflop_frontier(runs: Runs, near: float = 2.5) -> Frontier:
 
     A parabola is the second-order view of a lopsided curve: only runs whose size is within a factor `near` of the best
     one that was tried take part, four sizes at least. Budgets are those of `runs.flops`, neighbours within 5 per cent
-    together; one whose parabola has no lowest point in between is left out, and named in the answer. Raises ValueError if fewer
-    than two remain.
+    together; one whose parabola has no lowest point in between is left out, and named in the answer. Raises ValueError
+    if fewer than two remain.
     """
     order = np.argsort(runs.flops)
     keys = np.zeros(len(runs), dtype=int)  # a new budget begins where the next run is more than 5 per cent larger
