@@ -315,7 +315,6 @@ class Passing:
     def __init__(self, router: Router, replica: Replica, asked: Asked) -> None:
         self.router, self.replica, self.asked = router, replica, asked
         self.open = contextlib.AsyncExitStack()
-        self.ended = False
 
     async def begin(self) -> Response:
         """Ask the replica. Raises NoAnswer while another one may still be asked."""
@@ -352,11 +351,9 @@ class Passing:
             yield f"\n\ndata: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()
 
     async def end(self) -> None:
-        """Close the connection, which aborts what still runs at the replica."""
-        if not self.ended:
-            self.ended = True
-            self.replica.in_flight -= 1
-            await self.open.aclose()
+        """Close the connection, which aborts what still runs at the replica; once, by `begin` or by its stream."""
+        self.replica.in_flight -= 1
+        await self.open.aclose()
 
 
 class PassedStream(Response):

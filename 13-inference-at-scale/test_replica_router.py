@@ -1,5 +1,6 @@
 """Tests of replica_router: policies, the cache of answers, replicas that are full, dead or dying, and processes."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -13,19 +14,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 
 from chat_model import FOLDER
 from engine_thread import EngineThread
 from replica_router import (
+    RECENT,
+    Asked,
     ClockRobin,
     LeastLoaded,
     PrefixAffine,
     RandomReplica,
     Replica,
+    ReplicaProcess,
     ResponseCache,
     RoundRobin,
     RouteConfig,
@@ -158,6 +164,14 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
     assert nothing.get("one", "a") is None
 
 
+def test_what_is_written_again_counts_as_used() -> None:
+    cache = ResponseCache(max_entries=2, max_tenants=2)
+    for tenant, name in (("one", "a"), ("one", "b"), ("two", "a"), ("one", "a"), ("one", "c"), ("three", "a")):
+        cache.put(tenant, name, b"x")
+    assert [cache.get("one", name) for name in "abc"] == [b"x", None, b"x"]
+    assert cache.get("two", "a") is None and cache.get("three", "a") == b"x"
+
+
 # Routers in front of servers
 
 
@@ -205,10 +219,11 @@ def ask(port: int, method: str, path: str, body: bytes | dict | None = None, **h
 
 
 class Saying:
-    """A replica that reads a request's head, says what it is told to say, and dies; it is healthy before."""
+    """A replica that reads a request's head, says what it is told to say, and dies; it is as well before as it says."""
 
-    def __init__(self, answer: bytes) -> None:
-        self.answer, self.asked = answer, 0
+    def __init__(self, answer: bytes, health: bytes = b"200 OK") -> None:
+        self.answer, self.health, self.asked = answer, health, 0
+        self.heads: list[str] = []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         threading.Thread(target=self.serve, daemon=True).start()
@@ -223,7 +238,8 @@ class Saying:
                         head += connection.recv(4096)
                     health = head.startswith(b"GET /health")
                     self.asked += not health
-                    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+                    self.heads.append(head.decode("latin-1"))
+                    ok = b"HTTP/1.1 " + self.health + b"\r\nContent-Length: 2\r\n\r\n{}"
                     connection.sendall(ok if health else self.answer)
 
 
@@ -235,6 +251,96 @@ def servers() -> Iterator[list[GracefulServer]]:
             stack.enter_context(background_server(served, EngineThread(Engine(served.model, served.tokenizer, config))))
             for config in (EngineConfig(), EngineConfig(max_batch=1, max_waiting=1))
         ]
+
+
+def test_the_95th_percentile_is_the_least_that_19_of_20_stayed_below() -> None:
+    router = Router(["http://a"], RouterConfig())
+    assert router.recent_p95(0.0) == 0.0
+    router.first_bytes.append((1000.0 - RECENT, 99.0))  # too old
+    for n in range(1, 45):
+        router.first_bytes.append((1000.0 - 0.1 * n, float(n * 7 % 47)))
+        seconds, found = [value for _, value in router.first_bytes if value < 99], router.recent_p95(1000.0)
+        assert 20 * sum(value <= found for value in seconds) >= 19 * n > 20 * sum(value < found for value in seconds)
+
+
+def test_a_router_that_drains_refuses_work_and_says_so_to_balancers() -> None:
+    router = Router(["http://a"], RouterConfig())
+    client = TestClient(make_router_app(router), base_url="http://localhost")
+    assert client.get("/health").status_code == 200
+    router.draining = True
+    refused = client.get("/v1/models")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+    assert client.get("/health").status_code == 503 and client.get("/metrics").status_code == 200
+    assert router.in_flight == 0
+
+
+def test_a_replica_that_broke_off_is_not_asked_again_before_a_check() -> None:
+    dying = Saying(b"")
+    router = Router([dying.url], RouterConfig())  # nobody checks
+    for _ in range(2):
+        assert asyncio.run(router.answer(Asked("GET", "/v1/models", b"", {}))).status_code == 503
+    assert dying.asked == 1 and not router.replicas[0].healthy
+
+
+def test_the_metrics_name_the_replicas_that_are_there_now() -> None:
+    router = Router(["http://a", "http://b"], RouterConfig())
+    router.replicas[0].in_flight, router.replicas[1].healthy = 3, False
+    before = router.metrics().decode()
+    assert 'router_replica_in_flight{replica="http://a"} 3.0' in before
+    assert 'router_replica_healthy{replica="http://b"} 0.0' in before
+    router.replicas.pop()  # as autoscaling does
+    assert "http://b" not in router.metrics().decode()
+
+
+def test_who_answers_that_it_is_unwell_or_not_at_all_is_not_healthy() -> None:
+    async def check(url: str) -> bool:
+        router = Router([url], RouterConfig(check_every=0.02))
+        replica = router.replicas[0]
+        replica.healthy = None
+        await asyncio.wait_for(router.check(replica), 10)
+        return replica.healthy
+
+    assert asyncio.run(check(Saying(b"").url))
+    assert not asyncio.run(check(Saying(b"", b"503 Service Unavailable").url))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert asyncio.run(check(f"http://127.0.0.1:{silent.getsockname()[1]}")) is False
+
+
+def test_a_stream_that_is_given_up_is_closed_though_somebody_still_holds_it() -> None:
+    async def run() -> tuple:
+        left = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(HEAD + b"5\r\nhello\r\n")
+            await reader.read()  # until the router closes
+            left.set()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            router = Router([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"], RouterConfig())
+            passed = await router.answer(Asked("GET", "/v1/models", b"", {}))
+            before = router.replicas[0].in_flight
+            await passed.end()
+            await asyncio.wait_for(left.wait(), 10)
+            return before, router.replicas[0].in_flight, passed.headers.items()
+
+    before, after, headers = asyncio.run(run())
+    assert (before, after) == (1, 0) and ("content-type", "text/event-stream") in headers
+
+
+def test_the_headers_and_the_query_that_pass() -> None:
+    passed = {"Content-Type": "application/x", "Retry-After": "3", "X-Request-Id": "one", "WWW-Authenticate": "Bearer"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in passed.items())
+    saying = Saying(f"HTTP/1.1 401 No\r\n{head}X-Other: kept back\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    client = TestClient(make_router_app(Router([saying.url], RouterConfig())), base_url="http://localhost")
+    given = {"authorization": "Bearer k", "x-request-id": "two", "cookie": "a=b"}
+    answer = client.get("/v1/models?a=%20b&c=1", headers=given)
+    assert {name: answer.headers.get(name) for name in passed} == passed and "x-other" not in answer.headers
+    [asked] = saying.heads
+    assert asked.startswith("GET /v1/models?a=%20b&c=1 HTTP/1.1\r\n") and "cookie" not in asked.lower()
+    assert "authorization: Bearer k\r\n" in asked and "x-request-id: two\r\n" in asked
+    assert 'router_answers_total{status="401"} 1.0' in client.get("/metrics").text
 
 
 def closed_port() -> str:
@@ -267,6 +373,7 @@ def test_determined_answers_are_kept_for_each_tenant(servers) -> None:
     with routing(servers[0].url) as router:
         first = ask(router.port, "POST", "/v1/chat/completions", CHAT, Authorization="Bearer a")
         again = ask(router.port, "POST", "/v1/chat/completions", dict(reversed(CHAT.items())), Authorization="Bearer a")
+        assert "router_cache_hits_total 1.0" in ask(router.port, "GET", "/metrics")[2].decode()
         assert again[2] == first[2] and again[1]["x-cache"] == "hit" and first[1]["x-cache"] is None
         assert router.counts() == [1]
         other = ask(router.port, "POST", "/v1/chat/completions", CHAT, Authorization="Bearer b")
@@ -312,8 +419,9 @@ def test_a_replica_that_dies_before_its_first_byte_is_replaced(servers, name: st
     with routing(dying.url, servers[0].url, check_every=30) as router:
         for stream in (True, False):
             router.router.replicas[0].healthy, router.router.policy.turn = True, -1
-            status, _, body = ask(router.port, "POST", "/v1/chat/completions", CHAT | {"stream": stream})
+            status, headers, body = ask(router.port, "POST", "/v1/chat/completions", CHAT | {"stream": stream})
             assert status == 200 and (b"[DONE]" in body) == stream and b"error" not in body
+            assert headers["content-type"].partition(";")[0] == ("text/event-stream" if stream else "application/json")
         assert dying.asked == 2 and router.counts() == [2, 2]
         assert "router_retries_total 2.0" in ask(router.port, "GET", "/metrics")[2].decode()
 
@@ -360,7 +468,7 @@ def test_a_client_that_leaves_frees_the_blocks_of_the_replica(servers) -> None:
             until(lambda: state.thread.latest.running == 1)
             connection.close()
             until(lambda: not state.thread.latest.running and not state.in_flight)
-            assert router.router.replicas[0].in_flight == 0 and router.router.in_flight == 0
+            until(lambda: not (router.router.replicas[0].in_flight or router.router.in_flight))  # it hears of it later
         assert state.thread.latest.free_blocks == state.thread.latest.n_blocks
 
 
@@ -386,6 +494,27 @@ def test_what_a_client_sends_makes_no_replica_unhealthy(servers) -> None:
         assert router.router.replicas[0].healthy and router.counts() == [5]  # a line break is on no route
 
 
+def test_names_and_addresses_are_read_as_they_are_written() -> None:
+    config = RouteConfig(urls=" http://a:1, http://b:2/v1/ ,", host="Box", allowed_hosts=" My.Example ,other,")
+    assert config.given == ["http://a:1", "http://b:2/v1/"]
+    assert config.hosts == {"127.0.0.1", "localhost", "[::1]", "box", "my.example", "other"}
+    assert RouteConfig(grace=7.0).flags()[-2:] == ["--grace", "7.0"]
+
+
+def test_the_end_waits_for_what_is_under_way_as_long_as_it_was_told(monkeypatch) -> None:
+    router = Router(["http://a"], RouterConfig(grace=30.0))
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("replica_router.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    server, ends = RouterServer(uvicorn.Config(None), router), []
+    router.in_flight = 1
+    for now.seconds in (90.0, 100.0, 129.9, 130.1):
+        router.draining = now.seconds >= 100
+        ends.append(asyncio.run(server.on_tick(1)))
+    assert ends == [False, False, False, True]
+    router.in_flight = 0
+    assert asyncio.run(RouterServer(uvicorn.Config(None), router).on_tick(1))
+
+
 @pytest.mark.parametrize("wrong", [{"n_replicas": 0}, {"port": -1}, {"urls": "nowhere"}, {"check_every": 0}])
 def test_settings_that_make_no_sense(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("s")):
@@ -401,6 +530,25 @@ from replica_router import ROUTER_VERBS
 from workbench import run_verbs
 run_verbs("", ROUTER_VERBS, sys.argv[1:])
 """
+
+
+def test_a_replica_is_told_what_to_do_and_that_it_may_not_outlive_its_router(monkeypatch) -> None:
+    monkeypatch.setattr("replica_router.START", "import sys; sys.exit(' '.join(sys.argv[1:]))")
+    with pytest.raises(ValueError, match="a replica did not start: serve --port 0 --tied --model x"):
+        asyncio.run(ReplicaProcess("--model", "x").start())
+
+
+@pytest.mark.parametrize(("deaf", "code"), [(True, -signal.SIGKILL), (False, -signal.SIGTERM)])
+def test_a_replica_that_does_not_end_in_time_is_killed(deaf: bool, code: int, monkeypatch) -> None:
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN);" if deaf else ""
+    saying = f"import signal, time; {ignore} print('at http://127.0.0.1:7/v1', flush=True); time.sleep(60)"
+    monkeypatch.setattr("replica_router.START", saying)
+
+    async def run() -> tuple[str, int]:
+        process = ReplicaProcess()
+        return await process.start(), await asyncio.wait_for(process.stop(grace=-4.8 if deaf else PATIENCE), PATIENCE)
+
+    assert asyncio.run(run()) == ("http://127.0.0.1:7", code)
 
 
 def alive(pid: int) -> bool:
