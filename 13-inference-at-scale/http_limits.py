@@ -142,7 +142,6 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The transport's buffer is full: from now on the client has its time to read."""
         super().pause_writing()
-        cancel(self.writing)
         self.writing = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:

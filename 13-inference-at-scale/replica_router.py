@@ -185,7 +185,7 @@ class ResponseCache:
         return answers[key]
 
     def put(self, tenant: str, key: str, answer: bytes) -> None:
-        if not self.max_entries or len(answer) > self.max_bytes:
+        if len(answer) > self.max_bytes:
             return
         answers = self.tenants.setdefault(tenant, OrderedDict())
         self.tenants.move_to_end(tenant)

@@ -41,6 +41,7 @@ from replica_router import (
     TwoChoices,
     head_of,
     make_router_app,
+    run_router,
 )
 from served_model import load_served_model
 from server import GracefulServer, background_server, listen, uvicorn_settings
@@ -319,7 +320,10 @@ def test_a_stream_that_is_given_up_is_closed_though_somebody_still_holds_it() ->
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             router = Router([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"], RouterConfig())
+            start = time.monotonic()
             passed = await router.answer(Asked("GET", "/v1/models", b"", {}))
+            [(moment, seconds)] = router.first_bytes
+            assert start <= moment <= time.monotonic() and 0 <= seconds <= moment - start
             before = router.replicas[0].in_flight
             await passed.end()
             await asyncio.wait_for(left.wait(), 10)
@@ -549,6 +553,19 @@ def test_a_replica_that_does_not_end_in_time_is_killed(deaf: bool, code: int, mo
         return await process.start(), await asyncio.wait_for(process.stop(grace=-4.8 if deaf else PATIENCE), PATIENCE)
 
     assert asyncio.run(run()) == ("http://127.0.0.1:7", code)
+
+
+def test_the_replicas_of_a_router_are_told_to_end_with_it(monkeypatch, tmp_path) -> None:
+    told = tmp_path / "told"
+    heard = f"signal.signal(signal.SIGTERM, lambda *_: (open({str(told)!r}, 'a').write('x'), sys.exit()))"
+    saying = f"import signal, sys, time; {heard}; print('at http://127.0.0.1:7/v1', flush=True); time.sleep(60)"
+    monkeypatch.setattr("replica_router.START", saying)
+
+    async def beside(router: Router, processes: list[ReplicaProcess]) -> None:
+        router.draining = True
+
+    asyncio.run(run_router(RouteConfig(port=0, n_replicas=2), 0, beside))
+    assert told.read_text() == "xx"
 
 
 def alive(pid: int) -> bool:

@@ -3,10 +3,12 @@
 FULL_COUNTS=1 takes the numbers of clients that a server should stand (200, 300 sockets, 64 MB); the suite takes less.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -16,16 +18,32 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import h11
 import openai
 import pytest
 import uvicorn
+from fastapi import Request
+from prometheus_client import generate_latest
+from uvicorn.server import ServerState
 
 from chat_model import FOLDER
-from engine_requests import RequestParams
+from engine_requests import RequestOutput, RequestParams, TokenLogprob
 from engine_thread import EngineThread
-from http_limits import HttpLimits, bounded_protocol
+from http_limits import HttpLimits, StrictConnection, bounded_protocol, read_body
 from served_model import ServedModel, load_served_model
-from server import GracefulServer, ServerConfig, make_app
+from server import (
+    ChatShape,
+    ConstraintCache,
+    EventStream,
+    GracefulServer,
+    Guard,
+    Meters,
+    ServeConfig,
+    ServerConfig,
+    Stopwatch,
+    make_app,
+)
+from server_schema import ApiError, SchemaFormat
 from serving_engine import Engine, EngineConfig
 
 FULL = bool(os.environ.get("FULL_COUNTS"))
@@ -219,7 +237,7 @@ def test_log_probabilities_of_both_kinds(server, served) -> None:
     plain = client.completions.create(model=NAME, prompt="Anna lives", max_tokens=4, temperature=0, logprobs=3)
     found = plain.choices[0].logprobs
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == plain.usage.completion_tokens
-    assert found.text_offset[0] == 0 and found.text_offset[1] == len(found.tokens[0])
+    assert found.text_offset == [len("".join(found.tokens[:place])) for place in range(len(found.tokens))]
     assert client.chat.completions.create(**CHAT).choices[0].logprobs is None
 
 
@@ -320,8 +338,9 @@ def test_what_does_not_fit_is_told_in_numbers(server) -> None:
     for prompt in ([5] * limit, "word " * 150_000):
         status, error = error_of(ask(server, "POST", "/v1/completions", {"model": NAME, "prompt": prompt}))
         assert (status, error["code"]) == (400, "context_length_exceeded")
-    status, error = error_of(ask(server, "POST", "/v1/completions", {"model": NAME, "prompt": [5, 10**6]}))
-    assert (status, error["param"]) == (400, "prompt") and "1000000" in error["message"]
+    for strange in (10**6, server.service.served.model.config.vocab_size):
+        status, error = error_of(ask(server, "POST", "/v1/completions", {"model": NAME, "prompt": [5, strange]}))
+        assert (status, error["param"]) == (400, "prompt") and f"the token {strange}," in error["message"]
 
 
 # Answers in a form
@@ -617,11 +636,13 @@ def test_keys_are_asked_for(served, monkeypatch) -> None:
     monkeypatch.setenv("COURSE_TEST_KEY", "secret-äöü")
     with running(served, ServerConfig(api_key_env="COURSE_TEST_KEY")) as locked:
         right = "Bearer secret-äöü".encode().decode("latin-1")
-        for header in (None, "", "Bearer", "Bearer wrong", "Basic secret", "secret", right + "x", right[:-1]):
+        other = right.replace("Bearer", "Basic")
+        for header in (None, "", "Bearer", "Bearer wrong", other, "secret", right + "x", right[:-1]):
             given = {} if header is None else {"Authorization": header}
             status, error = error_of(ask(locked, "GET", "/v1/models", **given))
             assert (status, error["code"]) == (401, "invalid_api_key")
         assert ask(locked, "GET", "/v1/models", Authorization=right)[0] == 200
+        assert ask(locked, "GET", "/v1/models", Authorization=right.replace("Bearer", "bearer"))[0] == 200
         assert ask(locked, "GET", "/health")[0] == 200  # a balancer has no key
         with pytest.raises(openai.AuthenticationError):
             locked.client("wrong").models.list()
@@ -718,6 +739,222 @@ def test_metrics_count_what_happened(server) -> None:
     assert server.metric("request_seconds_count") - before["request_seconds_count"] == 2
 
 
+# What is written down of an answer
+
+
+class Told:
+    """An answer that says what it is told to say."""
+
+    def __init__(self, *outputs: RequestOutput) -> None:
+        self.outputs, self.closed = outputs, 0
+
+    async def __aiter__(self):
+        for output in self.outputs:
+            yield int(output.request_id), output
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def unseen() -> SimpleNamespace:
+    return SimpleNamespace(see=lambda index, output: None)
+
+
+def written(service, shape, answer: Told) -> list[dict]:
+    async def listed() -> list[dict]:
+        return [event async for event in service.events(answer, shape, unseen(), True)]
+
+    return asyncio.run(listed())
+
+
+def test_choices_that_end_in_any_order_are_written_down_in_theirs(server, served) -> None:
+    outputs = [
+        RequestOutput("1", [5], "b", "stop", n_prompt=9, n_generated=1, n_cached=4),
+        RequestOutput("0", [5], "a", n_prompt=9, n_generated=1, n_cached=2),
+        RequestOutput("0", [6, 7], "c", "length", n_prompt=9, n_generated=3, n_cached=2),
+    ]
+    answer = Told(*outputs)
+    whole = asyncio.run(server.service.whole(answer, ChatShape(served), unseen()))
+    assert [(each["index"], each["message"]["content"]) for each in whole["choices"]] == [(0, "ac"), (1, "b")]
+    usage = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+    assert whole["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 4}} and answer.closed
+    assert written(server.service, ChatShape(served), Told(*outputs))[-1]["usage"] == whole["usage"]
+
+
+def test_pieces_without_text_are_sent_where_they_say_something(server, served) -> None:
+    logprob = TokenLogprob(5, -math.inf, ((5, -math.inf),))
+    answer = Told(
+        RequestOutput("0", [5], ""),  # a role
+        RequestOutput("0", [5], ""),  # nothing
+        RequestOutput("0", [5], "", logprobs=[logprob]),
+        RequestOutput("0", [5], "a"),
+        RequestOutput("0", [5], "", "stop", n_generated=5),
+    )
+    *chunks, usage = written(server.service, ChatShape(served), answer)
+    found = [chunk["choices"][0] for chunk in chunks]
+    assert [each["delta"] for each in found] == [{"role": "assistant", "content": ""}, {}, {"content": "a"}, {}]
+    assert [each["finish_reason"] for each in found] == [None, None, None, "stop"] and usage["choices"] == []
+    [entry] = found[1]["logprobs"]["content"]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0  # JSON has no infinity
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_answer_that_the_engine_gave_up_is_no_answer(server, served, reason: str) -> None:
+    answer = Told(RequestOutput("0", [5], "a"), RequestOutput("0", [], "", reason))
+    first, error = written(server.service, ChatShape(served), answer)
+    assert first["choices"][0]["delta"]["content"] == "a" and error["error"]["code"] == "request_failed"
+    assert answer.closed
+
+
+def test_a_stream_whose_client_has_left_before_its_first_piece_is_closed() -> None:
+    closed = []
+
+    async def run() -> None:
+        never = asyncio.Event()
+
+        async def receive() -> dict:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            await never.wait()
+
+        await EventStream(events(), lambda: closed.append(1))({"type": "http"}, receive, send)
+
+    async def events():
+        yield {}
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
+    assert closed == [1]
+
+
+def test_metrics_have_the_numbers_of_the_engine() -> None:
+    names = ("running", "waiting", "n_blocks", "free_blocks", "prompt_tokens", "cached_tokens", "generated_tokens")
+    stats = {name: number for number, name in enumerate((*names, "preemptions", "steps"), start=1)}
+    meters = Meters(SimpleNamespace(latest=SimpleNamespace(**stats), alive=True))
+    found = {sample.name.removeprefix("course_"): sample.value for one in meters.collect() for sample in one.samples}
+    wanted = {"blocks" if name == "n_blocks" else name: value for name, value in stats.items()}
+    counters = {
+        f"{name}_total" for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "preemptions", "steps")
+    }
+    assert found == {f"{n}_total" if f"{n}_total" in counters else n: v for n, v in wanted.items()} | {"engine_up": 1}
+
+
+def test_what_left_without_an_answer_counts_as_499(server, capsys) -> None:
+    async def gone(scope: dict, receive: Callable, send: Callable) -> None:
+        return
+
+    async def nothing(*args) -> None:
+        return
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions" + "x" * 900,
+        "headers": [(b"host", b"localhost")],
+    }
+    service = SimpleNamespace(config=ServerConfig(log=True), key_digest=None, draining=False, in_flight=0)
+    service.meters = Meters(server.thread)
+    asyncio.run(Guard(gone, service)(scope, nothing, nothing))
+    counted = generate_latest(service.meters.registry).decode()
+    assert 'course_requests_total{route="/v1/other",status="499"} 1.0' in counted and service.in_flight == 0
+    assert len(json.loads(capsys.readouterr().err)["path"]) == 200  # no client fills a log with one line
+
+
+def test_a_server_that_drains_says_when_to_come_back_and_closes(server) -> None:
+    service = SimpleNamespace(config=ServerConfig(), key_digest=None, draining=True)
+    refusal = Guard(None, service).refusal({"path": "/v1/models"}, {"host": "localhost"})
+    assert (refusal.status, refusal.headers) == (503, {"Retry-After": "5", "Connection": "close"})
+    assert Guard(None, service).refusal({"path": "/health"}, {"host": "localhost"}) is None
+
+
+def test_forms_are_kept_by_their_schema_the_unused_going_first(monkeypatch) -> None:
+    monkeypatch.setattr("server.MAX_CONSTRAINTS", 2)
+    cache, built = ConstraintCache(None), []
+    monkeypatch.setattr(cache, "build", lambda schema: built.append(schema) or len(built))
+    one, two, three = ({"type": "object", "properties": dict.fromkeys(names, {})} for names in ("ab", "ba", "c"))
+
+    async def get(schema: dict) -> int:
+        return await cache.get(SchemaFormat.model_validate(form_of(schema)))
+
+    found = [asyncio.run(get(schema)) for schema in (one, two, one, three, one, two)]
+    assert found == [1, 2, 1, 3, 1, 4]  # the order of the properties is the answer's
+
+
+def test_a_pool_smaller_than_the_context_is_the_limit(served) -> None:
+    with running(served, n_blocks=3, block_size=16) as small:
+        status, error = error_of(ask(small, "POST", "/v1/completions", LONG | {"max_tokens": 46}))
+        assert (status, error["code"]) == (400, "context_length_exceeded") and "48 tokens" in error["message"]
+        assert ask(small, "POST", "/v1/completions", LONG | {"max_tokens": 45})[0] == 200
+    assert not small.thread.thread.is_alive()  # a server that ends takes its engine's thread with it
+
+
+def test_names_of_a_server() -> None:
+    config = ServeConfig(host="Box", allowed_hosts=" My.Example ,other,", name="mine")
+    assert config.hosts == {"127.0.0.1", "localhost", "[::1]", "box", "my.example", "other"}
+    assert config.model_name == "mine" and ServeConfig().model_name == NAME
+
+
+# Limits of a connection
+
+
+async def received(*pieces: bytes) -> bytes:
+    waiting = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    waiting.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def receive() -> dict:
+        return waiting.pop(0)
+
+    length = str(len(b"".join(pieces))).encode()
+    return await read_body(Request({"type": "http", "headers": [(b"content-length", length)]}, receive), 10)
+
+
+def test_a_body_may_have_as_many_bytes_as_the_limit() -> None:
+    assert asyncio.run(received(b"12345", b"67890")) == b"1234567890"
+    with pytest.raises(ApiError, match="more than 10 bytes"):
+        asyncio.run(received(b"12345", b"678901"))
+
+
+def test_a_head_has_its_target_among_its_bytes_and_may_be_as_long_as_the_limit() -> None:
+    for size, fits in ((1024, True), (1025, False)):
+        connection = StrictConnection(h11.SERVER, 1024)
+        target = "/" + "a" * (size - 1 - len("Hostlocalhost") - 4)
+        connection.receive_data(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with (
+            contextlib.nullcontext()
+            if fits
+            else pytest.raises(h11.RemoteProtocolError, match="headers have 1025 bytes")
+        ):
+            assert connection.next_event().target == target.encode()
+
+
+def test_more_connections_than_allowed_are_closed(served) -> None:
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(served, ServerConfig(max_connections=2)) as strict, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(send(strict, health))
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert raw(strict, health) == b""
+
+
+def test_a_client_that_reads_again_has_its_whole_time_at_its_next_pause() -> None:
+    async def run() -> list[asyncio.TimerHandle]:
+        made = bounded_protocol(HttpLimits(write_timeout=50.0))
+        protocol = made(uvicorn.Config(lambda *args: None), ServerState(), {})
+        protocol.flow = SimpleNamespace(pause_writing=lambda: None, resume_writing=lambda: None)
+        protocol.transport = SimpleNamespace(abort=lambda: None)
+        timers = []
+        for _ in range(2):
+            before = protocol.loop.time()
+            protocol.pause_writing()
+            timers.append(protocol.writing)
+            assert before + 50 <= protocol.writing.when() <= protocol.loop.time() + 50
+            assert not protocol.writing.cancelled()
+            protocol.resume_writing()
+        return timers
+
+    assert all(timer.cancelled() for timer in asyncio.run(run()))
+
+
 # Starting
 
 
@@ -756,6 +993,40 @@ def test_limits_must_make_sense() -> None:
     for field in ("max_body", "max_head", "head_timeout", "body_timeout", "write_timeout", "max_connections"):
         with pytest.raises(ValueError, match=field):
             HttpLimits(**{field: 0})
+
+
+def test_the_end_waits_as_long_as_it_was_told_and_a_second_for_what_is_said_to_the_rest(monkeypatch) -> None:
+    now, failed = SimpleNamespace(seconds=0.0), []
+    monkeypatch.setattr("server.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    thread = SimpleNamespace(failure=None, fail_all=failed.append)
+    service = SimpleNamespace(thread=thread, draining=False, in_flight=1, config=SimpleNamespace(grace=30.0))
+    server, seen = GracefulServer(uvicorn.Config(None), service), []
+    for now.seconds in (90.0, 100.0, 129.9, 130.5, 131.5):
+        service.draining = now.seconds >= 100
+        seen.append((asyncio.run(server.on_tick(1)), len(failed)))
+    assert seen == [(False, 0), (False, 0), (False, 0), (False, 1), (True, 2)]  # told twice is told
+    service.in_flight = 0
+    server = GracefulServer(uvicorn.Config(None), service)
+    assert asyncio.run(server.on_tick(1)) and len(failed) == 2  # nothing to wait for
+
+
+def test_the_times_of_an_answer_are_told_by_choice(monkeypatch) -> None:
+    told: dict[str, list[float]] = {"ttft": [], "tpot": [], "latency": []}
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr("server.time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    watch = Stopwatch(SimpleNamespace(**{name: SimpleNamespace(observe=seen.append) for name, seen in told.items()}))
+    for now.seconds, choice, new, n, reason in (
+        (101.0, 0, [], 0, None),  # nothing yet
+        (102.0, 0, [5], 1, None),
+        (104.0, 1, [5, 6], 2, None),
+        (105.0, 0, [6, 7], 3, None),
+        (106.0, 0, [8, 9], 5, "length"),  # four tokens in four seconds after the first
+        (107.0, 1, [7], 3, "stop"),  # 2 in 3
+    ):
+        watch.see(choice, RequestOutput("", new, "", finish_reason=reason, n_generated=n))
+    now.seconds = 108.0
+    watch.see(2, RequestOutput("", [7], "", finish_reason="stop", n_generated=1))  # no time between two
+    assert told == {"ttft": [2.0, 4.0, 8.0], "tpot": [1.0, 1.5], "latency": [6.0, 7.0, 8.0]}
 
 
 @pytest.mark.parametrize(

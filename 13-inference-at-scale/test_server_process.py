@@ -167,3 +167,14 @@ def test_an_engine_that_fails_ends_the_process_with_an_error(zygote, tmp_path) -
         assert (status, json.loads(body)["error"]["code"]) == (500, "engine_dead")
         assert started.wait() == 1
         assert started.errors.read_text() == "the engine failed: RuntimeError('out of memory')\n"
+
+
+def test_a_server_that_is_tied_ends_when_the_one_who_holds_its_input_is_gone(zygote, tmp_path) -> None:
+    os.mkfifo(tmp_path / "input")
+    held = os.open(tmp_path / "input", os.O_RDWR)
+    more = f"os.dup2(os.open({str(tmp_path / 'input')!r}, os.O_RDONLY), 0)"
+    with serving(zygote, tmp_path / "errors", more, "--tied") as started:
+        os.write(held, b"what is said there means nothing")
+        assert ask(started.port, "GET", "/health")[0] == 200
+        os.close(held)
+        assert started.wait() == 0
