@@ -272,7 +272,7 @@ def key_of(request: Request) -> str:
     """Whom a request counts for: the hash of its API key, else its address. A key is never kept as it is."""
     given = request.headers.get("authorization", "")
     host = request.client.host if request.client else ""
-    return sha256((given or f"host {host}").encode()).hexdigest()
+    return sha256((f"key {given}" if given else f"host {host}").encode()).hexdigest()  # no key is another's host
 
 
 class RateLimited:

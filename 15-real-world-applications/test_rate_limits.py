@@ -1,11 +1,12 @@
 """Tests of rate_limits: promises on time made of fractions, and in front of a server of topic 13's kind."""
 
+import asyncio
 import json
 import math
 from fractions import Fraction
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.responses import JSONResponse, StreamingResponse
@@ -15,10 +16,12 @@ from rate_limits import (
     FixedWindow,
     KeyedLimiter,
     LimitConfig,
+    Overheard,
     RateLimited,
     SlidingWindow,
     TokenBucket,
     estimated_tokens,
+    key_of,
     most_in_a_window,
     used_tokens,
 )
@@ -76,7 +79,11 @@ def test_by_hand():
     assert bucket.take(10, 0) == 0 and bucket.take(4, 1) == 1  # 2 came in, 2 are missing, 2 a second
     assert bucket.take(4, 2) == 0 and bucket.take(11, 100) == math.inf
     window = SlidingWindow(10, 5)
-    assert window.take(6, 0) == 0 and window.take(4, 3) == 0 and window.take(5, 4) == 1 and window.take(5, 5) == 0
+    assert window.take(6, 0) == 0 and window.take(4, 3) == 0 and window.take(5, 4) == window.take(6, 4) == 1
+    assert window.take(5, 5) == 0 and window.take(2, 5) == 3  # 4 and 5 are in it until the 4 leave
+    at_once = SlidingWindow(10, 5)
+    assert at_once.take(5, 0) == at_once.take(5, 0) == 0 and at_once.take(1, 4) == 1 and at_once.take(10, 5) == 0
+    assert most_in_a_window([(0, 3), (5, 4)], 5) == 4 and most_in_a_window([(0, 3), (4, 4)], 5) == 7
 
 
 def test_a_bucket_is_full_again_and_no_fuller():
@@ -95,6 +102,31 @@ def test_a_fixed_window_admits_twice_its_limit_in_a_moment():
 def test_a_clock_that_goes_back_gives_nothing(limit):
     assert limit.take(10, 100) == 0
     assert all(limit.take(1, moment) > 0 for moment in (50, 0, 100))
+
+
+def test_a_bucket_is_the_same_when_a_clock_that_went_back_comes_again():
+    bucket = TokenBucket(1, 10)
+    assert bucket.take(10, 100) == 0 and bucket.take(1, 50) == 1 and bucket.take(1, 101) == 0
+
+
+def test_a_window_counts_from_the_latest_moment_and_gives_no_admission_back_twice():
+    window = SlidingWindow(10, 10)
+    assert window.take(10, 100) == 0 and window.take(1, 50) == 10
+    window = SlidingWindow(10, 10)
+    assert window.take(8, 0) == 0 and window.take(2, 1) == 0
+    window.settle(8, 0, 1)  # more than the last admission holds: the rest is not given back
+    assert window.take(3, 1) > 0 and window.take(10, 10) == 0 and window.take(1, 10) > 0
+    window = SlidingWindow(10, 10)
+    assert window.take(4, 0) == 0
+    window.settle(4, 9, 20)  # known when it had left the window: from now on 5
+    assert window.take(6, 20) == 10 and window.take(5, 20) == 0
+
+
+def test_what_is_given_back_late_makes_no_bucket_fuller_than_full():
+    bucket = TokenBucket(1, 10)
+    assert bucket.take(8, 0) == 0
+    bucket.settle(8, 2, 100)
+    assert bucket.take(10, 100) == 0 and bucket.take(1, 100) == 1
 
 
 @pytest.mark.parametrize("limit", [TokenBucket(1, 10), SlidingWindow(10, 10)])
@@ -143,6 +175,46 @@ def test_keys_do_not_share_and_memory_is_bounded():
     for name in "efghij":
         limiter.take(name, 10)
     assert len(limiter.limits) == 3 and limiter.n_refused == 1
+
+
+def test_the_key_that_was_used_last_is_forgotten_last():
+    limiter = KeyedLimiter(LimitConfig(rate=1, burst=10, max_keys=2), Clock())
+    for name in ("a", "b", "a", "c"):
+        limiter.take(name, 2)
+    assert set(limiter.limits) == {"a", "c"}
+
+
+def test_a_window_holds_its_rate_times_its_length():
+    limit = LimitConfig(kind="window", rate=2, seconds=5).limit()
+    assert limit.take(11, 0) == math.inf and limit.take(10, 0) == 0 and limit.take(1, 4) == 1
+
+
+def test_whom_a_request_counts_for():
+    def key(host: str | None, given: str = "") -> str:
+        headers = [(b"authorization", given.encode())] if given else []
+        return key_of(Request({"type": "http", "headers": headers, "client": host and (host, 5)}))
+
+    assert key("10.0.0.1") == key("10.0.0.1") != key("10.0.0.2") != key(None)
+    assert key("10.0.0.1", "Bearer a") == key("10.0.0.2", "Bearer a") != key("10.0.0.1", "Bearer b")
+    assert key("10.0.0.2", "host 10.0.0.1") != key("10.0.0.1")  # nobody spends what is another's by writing his name
+    assert "Bearer" not in key("10.0.0.1", "Bearer a")
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(b"application/json", 16), (b"text/event-stream", 0)])
+def test_of_an_answer_no_more_is_kept_than_is_read(kind, kept):
+    passed = []
+
+    async def send(message: dict) -> None:
+        passed.append(message)
+
+    async def run() -> int:
+        answer = Overheard(send, most=10)
+        await answer({"type": "http.response.start", "status": 200, "headers": [(b"Content-Type", kind)]})
+        for _ in range(5):
+            await answer({"type": "http.response.body", "body": b"12345678", "more_body": True})
+        return len(answer.body)
+
+    assert asyncio.run(run()) == kept and len(passed) == 6
 
 
 def test_the_cost_of_a_request_is_known_before_it_runs():

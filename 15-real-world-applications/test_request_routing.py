@@ -1,7 +1,10 @@
 """Tests of request_routing: the cascade's cost and quality against sums by hand, and when it beats a coin."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from sklearn.isotonic import IsotonicRegression
 
 from chat_endpoint import Reply
@@ -145,12 +148,47 @@ def test_a_cascade_asks_the_large_model_only_where_the_small_one_is_not_sure():
         ((-0.1, -0.2), "stop", "S"),
         ((-0.1, -2.0), "stop", "L"),
         ((-0.1,), "length", "L"),
+        ((0.0, np.log(0.5)), "stop", "L"),
     ):
         one = Cascade(Fixed("small", "S", logprobs, reason), large, np.exp, 0.7)
         assert one.chat(CHAT, max_tokens=9).text == answer
         assert (one.n_asked, one.n_escalated) == (1, int(answer == "L"))
         assert one.small.asked == [{"max_tokens": 9, "logprobs": True}]
-    assert large.asked == [{"max_tokens": 9}] * 2 and one.name == "small, then large"
+    assert large.asked == [{"max_tokens": 9}] * 3 and one.name == "small, then large"
+
+
+def test_a_chance_at_the_threshold_is_enough_and_its_log_probabilities_are_asked_for_whatever_the_caller_wants():
+    one = Cascade(Fixed("small", "S", (-1.0,)), Fixed("large", "L"), lambda score: 0.7, 0.7)
+    assert one.chat(CHAT, logprobs=False).text == "S" and one.small.asked == [{"logprobs": True}]
+
+
+def test_halves_are_drawn_and_share_no_question():
+    data = drawn(0, 101)
+    columns = [data.score, data.right_small, data.right_large, data.cost_small, data.cost_large]
+    one, other = halves(data, 0)
+    assert (len(one), len(other)) == (50, 51) and len({*data.score}) == 101
+    assert sorted([*one.score, *other.score]) == sorted(data.score) and {*one.score} != {*data.score[:50]}
+    rows = set(zip(*columns, strict=True))  # a question stays whole
+    for half in (one, other):
+        own = [getattr(half, name) for name in Answered.__dataclass_fields__]
+        assert set(zip(*own, strict=True)) <= rows
+    assert {*halves(data, 1)[0].score} != {*one.score}
+
+
+class Weighing:
+    """An endpoint of so many weights, whose answers have 2 tokens for a prompt of 3."""
+
+    def __init__(self, n_weights: int, text: str) -> None:
+        self.served = SimpleNamespace(model=torch.nn.Linear(n_weights, 1, bias=False))
+        self.text = text
+
+    def chat_all(self, chats, **settings) -> list[Reply]:
+        return [Reply(self.text, "stop", 3, 2, 0.1, (-1.0, -2.0)) for _ in chats]
+
+
+def test_an_answer_costs_its_weights_for_every_token_of_prompt_and_answer():
+    data = ask_both(Weighing(7, "no"), Weighing(100, "neither"), 2, 0)
+    assert set(data.cost_small) == {7 * 5} and set(data.cost_large) == {100 * 5} and set(data.score) == {-2.0}
 
 
 def test_scores_of_an_answer():

@@ -1,5 +1,7 @@
 """Tests of semantic_cache: tenants, ages, sizes, and wrong hits counted in a world whose meanings are known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from semantic_cache import (
     CachedEndpoint,
     Questions,
     SemanticCache,
+    WordingBatches,
     best_possible,
     choose_threshold,
     names_of,
@@ -55,8 +58,41 @@ def test_close_and_different():
 def test_a_nearer_question_with_other_names_hides_no_farther_one():
     cache = SemanticCache(word_vectors, CacheConfig(threshold=0.3))
     cache.put("a", HILL, "Lund")
-    cache.put("a", "Where does old Ben King live now?", "Kiel")
-    assert cache.get("a", BEN).answer == "Kiel"
+    far = "Where does old Ben King really live now?"
+    cache.put("a", far, "Kiel")
+    asked, near, farther = word_vectors([BEN, HILL, far])
+    assert asked @ near > asked @ farther > 0.3 and cache.get("a", BEN).answer == "Kiel"
+
+
+def test_a_cosine_at_the_threshold_is_enough():
+    cache = SemanticCache(lambda texts: np.eye(2, dtype=np.float32)[[len(texts[0]) % 2]], CacheConfig(threshold=0.0))
+    cache.put("a", "even", "four")
+    assert cache.get("a", "odd").answer == "four"
+
+
+def test_equal_letters_of_other_names_are_another_question():
+    for threshold in (0.5, 2.0):
+        cache = SemanticCache(word_vectors, CacheConfig(threshold=threshold))
+        cache.put("a", "Is Bill paid?", "He is.")
+        assert cache.get("a", "Is bill paid?") is None and cache.get("a", "is Bill paid").answer == "He is."
+
+
+def test_exact_text_alone_needs_no_vector():
+    asked = []
+    cache = SemanticCache(lambda texts: asked.extend(texts) or word_vectors(texts), CacheConfig(threshold=2.0))
+    cache.put("a", BEN, "Kiel")
+    assert cache.get("a", HILL) is None and cache.get("a", BEN) and asked == [BEN]
+
+
+def test_tenants_that_ask_or_are_answered_are_remembered():
+    cache = SemanticCache(word_vectors, CacheConfig(threshold=2.0, max_tenants=2))
+    for use in (lambda: cache.get("a", "one"), lambda: cache.put("a", "two", "a")):
+        for tenant in ("a", "b"):
+            cache.put(tenant, "one", tenant)
+        use()
+        cache.put("c", "one", "c")
+        assert set(cache.shelves) == {"a", "c"}
+        cache.put("a", "one", "a")
 
 
 def test_names_are_capitals_and_numbers():
@@ -178,6 +214,31 @@ def test_the_threshold_is_the_smallest_that_keeps_the_promise():
     chosen = choose_threshold(word_vectors, stream, config, 1.0, (0.5, 0.7, 0.9))
     assert chosen == 0.5
     assert choose_threshold(word_vectors, stream, config, 0.0, (0.5, 0.9)) == 2.0  # no number of hits proves 0
+
+
+def test_the_first_threshold_that_breaks_the_promise_ends_the_search(monkeypatch):
+    bounds = {0.9: 0.01, 0.8: 0.5, 0.7: 0.01}
+    looked = []
+
+    def known(embed, config, stream):
+        looked.append(config.threshold)
+        return SimpleNamespace(wrong_bound=bounds[config.threshold])
+
+    monkeypatch.setattr("semantic_cache.worth", known)
+    assert choose_threshold(word_vectors, [], CacheConfig(), 0.1, (0.7, 0.9, 0.8)) == 0.9 and looked == [0.9, 0.8]
+
+
+def test_training_pairs_are_two_wordings_of_each_question_and_never_the_new_one():
+    questions, seen = Questions(False), []
+    encoder = SimpleNamespace(config=SimpleNamespace(batch_size=12), tokenizer=SimpleNamespace(pad_id=0))
+    encoder.rows = lambda texts: seen.append(texts) or [[1]] * len(texts)
+    batches = WordingBatches(questions, encoder, 0)
+    for step in range(40):
+        keys = batches(step)["groups"].tolist()
+        assert len(set(keys)) == 12
+        for key, *pair in zip(keys, *seen, strict=True):
+            assert len(set(pair)) == 2 and set(pair) <= {*questions.wordings(key)[:-1]}
+        seen.clear()
 
 
 def test_words_alone_mix_names_up_and_equal_names_leave_what_is_asked_of_them():
