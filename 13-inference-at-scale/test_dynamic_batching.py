@@ -6,7 +6,15 @@ import random
 import pytest
 import torch
 
-from dynamic_batching import BatchRule, CountedClock, CountedEngine, ProcessClock, StepCost, serve_arrivals
+from dynamic_batching import (
+    BatchRule,
+    CountedClock,
+    CountedEngine,
+    ProcessClock,
+    StepCost,
+    plot_batches,
+    serve_arrivals,
+)
 from modern_llm_architectures import CausalLM, ModelConfig
 from serving_bench import Job, naive_answers
 from serving_engine import Engine, EngineConfig
@@ -106,3 +114,20 @@ def test_who_joins_needs_a_row_that_is_free() -> None:
         0,
         0,
     ]
+
+
+@pytest.mark.parametrize("clock", [CountedClock(SECOND), ProcessClock()])
+def test_waiting_for_what_is_past_turns_no_clock_back(clock) -> None:
+    clock.wait_until(50.0)
+    assert 50 <= clock.now < 60
+    clock.wait_until(3.0)
+    assert clock.now >= 50
+
+
+def test_the_picture_shows_rows_kept_for_nobody_only_where_there_are_some() -> None:
+    found = {name: served(rule, (3, 1, 2), (0, 0, 1)) for name, rule in (("at once", AT_ONCE), ("joins", CONTINUOUS))}
+    kept = [
+        [tuple(line.get_segments()[0][:, 0]) for line in axis.collections if line.get_label() == "row kept, empty"]
+        for axis in plot_batches(found).axes
+    ]
+    assert kept == [[(3, 3), (1, 3), (5, 5)], []]  # B's row is kept until A has its third token

@@ -1,6 +1,7 @@
 """Tests of engine_thread: answers equal the engine's own, aborts and slow readers give blocks back, a dead engine."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from engine_requests import Overloaded, RequestOutput, RequestParams
-from engine_thread import Answer, EngineDead, EngineThread, SlowReader
+from engine_thread import Answer, EngineDead, EngineThread, SlowReader, settle
 from llm_config import ModelConfig
 from modern_llm_architectures import CausalLM
 from serving_engine import Engine, EngineConfig
@@ -247,3 +248,69 @@ def test_each_choice_has_a_buffer_of_its_own_size() -> None:
     assert answer.failure is None
     answer.put(RequestOutput(next(iter(answer.choices)), [1], "a"))
     assert isinstance(answer.failure, SlowReader) and "12 pieces" in str(answer.failure)
+
+
+def test_an_answer_that_is_closed_has_ended() -> None:
+    async def ask(thread: EngineThread):
+        answer = await thread.submit(PROMPTS[0], [LONG])
+        await anext(answer)
+        answer.close()
+        return await whole(answer)
+
+    assert all(reason is None for _, _, reason in with_thread(ask).values())
+
+
+def test_a_failure_while_a_request_is_queued_ends_the_thread() -> None:
+    """What is wrong with a request is its own; everything else is the engine's."""
+
+    def fail(*args) -> None:
+        raise RuntimeError("torn")
+
+    async def ask(thread: EngineThread):
+        thread.engine.add_choices = fail
+        with pytest.raises(EngineDead, match="RuntimeError: torn"):
+            await thread.submit(PROMPTS[0], [GREEDY])
+        assert not thread.alive
+
+    with_thread(ask)
+
+
+def test_a_thread_is_alive_from_its_start_until_it_is_told_to_stop() -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    class Waiting(Breaking):
+        def step(self):
+            entered.set()
+            gate.wait(60)
+            return super().step()
+
+    thread = EngineThread(Waiting(RuntimeError()))
+    assert not thread.alive
+
+    async def ask():
+        thread.start()
+        assert thread.alive
+        await thread.submit(PROMPTS[0], [GREEDY])
+        await until(entered.is_set)
+        stopping = asyncio.create_task(thread.stop())
+        await asyncio.sleep(0)
+        assert not thread.alive and thread.thread.is_alive()  # its step goes on
+        gate.set()
+        await stopping
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
+def test_nobody_is_told_what_he_cannot_hear() -> None:
+    async def ask():
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        settle(future, None)
+        settle(future, ValueError())
+        assert future.cancelled()
+
+    asyncio.run(ask())
+    thread = EngineThread(small_engine())
+    thread.loop = asyncio.new_event_loop()
+    thread.loop.close()
+    thread.tell(ask)

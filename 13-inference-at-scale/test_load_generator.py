@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from load_generator import (
     percentiles,
     report_of,
     run_load,
+    watch_server,
 )
 from served_model import load_served_model
 from server import GracefulServer, background_server
@@ -75,6 +77,7 @@ def test_arrivals_are_a_poisson_process() -> None:
     counts = np.bincount(np.floor(arrivals(config, seed=3)).astype(int))[:-1]
     assert counts.var() / counts.mean() == pytest.approx(1, abs=0.25)  # the mark of Poisson counts; even gaps give 0
     assert arrivals(config, 3) == arrivals(config, 3) != arrivals(config, 4)
+    assert arrivals(config, 3)[0] == 0.0
 
 
 def test_requests_are_mixed_in_length_and_repeatable() -> None:
@@ -99,7 +102,7 @@ def test_a_report_of_records_known_beforehand() -> None:
     ]
     others = [Record(due=3.5, last=3.6, outcome="refused"), Record(due=4.0, last=5.0)]
     config = LoadConfig(ttft_limit=0.5, tpot_limit=0.2)
-    report = report_of(LoadRun(ok + others, seconds=5.0, in_system=[(0, 1), (1, 2), (3, 0), (5, 9)]), config)
+    report = report_of(LoadRun(ok + others, seconds=5.0, in_system=[(7, 1), (8, 2), (10, 0), (12, 9)]), config)
     assert (report.n_ok, report.n_refused, report.n_failed) == (4, 1, 1)
     assert report.ttft["p50"] == pytest.approx((0.2 + 0.1) / 2)
     assert report.tpot["p50"] == pytest.approx(0.1) and report.tpot["p99"] == pytest.approx(0.1 + 0.98 * 0.4)
@@ -124,6 +127,7 @@ def test_little_holds_for_any_records_when_the_system_is_empty_at_both_ends() ->
 def test_percentiles_of_nothing_are_no_number() -> None:
     assert all(math.isnan(value) for value in percentiles([]).values())
     assert percentiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
+    assert percentiles([*map(float, range(101))]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
 
 
 # Against the server
@@ -141,6 +145,10 @@ def test_every_request_is_answered_with_the_length_that_was_asked_for(server, ki
         assert record.due <= record.sent <= record.first <= record.last
     if kind == "closed":
         assert max(n for _, n in run.in_system) <= 3
+    else:  # due when the dice said, whenever the loop came to send
+        dues = sorted(record.due for record in run.records)
+        assert np.subtract(dues, dues[0]) == pytest.approx(arrivals(config, 2), abs=1e-6)
+        assert all(record.sent >= record.due for record in run.records)
     assert 0 < report.mean_in_system <= 10
 
 
@@ -243,6 +251,65 @@ def answering(data: bytes):
     return asyncio.start_server(serve, "127.0.0.1", 0)
 
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_hints_before_an_answer_are_passed_over() -> None:
+    async def ask() -> tuple[int, bytes]:
+        hints = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
+        async with await answering(hints + OK) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with call(f"http://127.0.0.1:{port}", "GET", "/") as reply:
+                return reply.status, await reply.body()
+
+    assert asyncio.run(ask()) == (200, b"ok")
+
+
+@pytest.mark.parametrize(
+    ("url", "where"),
+    [
+        ("https://a", ("a", 443, True)),
+        ("http://a", ("a", 80, None)),
+        ("https://a:8", ("a", 8, True)),
+        ("http://[::1]:9", ("::1", 9, None)),
+    ],
+)
+def test_where_a_request_goes(url: str, where: tuple, monkeypatch) -> None:
+    async def refused(host: str, port: int, ssl: bool | None) -> None:
+        raise ConnectionRefusedError((host, port, ssl))
+
+    async def ask() -> None:
+        async with call(url, "GET", "/"):
+            pass
+
+    monkeypatch.setattr(asyncio, "open_connection", refused)
+    with pytest.raises(NoAnswer, match=re.escape(repr(where))):
+        asyncio.run(ask())
+
+
+def test_a_request_as_it_is_sent() -> None:
+    """With the path of the address before its own, and closed by the client when it has what it wants."""
+
+    async def ask() -> bytes:
+        sent = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            said = await reader.readuntil(b"\r\n\r\nbody")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n")
+            sent.set_result(said + await reader.read())  # until the client closes
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with call(f"http://127.0.0.1:{port}/base", "POST", "/x?y=%20", b"body", {"A": "\xe9"}) as reply:
+                pass
+            assert reply.status == 200
+            return (await asyncio.wait_for(sent, 30)).replace(b":%d\r\n" % port, b"\r\n")
+
+    head = b"POST /base/x?y=%20 HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: 4\r\na: \xe9"
+    assert asyncio.run(ask()) == head + b"\r\n\r\nbody"
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -314,3 +381,36 @@ def test_the_first_text_is_timed_once_and_the_last_at_the_end(monkeypatch) -> No
     record = asyncio.run(one_request(LoadConfig(), b"{}", Record(due=0.5)))
     assert (record.sent, record.first, record.last, record.n_tokens, record.outcome) == (1.0, 2.0, 5.0, 3, "ok")
     assert (record.ttft, record.tpot, record.latency) == (1.5, 1.5, 4.5)
+
+
+def test_an_error_in_a_stream_and_a_server_that_leaves_are_told_apart() -> None:
+    body = b'data: {"error": {"message": "no room"}}\n\ndata: [DONE]\n\n'
+    wanted = {
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body: ("failed", "no room"),
+        b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno": ("refused", "503 no"),
+        b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno": ("refused", "429 no"),
+        b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno": ("failed", "500 no"),
+    }
+
+    async def ask(data: bytes) -> Record:
+        async with await answering(data) as server:
+            config = LoadConfig(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return await one_request(config, b"{}", Record(0.0))
+
+    found = {data: asyncio.run(ask(data)) for data in wanted}
+    assert {data: (record.outcome, record.reason) for data, record in found.items()} == wanted
+
+
+def test_the_servers_own_account_is_what_runs_and_what_waits() -> None:
+    async def watch(text: bytes) -> list[float]:
+        seen: list[tuple[float, float]] = []
+        async with await answering(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text) as server:
+            config = LoadConfig(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            watching = asyncio.create_task(watch_server(config, seen))
+            while not seen and not watching.done():
+                await asyncio.sleep(0.002)
+            watching.cancel()
+            return [value for _, value in seen]
+
+    assert asyncio.run(watch(b"course_running 3.0\ncourse_waiting 4.0\ncourse_blocks 9.0\n")) == [7.0]
+    assert asyncio.run(watch(b"other_running 3.0\n")) == []  # somebody else's: not asked again
