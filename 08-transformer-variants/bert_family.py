@@ -109,7 +109,7 @@ class BertTrunk(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config, d_embedding = config, config.d_embedding
-        self.token_emb = nn.Embedding(config.vocab_size, d_embedding)
+        self.token_emb = nn.Embedding(config.vocab_size, d_embedding, padding_idx=config.pad_id)  # learns from no lookup
         self.pos_emb = LearnedPositions(d_embedding, self.first_position + config.max_seq_len)
         self.segment_emb = nn.Embedding(config.n_segments, d_embedding)
         self.emb_norm, self.dropout = LayerNorm(d_embedding), nn.Dropout(config.dropout)
@@ -129,7 +129,7 @@ class BertTrunk(nn.Module):
         """The blocks in the order in which they run."""
         return list(self.blocks)
 
-    def add_positions(self, x: Tensor, real: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x (batch, seq, d_embedding) plus the embedding of every position; padding counts as a position."""
         return self.pos_emb(x)
 
@@ -139,12 +139,12 @@ class BertTrunk(nn.Module):
         segment_ids = torch.zeros_like(token_ids) if segment_ids is None else segment_ids  # (batch, seq)
         if not token_ids.is_meta:
             check_token_ids(segment_ids, self.config.n_segments)
-        mask = None if real is None else real[:, None, None, :]  # none is quicker than one that is True everywhere
-        if real is None:
-            real = torch.ones_like(token_ids, dtype=torch.bool)  # (batch, seq)
-        check_real(real, tuple(token_ids.shape))
+        mask = None  # quicker than one that is True everywhere
+        if real is not None:
+            check_real(real, tuple(token_ids.shape))
+            mask = real[:, None, None, :]  # (batch, 1, 1, seq)
         x = self.token_emb(token_ids) + self.segment_emb(segment_ids)  # (batch, seq, d_embedding)
-        x = self.dropout(self.emb_norm(self.add_positions(x, real)))  # (batch, seq, d_embedding)
+        x = self.dropout(self.emb_norm(self.add_positions(x, token_ids)))  # (batch, seq, d_embedding)
         x = self.emb_proj(x)  # (batch, seq, d_model)
         for block in self.layers():
             x = block(x, mask)  # (batch, seq, d_model)
@@ -358,15 +358,16 @@ class RobertaTrunk(BertTrunk):
     def first_position(self) -> int:
         return self.config.pad_id + 1
 
-    def add_positions(self, x: Tensor, real: Tensor) -> Tensor:
-        positions = (real.long().cumsum(dim=1) * real) + self.config.pad_id  # (batch, seq)
-        return x + self.pos_emb.weight[positions]  # (batch, seq, d_embedding)
+    def add_positions(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        real = (token_ids != self.config.pad_id).long()  # (batch, seq)
+        positions = real.cumsum(dim=1) * real + self.config.pad_id  # (batch, seq)
+        return x + F.embedding(positions, self.pos_emb.weight, self.config.pad_id)  # (batch, seq, d_embedding)
 
 
 class RobertaForMaskedLM(BertForMaskedLM):
     """RoBERTa: BERT's architecture, trained longer on masked tokens alone.
 
-    Where `real` is left out, it is derived from pad_id, as Hugging Face derives the positions. In its files
+    Positions are counted by pad_id, as Hugging Face does; who is attended to, `real` alone says. In files
     max_position_embeddings counts the unused places too: max_seq_len + pad_id + 1.
     """
 
@@ -379,9 +380,6 @@ class RobertaForMaskedLM(BertForMaskedLM):
     tied: ClassVar[tuple[str, ...]] = ("lm_head.decoder.weight",)
     other_heads: ClassVar[tuple[str, ...]] = (r"roberta\.pooler\..*",)
     absent: ClassVar[dict[str, Any]] = {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
-
-    def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        return super().forward(token_ids, segment_ids, token_ids != self.config.pad_id if real is None else real)
 
     @classmethod
     def config_of(cls, config: dict, tensors: dict[str, Tensor]) -> RobertaConfig:

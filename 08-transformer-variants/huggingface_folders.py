@@ -264,7 +264,7 @@ class FolderModel(nn.Module):
     `config_names`, `fixed`: see config_from_file. `absent`: what a folder means that leaves a setting out, where this
     is not our default. `aliases`: second names of settings in files, which count where both are given, as they do for
     Hugging Face. `layout(config)`: the tensors. Dropout rates that a folder gives separately for attention and for the
-    rest become the one rate of our configs. Hugging Face's lookups of pad_id send its embedding no gradient, ours do.
+    rest become the one rate of our configs.
     """
 
     model_type: ClassVar[str]

@@ -419,7 +419,7 @@ class Bart(EncoderDecoder):
         self.config = config
         sizes = (config.d_model, config.n_heads, config.d_ff, config.dropout, "post", "gelu")
         n_positions = self.unused_positions + config.max_seq_len
-        self.token_emb = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_emb = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_id)
         self.src_pos_emb, self.tgt_pos_emb = (LearnedPositions(config.d_model, n_positions) for _ in range(2))
         self.src_norm, self.tgt_norm = LayerNorm(config.d_model), LayerNorm(config.d_model)
         self.encoder_blocks = nn.ModuleList(EncoderLayer(*sizes) for _ in range(config.n_encoder_layers))

@@ -87,7 +87,7 @@ def roberta_positions() -> float:
     return largest_gap(model(padded, real=real)[:, 3:], model(text, real=torch.ones_like(text, dtype=torch.bool)))
 
 
-def counted_from_zero(self: bert_family.BertTrunk, x: Tensor, real: Tensor) -> Tensor:
+def counted_from_zero(self: bert_family.BertTrunk, x: Tensor, token_ids: Tensor) -> Tensor:
     return x + self.pos_emb.weight[: x.shape[1]]
 
 
