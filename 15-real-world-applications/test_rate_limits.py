@@ -96,6 +96,8 @@ def test_a_fixed_window_admits_twice_its_limit_in_a_moment():
     steps = [(Fraction(9, 10), 10), (Fraction(1, 10), 10)]
     assert most_in_a_window(run(FixedWindow(10, 1), steps), 1) == 20
     assert most_in_a_window(run(SlidingWindow(10, 1), steps), 1) == 10
+    fixed = FixedWindow(10, 1)
+    assert fixed.take(10, 0.5) == 0 and not fixed.idle(0.9) and fixed.idle(1.0)
 
 
 @pytest.mark.parametrize("limit", [TokenBucket(1, 10), SlidingWindow(10, 10)])
@@ -292,6 +294,16 @@ def test_a_request_that_the_server_refuses_costs_nothing():
     for _ in range(5):
         assert client.post("/v1/chat/completions", json=BODY | {"bad": True}, headers=A).status_code == 400
     assert client.post("/v1/chat/completions", json=BODY, headers=A).status_code == 200
+
+
+def test_only_work_costs_and_what_cannot_be_read_costs_its_length():
+    limiter = KeyedLimiter(LimitConfig(rate=1, burst=1), Clock())
+    client, _ = application(limiter)
+    assert client.get("/v1/chat/completions", headers=A).status_code == 405  # asked of the application
+    assert client.post("/other", json=BODY, headers=A).status_code == 404 and not limiter.limits
+    limited = RateLimited(None, limiter)
+    assert [limited.cost(body) for body in (b"x" * 90, b"x" * 91, b"[1]", b"[" * 3000)] == [30, 31, 1, 1000]
+    assert [limited.refusal(5, wait).headers["Retry-After"] for wait in (0.2, 1, 1.5)] == ["1", "1", "2"]
 
 
 def test_many_at_once_are_charged_before_they_run():

@@ -1,5 +1,7 @@
 """Tests of request_log: nothing that was said is written, and percentiles from five numbers are near the true ones."""
 
+import asyncio
+import contextlib
 import json
 import threading
 
@@ -39,6 +41,16 @@ def test_equal_questions_have_equal_hashes_under_one_key_alone(tmp_path):
     assert one.hash_of("\ud800")  # half a pair of surrogates is text for Python
 
 
+def test_a_question_is_its_whole_conversation_and_its_time_what_the_caller_measured(tmp_path):
+    log = RequestLog(tmp_path / "log.jsonl")
+    log.write(MESSAGES, REPLY, seconds=2.5)
+    log.write([{"role": "system", "content": "Be brief."}, *MESSAGES], REPLY)
+    log.write(MESSAGES, REPLY)
+    one, two, three = lines(log.path)
+    assert one["question"] == three["question"] != two["question"] and (one["n_messages"], two["n_messages"]) == (1, 2)
+    assert [line["seconds"] for line in (one, two, three)] == [2.5, 0.25, 0.25]
+
+
 def test_contents_are_written_only_where_they_are_asked_for(tmp_path):
     log = RequestLog(tmp_path / "log.jsonl", contents=True)
     log.write(MESSAGES, REPLY)
@@ -48,7 +60,9 @@ def test_contents_are_written_only_where_they_are_asked_for(tmp_path):
 def test_a_line_stays_one_line_whatever_was_said(tmp_path):
     log = RequestLog(tmp_path / "log.jsonl", contents=True)
     log.write([{"role": "user", "content": 'a\r\n{"time": 0}\x1b[2J\u2028'}], REPLY)
-    assert log.path.read_bytes().count(b"\n") == 1 and b"\x1b" not in log.path.read_bytes()
+    log.write([{"role": "user", "content": "half a pair \ud800"}], REPLY, error="x" * 1000)
+    assert log.path.read_bytes().count(b"\n") == 2 == len(log.path.read_text().splitlines())
+    assert b"\x1b" not in log.path.read_bytes() and len(lines(log.path)[1]["error"]) == 200
 
 
 def test_errors_are_counted(tmp_path):
@@ -64,7 +78,8 @@ def test_the_file_is_put_aside_when_it_is_full(tmp_path):
     log = RequestLog(tmp_path / "log.jsonl", max_bytes=600)
     for _ in range(6):
         log.write(MESSAGES, REPLY)
-    assert log.path.stat().st_size <= 600 and len(lines(tmp_path / "log.jsonl.1")) >= 1
+        assert log.path.stat().st_size <= 600
+    assert len(lines(tmp_path / "log.jsonl.1")) >= 1
     with pytest.raises(ValueError, match="max_bytes"):
         RequestLog(max_bytes=0)
 
@@ -119,6 +134,20 @@ def test_few_values_are_exact():
         assert sketch.value() == pytest.approx(np.quantile([5.0, 1.0, 3.0, 2.0][:count], 0.9))
 
 
+@pytest.mark.parametrize("q", [0.02, 0.5, 0.95])
+def test_the_five_numbers_stay_in_order_whatever_comes(q):
+    rng = np.random.default_rng(0)
+    for values in (rng.random(200), range(200), range(200, 0, -1), rng.integers(0, 3, 200), [5, 1] * 100, [7] * 50):
+        sketch, seen = QuantileSketch(q), []
+        for value in values:
+            sketch.add(value)
+            seen.append(value)
+            if len(seen) >= 5:
+                assert sketch.heights == sorted(sketch.heights) and np.all(np.diff(sketch.places) >= 1)
+                assert (sketch.heights[0], sketch.heights[4]) == (min(seen), max(seen))
+                assert (sketch.places[0], sketch.places[4]) == (1, len(seen))
+
+
 def test_equal_values_stay_what_they_are():
     sketch = QuantileSketch(0.95)
     for _ in range(100):
@@ -167,3 +196,34 @@ def test_every_request_is_a_line(tmp_path):
     assert one["bytes"] > 20 and two["error"] in ("RuntimeError", "status 500") and "id" not in two
     assert (three["route"], three["status"], three["error"]) == ("other", 404, "status 404")
     assert "card" not in log.path.read_text() and "hidden" not in log.path.read_text()
+
+
+def observed(tmp_path, method: str, *messages: dict, error: Exception | None = None) -> dict:
+    """The line of a request to an application that sends these messages, and then fails."""
+    log = RequestLog(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl")
+
+    async def app(scope, receive, send) -> None:
+        for message in messages:
+            await send(message)
+        if error is not None:
+            raise error
+
+    async def nothing(*args) -> None:
+        return
+
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        scope = {"type": "http", "method": method, "path": "/v1/completions", "headers": []}
+        asyncio.run(Observed(app, log)(scope, nothing, nothing))
+    (line,) = lines(log.path)
+    return line
+
+
+def test_all_pieces_of_an_answer_count_and_what_failed_fails_on(tmp_path):
+    start = {"type": "http.response.start", "status": 200, "headers": []}
+    pieces = [{"type": "http.response.body", "body": b"x" * n, "more_body": True} for n in (3, 4)]
+    line = observed(tmp_path, "POST", start, *pieces)
+    assert (line["status"], line["bytes"]) == (200, 7) and "error" not in line
+    line = observed(tmp_path, "M" * 5000, start, error=RuntimeError(SECRET))
+    assert (line["error"], line["status"], line["method"]) == ("RuntimeError", 200, "M" * 10)
+    line = observed(tmp_path, "POST")  # its client left
+    assert (line["status"], line["error"]) == (499, "status 499") and "first" not in line
