@@ -172,7 +172,7 @@ def served() -> ServedModel:
 
 @pytest.fixture(scope="module")
 def server(served) -> Iterator[Running]:
-    with running(served, ServerConfig(log=True)) as found:
+    with running(served) as found:
         yield found
 
 
@@ -702,22 +702,17 @@ def test_ids_of_requests_are_kept_if_they_are_harmless(server) -> None:
         assert re.fullmatch(r"[0-9a-f]{32}", ask(server, "GET", "/health", X_Request_Id=strange)[1]["x-request-id"])
 
 
-def test_markup_and_control_characters_stay_data(server, capsys) -> None:
+def test_markup_and_control_characters_stay_data(served, capsys) -> None:
     evil = "</script><script>alert(1)</script>\x1b[2J\r\nHTTP/1.1 200 OK ![x](http://evil.example/?q=1)"
-    status, headers, body = ask(server, "POST", "/v1/chat/completions", CHAT | {"model": evil})
+    with running(served, ServerConfig(log=True)) as logging:
+        status, headers, body = ask(logging, "POST", "/v1/chat/completions", CHAT | {"model": evil})
+        ask(logging, "GET", "/%1b%5b2J%0d%0aINJECTED%20200")
     assert status == 404 and headers["content-type"] == "application/json"
     assert b"\x1b" not in body and b"\r" not in body and b"\n" not in body
-    ask(server, "GET", "/%1b%5b2J%0d%0aINJECTED%20200")
-    seen: list[str] = []
-
-    def written() -> bool:
-        seen.append(capsys.readouterr().err)
-        return "INJECTED" in "".join(seen)
-
-    until(written)
-    lines = [json.loads(line) for line in "".join(seen).splitlines()]
-    assert [line["path"] for line in lines if "INJECTED" in line["path"]] == ["/\x1b[2J\r\nINJECTED 200"]
-    assert "\x1b" not in "".join(seen)
+    written = capsys.readouterr().err  # a server that has ended writes no more
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [line["path"] for line in lines] == ["/v1/chat/completions", "/\x1b[2J\r\nINJECTED 200"]
+    assert "\x1b" not in written
 
 
 def test_routes_that_clients_make_up_do_not_become_labels(server) -> None:
