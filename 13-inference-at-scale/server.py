@@ -332,8 +332,7 @@ class Service:
         room = self.max_context - len(prompt)
         if room < 1 or wanted.longest(room) > room:
             raise self.too_long(len(prompt), wanted)
-        tenant = "" if self.key_digest is None else self.key_digest.hex()[:16]
-        return wanted.params(self.served.model.config.vocab_size, room, tenant, constraint)
+        return wanted.params(self.served.model.config.vocab_size, room, constraint)
 
     def too_long(self, n_prompt: int, wanted: CompletionRequest | ChatRequest, qualifier: str = "") -> ApiError:
         n_new = max(wanted.longest(self.max_context - n_prompt), 1)

@@ -2,7 +2,7 @@
 
     content = read_object(body)                              # bytes -> dict, or ApiError(400)
     request = checked(ChatRequest, content)                  # every field of the right type, none unknown
-    params = request.params(vocab_size, room, tenant="")     # engine_requests.RequestParams
+    params = request.params(vocab_size, room)                # engine_requests.RequestParams
 
 Python's json module and pydantic's defaults are made for friendly senders: they read NaN, Infinity and 1e999, UTF-16,
 the second of two equal keys, `true` as 1 and "1" as 1. Here each of these is an error that names the field.
@@ -209,9 +209,7 @@ class GenerationRequest(Strict):
     def n_logprobs(self) -> int:
         raise ValueError("a request is a completion or a chat completion")
 
-    def params(
-        self, vocab_size: int, room: int, tenant: str = "", constraint: Constraint | None = None
-    ) -> list[RequestParams]:
+    def params(self, vocab_size: int, room: int, constraint: Constraint | None = None) -> list[RequestParams]:
         """What the engine is asked for, one for each choice; with a seed, choice i draws with seed + i.
 
         room: new tokens that fit behind the prompt. Raises ApiError for a biased id that the model does not have.
@@ -237,7 +235,7 @@ class GenerationRequest(Strict):
             "ignore_eos": self.ignore_eos,
             "logprobs": self.n_logprobs(),
         }
-        shared = {"logit_bias": bias, "stop": stop, "constraint": constraint, "tenant": f"{tenant}/{self.user}"}
+        shared = {"logit_bias": bias, "stop": stop, "constraint": constraint, "tenant": self.user}
         return [RequestParams(seed=seed, **settings, **shared) for seed in seeds]
 
 

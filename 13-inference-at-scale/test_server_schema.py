@@ -241,7 +241,7 @@ def made(kind, **fields) -> RequestParams:
 
 
 def test_defaults_are_those_of_the_api() -> None:
-    assert made(CompletionRequest) == RequestParams(max_tokens=16, temperature=1.0, tenant="/")
+    assert made(CompletionRequest) == RequestParams(max_tokens=16, temperature=1.0, tenant="")
     assert made(ChatRequest).max_tokens == 30  # all the room there is
     assert checked(CompletionRequest, COMPLETION).params(50, room=7)[0].max_tokens == 7
     assert made(ChatRequest, max_completion_tokens=4).max_tokens == made(ChatRequest, max_tokens=4).max_tokens == 4
@@ -253,7 +253,7 @@ def test_zero_temperature_top_k_and_stops() -> None:
     assert made(ChatRequest, stop="end").stop == ("end",)
     assert made(ChatRequest, stop=["a", "b", "c", "d"]).stop == ("a", "b", "c", "d")
     assert made(ChatRequest, stop=[]).stop == ()
-    assert made(ChatRequest, user="ann").tenant != made(ChatRequest, user="bob").tenant
+    assert made(ChatRequest, user="ann").tenant != made(ChatRequest, user="bob").tenant != made(ChatRequest).tenant
 
 
 def test_logprobs_of_both_kinds() -> None:
