@@ -8,6 +8,8 @@ Why so much care: torch.save to the final name leaves half a file when the proce
 safetensors notices a flipped byte, and an unpickled file can run any program (Python's manual on pickle says so).
 """
 
+from interrupts import ENDING
+
 import contextlib
 import hashlib
 import io
@@ -395,15 +397,18 @@ def number(text: str) -> int | float:
 # Signals
 
 
+STOPPING = (signal.SIGINT, *ENDING)  # Ctrl-C, SIGTERM, a closed terminal
+
+
 class StopRequest:
-    """The first SIGTERM or SIGINT, if one came: `signum` is its number, else 0."""
+    """The first signal to end, if one came: `signum` is its number, else 0."""
 
     def __init__(self) -> None:
         self.signum = 0
 
 
 @contextlib.contextmanager
-def stop_requests(signums: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> Iterator[StopRequest]:
+def stop_requests(signums: Iterable[int] = STOPPING) -> Iterator[StopRequest]:
     """Within the block the first signal only sets `signum`, for the loop to save and leave; a second one ends at once.
 
     Outside the main thread, where Python delivers no signals, the block changes nothing.

@@ -1,7 +1,9 @@
 """Topic 07: checkpoints, logs and signals, tried with kill -9, a full disk, flipped bytes and hostile files."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -582,6 +584,20 @@ def test_a_signal_in_mid_step_saves_and_leaves(tmp_path, parity, signum: int, co
     train_tiny(tmp_path / "whole", 11)
     prints = [fingerprint(tmp_path / name) for name in ("run", "whole")]
     parity(f"{signal.Signals(signum).name} and resume", "an uninterrupted run", "trajectory", *prints, 0)
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_closed_terminal_saves_although_nobody_hears_of_it(tmp_path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "the terminal was closed")
+
+    def run() -> None:
+        sys.stderr = Gone()
+        train_tiny(tmp_path, 9, lambda step: (step == 4 and os.kill(os.getpid(), signal.SIGHUP)) or random_batch(step))
+
+    assert exit_code_of(in_child(run)) == 129
+    assert Checkpoints(tmp_path).steps()[-1] == 5
 
 
 def test_a_second_signal_ends_at_once(tmp_path) -> None:

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoints import (
+    STOPPING,
     Checkpoints,
     CsvLog,
     StopRequest,
@@ -419,9 +420,9 @@ def fit(
     schedule: share of the full learning rate at a step, in place of the config's. evaluate: numbers for the log, from
         the averaged weights if there is an average; it cannot disturb the training. floor: the best possible loss.
 
-    With torchrun (see `process_group`) each process takes its share of the rows. SIGTERM and Ctrl-C save and leave
-    after the step at hand. Every number in a row is nats per token, a norm or a count; `loss` is that of the batch.
-    Raises ValueError for a batch without rows, a folder in use or of another run, and a run that diverged.
+    With torchrun (see `process_group`) each process takes its share of the rows. SIGTERM, Ctrl-C and a closed terminal
+    save and leave after the step at hand. Every number in a row is nats per token, a norm or a count; `loss` is that of
+    the batch. Raises ValueError for a batch without rows, a folder in use or of another run, and a run that diverged.
     """
     team = Team.here()
     if config.budget and team.size > 1:
@@ -434,7 +435,7 @@ def fit(
     for group in optimizer.param_groups:
         group.setdefault("base_lr", group["lr"])
     state = TrainingState(model, optimizer, config)
-    signums = (signal.SIGTERM, signal.SIGINT) if out else ()  # with nothing to save, Ctrl-C may end at once
+    signums = STOPPING if out else ()  # with nothing to save, Ctrl-C may end at once
     with Keeper(out, config, header or {}, team) as keeper, stop_requests(signums) as stop:
         team.start_alike(model)
         keeper.start(state, batches)
@@ -600,11 +601,12 @@ class Keeper:
             self.checkpoints.save(state.step, parts)
 
     def leave(self, stop: StopRequest, step: int) -> None:
-        """End as the signal asked: KeyboardInterrupt for Ctrl-C, exit code 143 for SIGTERM."""
+        """End as the signal asked: KeyboardInterrupt for Ctrl-C, code 143 for SIGTERM, 129 for a closed terminal."""
         signum = stop.signum or signal.SIGTERM  # another process of the team got it
         if self.team.rank == 0:
             name = signal.Signals(signum).name
-            print(f"\n{name}: saved step {step} in {shown(self.out)}; go on with --resume", file=sys.stderr)
+            with contextlib.suppress(OSError):  # nobody reads it: the terminal was closed
+                print(f"\n{name}: saved step {step} in {shown(self.out)}; go on with --resume", file=sys.stderr)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def bar(self, first: int) -> tqdm:
@@ -807,11 +809,13 @@ def demo(broken: BreakConfig, model_config: ModelConfig, data: DataConfig, confi
     print_result(rows[-1], whole.out)
     command = [sys.executable, __file__, "train", *flags(model_config, data, config, killed)]
     child, folder = subprocess.Popen(command, stderr=subprocess.DEVNULL), Checkpoints(killed.out)
-    while child.poll() is None and not folder.steps():
-        time.sleep(0.01)
-    time.sleep(0.2)  # somewhere behind the first checkpoint
-    child.kill()
-    child.wait()
+    try:
+        while child.poll() is None and not folder.steps():
+            time.sleep(0.01)
+        time.sleep(0.2)  # somewhere behind the first checkpoint
+    finally:
+        child.kill()
+        child.wait()
     if not folder.steps():
         raise ValueError(f"the second run ended before its first checkpoint; try it alone: {' '.join(command)}")
     print(f"killed the second run; it had saved step {folder.steps()[-1]}")
