@@ -29,7 +29,9 @@ from sharded_checkpoints import (
 from sharded_parallel import Sharded, TensorByHand
 from training_transformers import TrainConfig
 
-MODEL = ModelConfig(51, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_head=6, d_ff=40, max_seq_len=32)
+MODEL = ModelConfig(
+    51, d_model=25, n_layers=2, n_heads=4, n_kv_heads=2, d_head=6, d_ff=41, max_seq_len=32
+)  # no bucket of four equal parts
 TRAINING = TrainConfig(max_steps=4, batch_size=4, warmup_steps=1, learning_rate=3e-3)
 HEADER = {"model": dataclasses.asdict(MODEL), "seed": 0}
 NAMES = ("zero1", "fsdp")
@@ -53,6 +55,13 @@ def whole_state(scheme) -> dict[str, torch.Tensor]:
     return state
 
 
+def parts_of(scheme) -> dict[str, int]:
+    """How many numbers of each tensor that is cut this process has."""
+    return {
+        name: tensor.to_local().numel() for name, tensor in state_tensors(scheme).items() if isinstance(tensor, DTensor)
+    }
+
+
 def train_and_save(team: Team, folder: Path) -> dict:
     results = {}
     for name in NAMES:
@@ -68,7 +77,7 @@ def load_and_save(team: Team, source: Path, target: Path) -> dict:
     for name in NAMES:
         scheme = build(name, team)
         assert load_scheme(ShardedCheckpoints(source / name, team), scheme, HEADER) == 4
-        results[name] = whole_state(scheme)
+        results[name], results[f"{name} parts"] = whole_state(scheme), parts_of(scheme)
         save_scheme(ShardedCheckpoints(target / name, team), scheme, 4, HEADER)
     return results
 
@@ -83,6 +92,8 @@ def test_two_processes_write_one_reads_four_read_bit_for_bit(tmp_path, parity) -
         parity(f"{name}: checkpoint of 2 processes", "read by 1", "exchange", one[name], first[name], 0.0)
         for result in (second, *four):
             parity(f"{name}: 2, then 1 process", "read by 4", "exchange", result[name], first[name], 0.0)
+        for key, n in four[0][f"{name} parts"].items():  # every number is somebody's, and no padding is
+            assert sum(result[f"{name} parts"][key] for result in four) == first[name][key].numel() >= n > 0
     files = sorted(path.name for path in (tmp_path / "four" / "fsdp" / "step-000004").iterdir())
     assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(4)), MANIFEST], "everyone wrote a part"
 
