@@ -221,7 +221,7 @@ class Scheduler:
             if len(self.running) < self.config.max_batch:
                 self.start(follower, self.pool.fork(leader.table), "decode")
                 follower.n_cached = len(follower.row.prompt_ids)
-                follower.shared = leader.shared = True
+                follower.shared = True  # the leader keeps the block: all followers copy it before the next step
                 started.append(follower)
             else:
                 self.line.add(follower)

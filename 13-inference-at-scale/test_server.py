@@ -465,6 +465,14 @@ def test_clients_that_leave_give_their_blocks_back(server, stream: bool) -> None
     assert ask(server, "POST", "/v1/chat/completions", CHAT)[0] == 200
 
 
+def test_a_client_that_leaves_ends_its_request_while_nothing_moves(served) -> None:
+    with running(served) as still:
+        still.engine.may_go.clear()
+        with send(still, post("/v1/completions", LONG)):
+            until(lambda: still.service.in_flight == 1)
+        until(lambda: still.service.in_flight == 0)  # no token had to come for it to be noticed
+
+
 def test_many_clients_at_once_get_each_its_own_answer(server, alone) -> None:
     client, n_clients = server.client(), 200 if FULL else 40
     times: list[float] = []

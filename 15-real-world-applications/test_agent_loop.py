@@ -1,10 +1,12 @@
 """Tests of agent_loop and agent_tasks: what the loop lets happen whatever a policy says, and who answers what."""
 
+import itertools
 import json
 import random
 import re
 from collections.abc import Sequence
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 
@@ -289,6 +291,24 @@ def test_one_run_without_room_does_not_end_the_others():
     agent = Agent(EndpointPolicy(Narrow()), TOOLS)
     runs = run_together(agent, [task.question for task in draw_tasks(VILLAGE, 1, 9)])
     assert [run.reason for run in runs] == ["answered", "answered", FAILED, FAILED]
+
+
+def test_calls_are_counted_also_where_each_run_has_to_ask_for_itself():
+    class Lonely:
+        def chat_all(self, asked: Sequence, **settings: object) -> list[Reply]:
+            if len(asked) > 1:
+                raise ValueError("one at a time")
+            return [Reply(lookup("Ben King"), "stop", 5, 5, 0.1)]
+
+    for run in run_together(Agent(EndpointPolicy(Lonely()), TOOLS, AgentLimits(9)), [QUESTION, "Who?"]):
+        assert (run.reason, len(run.steps)) == (LOOP, 3)
+
+
+def test_the_time_of_a_round_is_shared_by_those_who_took_part(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("agent_loop.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    runs = run_together(Agent(EndpointPolicy(Repeating()), TOOLS, AgentLimits(3)), [QUESTION, "Who?", "Whose?"])
+    assert sum(run.seconds for run in runs) == pytest.approx(3)  # three rounds of a second
 
 
 # The learned policy
