@@ -607,9 +607,8 @@ def plot_batches(
     curve = least * (1 + fewest / least / sizes)
     left.loglog(sizes * curve, curve, color="grey", label="fitted curve")
     for size, found in steps.items():
-        mean = float(np.mean(found))
         left.plot([size * n_steps for n_steps in found], found, "o", color="C0", ms=4)
-        left.annotate(f"{size}", (size * mean, mean), xytext=(5, 4), textcoords="offset points")
+        left.annotate(f"{size}", (size * max(found), max(found)), xytext=(6, -4), textcoords="offset points")
     left.axhline(least, color="black", ls=":", lw=1)
     left.axvline(fewest, color="black", ls=":", lw=1)
     left.set(xlabel="rows to the target", ylabel="steps to the target")

@@ -109,7 +109,7 @@ class BertTrunk(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config, d_embedding = config, config.d_embedding
-        self.token_emb = nn.Embedding(config.vocab_size, d_embedding, padding_idx=config.pad_id)  # learns from no lookup
+        self.token_emb = nn.Embedding(config.vocab_size, d_embedding, padding_idx=config.pad_id)
         self.pos_emb = LearnedPositions(d_embedding, self.first_position + config.max_seq_len)
         self.segment_emb = nn.Embedding(config.n_segments, d_embedding)
         self.emb_norm, self.dropout = LayerNorm(d_embedding), nn.Dropout(config.dropout)

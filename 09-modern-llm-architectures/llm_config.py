@@ -63,7 +63,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for the embedding and the output
     latent: LatentConfig | None = None  # latent attention in place of grouped queries
     experts: ExpertConfig | None = None  # a mixture of experts in place of the feed-forward network
-    pad_id: int = 0  # token that fills batches
+    pad_id: int | None = None  # token that fills batches and learns from no lookup; none: the end's fills
     bos_id: int = 1  # token that begins a document
     eos_id: int = 1  # token that ends it; vocab_size, which no token is, for texts without an end
     more_eos_ids: tuple[int, ...] = ()  # other tokens that end it too, such as the end of a turn in a chat
@@ -73,6 +73,10 @@ class ModelConfig:
         check_range(self, *sizes, least=1)
         check_range(self, "norm_eps", "rope_theta", above=0)
         check_range(self, "window_size", "n_sinks", "attention_cap", "logit_cap", least=0)
+        if self.pad_id is None:
+            object.__setattr__(self, "pad_id", self.unnamed_filler)
+        if self.padding_idx is not None:
+            check_range(self, "pad_id", least=0, below=self.vocab_size)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if self.d_head % 2 and not self.latent:
@@ -84,6 +88,16 @@ class ModelConfig:
 
     def window_of(self, layer: int) -> int:
         return 0 if layer in self.full_layers else self.window_size
+
+    @property
+    def unnamed_filler(self) -> int:
+        """The token that fills where none was named for it: the end, or the beginning where texts have no end."""
+        return self.bos_id if self.eos_id == self.vocab_size else self.eos_id
+
+    @property
+    def padding_idx(self) -> int | None:
+        """pad_id if it was named for filling: as in transformers, its embedding then learns from no lookup."""
+        return None if self.pad_id == self.unnamed_filler else self.pad_id
 
 
 # The same facts in a config.json
@@ -347,6 +361,7 @@ def to_words(config: ModelConfig, kind: str) -> dict:
     words = {"model_type": kind, "architectures": [family.architecture], "use_cache": True}
     words |= {theirs: getattr(config, ours) for ours, theirs in family.names.items()}
     words |= {name: allowed[0] for name, allowed in family.fixed.items()}
+    words["pad_token_id"] = config.padding_idx
     if config.eos_id == config.vocab_size:
         words["eos_token_id"] = None
     if config.more_eos_ids:

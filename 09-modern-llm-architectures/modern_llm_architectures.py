@@ -121,7 +121,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_emb = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_emb = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.padding_idx)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)

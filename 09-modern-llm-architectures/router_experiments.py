@@ -149,11 +149,11 @@ def plot_router(loads: dict[str, list[list[float]]], gaps: dict[str, list[float]
     colors = {name: f"C{index % 8}" for index, name in enumerate(gaps)}
     for name, runs in loads.items():
         curve = np.mean([smoothed(run) for run in runs], axis=0)
-        style = "--" if name.startswith("Switch") else "-"
+        style = "--" if name.startswith("Switch") else "-." if name.startswith("bias") else "-"
         left.plot(range(1, len(curve) + 1), curve, style, color=colors[name], lw=1.2, label=name)
     left.axhline(1.0, color="grey", ls=":", lw=1)
     left.set(xlabel="step", ylabel="load entropy (1 is even)")
-    left.legend(frameon=False, fontsize=7, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
     for place, (name, values) in enumerate(gaps.items()):
         right.plot(values, [place] * len(values), "o", ms=4, color=colors[name])
         right.plot([np.mean(values)], [place], "|", ms=14, color=colors[name])

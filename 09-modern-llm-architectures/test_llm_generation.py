@@ -152,6 +152,20 @@ def test_the_filler_of_a_folder_is_that_of_its_generation_config(tmp_path) -> No
     assert config == replace(SMALL, vocab_size=40, pad_id=9)
 
 
+def test_a_filler_is_named_or_the_end_fills() -> None:
+    """Only a token that was named for filling is kept from learning: id 0 may be a word."""
+    config = ModelConfig(vocab_size=40, bos_id=2, eos_id=3)
+    assert (config.pad_id, config.padding_idx) == (3, None)
+    assert CausalLM(config).token_emb.padding_idx is None
+    endless = ModelConfig(vocab_size=40, bos_id=2, eos_id=40)
+    assert (endless.pad_id, endless.padding_idx) == (2, None)
+    model = CausalLM(replace(config, pad_id=0, tie_embeddings=False))
+    model(torch.tensor([[0, 5]])).square().sum().backward()
+    assert model.token_emb.weight.grad[5].any() and not model.token_emb.weight.grad[0].any()
+    with pytest.raises(ValueError, match="pad_id must be .*, got 40"):
+        replace(config, pad_id=40)
+
+
 def test_a_list_of_ends_must_hold_ids() -> None:
     words_of = config_to_folder(SMALL)
     for wrong in ([], ["</s>"], [3, -1]):

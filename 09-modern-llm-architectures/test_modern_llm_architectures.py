@@ -63,7 +63,10 @@ CONFIGS = {
     "llama, one key-value head, bias, tied": LlamaConfig(
         **{**COMMON, "num_key_value_heads": 1}, attention_bias=True, tie_word_embeddings=True
     ),
-    "llama, linear": LlamaConfig(**COMMON, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+    "llama, linear": LlamaConfig(  # and no filler is named
+        **COMMON | {"pad_token_id": None},
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    ),
     "llama, dynamic": LlamaConfig(
         **{**COMMON, "max_position_embeddings": 16},
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
@@ -135,6 +138,7 @@ def test_logits_and_loss_equal_theirs(pair, parity) -> None:
 def test_gradients_equal_theirs(pair, parity) -> None:
     name, ours, theirs, _ = pair
     token_ids = some_ids(seed=1)
+    token_ids[:, :3] = torch.arange(3)  # filler, beginning and end: a named filler learns from no lookup
     mix = torch.randn(2, 13, 67, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for model in (ours, theirs):
         model.zero_grad()

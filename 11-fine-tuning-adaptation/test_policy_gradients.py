@@ -438,7 +438,7 @@ def tiny_task() -> RewardTask:
 def tiny_model(seed: int = 0) -> CausalLM:
     torch.manual_seed(seed)
     sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_head": 8, "d_ff": 24, "max_seq_len": 16}
-    return CausalLM(ModelConfig(8, pad_id=0, bos_id=2, eos_id=3, more_eos_ids=(1,), **sizes)).eval()
+    return CausalLM(ModelConfig(8, bos_id=2, eos_id=3, more_eos_ids=(1,), **sizes)).eval()
 
 
 TINY = PolicyConfig(n_prompts=6, n_rollouts=6, max_new_tokens=3, learning_rate=2e-2, kl_coef=0.01, max_steps=14)
