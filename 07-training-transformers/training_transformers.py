@@ -445,6 +445,11 @@ def fit(
     return keeper.log.rows
 
 
+def going_on(config: TrainConfig, out: Path | None) -> TrainConfig:
+    """The settings of a run that goes on from the last checkpoint in `out`, if there is one, without being told."""
+    return dataclasses.replace(config, resume=bool(out and Checkpoints(out).steps()))
+
+
 def train_steps(
     state: TrainingState,
     batches: Callable[[int], Batch] | Iterator[Batch],
@@ -606,7 +611,8 @@ class Keeper:
         if self.team.rank == 0:
             name = signal.Signals(signum).name
             with contextlib.suppress(OSError):  # nobody reads it: the terminal was closed
-                print(f"\n{name}: saved step {step} in {shown(self.out)}; go on with --resume", file=sys.stderr)
+                how = "to go on, give the same command, with --resume if it has that flag"
+                print(f"\n{name}: saved step {step} in {shown(self.out)}; {how}", file=sys.stderr)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def bar(self, first: int) -> tqdm:

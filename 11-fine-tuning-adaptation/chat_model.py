@@ -54,7 +54,7 @@ from tiny_world import (
     words,
 )
 from tiny_world import held_out as on_held_out_side
-from training_transformers import TrainConfig, fit
+from training_transformers import TrainConfig, fit, going_on
 from workbench import (
     RunConfig,
     alone,
@@ -207,14 +207,19 @@ def train_chat_model(
 ) -> tuple[CausalLM, list[dict[str, float]]]:
     """Teach a base model to converse; returns the model with its low-rank updates added in, and the log.
 
+    A training that was stopped goes on from its last checkpoint in run.out, as if it had never been.
+
     The embedding, which is the head too, is trained whole: pretraining never used the tokens that mark the turns, and
     no update of the layers between can give a token that was never written its vector.
     """
     documents = replay_documents(tokenizer, 4000, run.seed, LONGEST) if config.replay else ()
     rows = (chat_rows(tokenizer, config, run.seed), config.chat_batch, run.seed, LONGEST, documents, config.replay)
+    base = base_sha256(model)
     add_adapters(model, LoraConfig(lora_rank=config.rank, lora_alpha=2.0 * config.rank))
     model.token_emb.weight.requires_grad_(True)
-    log = fit(model, DialogueBatches(*rows), answer_loss, config.training, out=run.out, header={"chat": asdict(config)})
+    header = {"chat": asdict(config), "seed": run.seed, "base": base}
+    training = going_on(config.training, run.out)
+    log = fit(model, DialogueBatches(*rows), answer_loss, training, out=run.out, header=header)
     return fold(model), log
 
 

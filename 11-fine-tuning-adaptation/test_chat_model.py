@@ -1,8 +1,11 @@
 """Topic 11: the course chat model: its questions, its training, its folder in transformers, the numbers on its card."""
 
+import copy
 import io
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +52,20 @@ def trained(tmp_path_factory):
     config = ChatConfig(n_examples=12, chat_steps=30, chat_batch=4, rank=4)
     model, log = train_chat_model(base, tokenizer, config, RunConfig(device="cpu", out=out))
     return model, tokenizer, log, out, start
+
+
+def test_a_training_that_was_stopped_goes_on_by_itself(trained, tmp_path: Path) -> None:
+    model, tokenizer, log, out, start = trained
+    torch.manual_seed(0)
+    base = CausalLM(model.config)
+    base.load_state_dict(start)
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    config = ChatConfig(n_examples=12, chat_steps=30, chat_batch=4, rank=4)
+    again, rows = train_chat_model(copy.deepcopy(base), tokenizer, config, RunConfig(device="cpu", out=tmp_path))
+    assert [row["step"] for row in rows] == [row["step"] for row in log]
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        train_chat_model(base, tokenizer, config, RunConfig(seed=1, device="cpu", out=tmp_path))
 
 
 # The committed model

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from checkpoints import Checkpoints
 from code_tasks import CodeTask, draw_tasks, repair_prompt, repairs
 from course_model import ModelSizes, command_line, start_small, tokenizer_sha256
 from course_tokenizer import Chat, CourseTokenizer, load_course_tokenizer
@@ -40,7 +39,7 @@ from python_text import python_text
 from sandbox import Limits, Sandbox, Submission, Verdict, judge
 from sequence_modeling import device_of
 from text_metrics import mean_pass_at_k, score_texts
-from training_transformers import fit
+from training_transformers import fit, going_on
 from workbench import (
     RunConfig,
     alone,
@@ -174,7 +173,7 @@ def train_base(config: CodeTrainConfig, seed: int, out: Path | None = None) -> C
     seed_everything(seed)
     model = start_small(CausalLM(SIZES.config(tokenizer)))
     training = student_training(config.base_steps, config.code_rate, config.code_batch, ROW)
-    training = replace(training, save_every=100, resume=bool(out and Checkpoints(out).steps()))
+    training = going_on(replace(training, save_every=100), out)
     fit(
         model,
         config.batches(rows, real, config.real_share, seed),

@@ -45,7 +45,7 @@ from rag_experiments import course_questions
 from serving_engine import Engine, EngineConfig
 from tiny_world import ATTRIBUTES, REQUESTS, WORD_CLASSES, World, join, pick, words
 from tiny_world import held_out as on_held_out_side
-from training_transformers import TrainConfig, fit
+from training_transformers import TrainConfig, fit, going_on
 from workbench import (
     RunConfig,
     alone,
@@ -390,13 +390,14 @@ def new_tokens(tokenizer: CourseTokenizer, rows: Sequence[Chat]) -> list[int]:
 def train_tool_adapter(
     model: CausalLM, tokenizer: CourseTokenizer, config: ToolTrainConfig, seed: int, out: Path | None = None
 ) -> list[dict[str, float]]:
-    """Give a chat model an adapter and train that alone; returns the log."""
+    """Give a chat model an adapter and train that alone; returns the log. out: where a run that stopped goes on."""
     rows = lesson_rows(tokenizer, config, seed)
     documents = replay_documents(tokenizer, 2000, seed, LONGEST) if config.document_share else ()
     train_rows(model, new_tokens(tokenizer, rows))
     add_adapters(model, LoraConfig(lora_rank=config.tool_rank, lora_alpha=2.0 * config.tool_rank))
     batches = DialogueBatches(rows, config.tool_batch, seed, LONGEST, documents, config.document_share)
-    return fit(model, batches, answer_loss, config.training, out=out, header={"tools": asdict(config)})
+    header = {"tools": asdict(config), "seed": seed}
+    return fit(model, batches, answer_loss, going_on(config.training, out), out=out, header=header)
 
 
 # Examination
