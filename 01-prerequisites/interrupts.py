@@ -58,8 +58,15 @@ def end_quietly(kind: type[BaseException], error: BaseException, trace: Tracebac
     if not was_interrupted(error):
         sys.__excepthook__(kind, error, trace)
         return
+    end_at_once_from_here()
     print(FAREWELL, file=sys.stderr)
     raise SystemExit(EXIT_CODE)
+
+
+def end_at_once_from_here() -> None:
+    """Another Ctrl-C gets no word: Python, which is ending, would show it as an error. Others' scripts stay theirs."""
+    if sys.excepthook is end_quietly and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def was_interrupted(error: BaseException | None) -> bool:

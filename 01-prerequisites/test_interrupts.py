@@ -1,6 +1,6 @@
 """Proofs for interrupts.py: Ctrl-C ends a script in one line, from its first import on."""
 
-from interrupts import Terminated, end_quietly, terminable
+from interrupts import Terminated, end_at_once_from_here, end_quietly, terminable
 
 import ast
 import os
@@ -52,6 +52,18 @@ def test_only_the_first_signal_is_taken_and_only_within_the_block(monkeypatch) -
     monkeypatch.setenv("RANK", "0")
     with terminable():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_after_the_farewell_another_ctrl_c_is_silent_in_our_scripts_alone(monkeypatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    end_at_once_from_here()
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr("sys.excepthook", end_quietly)
+    try:
+        end_at_once_from_here()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 SCRIPTS = [

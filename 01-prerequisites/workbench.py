@@ -251,6 +251,7 @@ def run_verbs(description: str, verbs: dict[str, tuple], argv: list[str] | None 
         if sys.stdout:
             sys.stdout.flush()  # here, where a full disk still gets its line
     except KeyboardInterrupt as ended:
+        interrupts.end_at_once_from_here()
         parser.exit(getattr(ended, "code", interrupts.EXIT_CODE), interrupts.FAREWELL + "\n")
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():
