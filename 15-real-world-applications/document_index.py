@@ -151,7 +151,7 @@ class DocumentIndex:
         found: list[Found] = []
         for owner in dict.fromkeys(readers):
             shelf = self.shelves.get(owner)
-            if shelf is None or not shelf.chunks:
+            if shelf is None:
                 continue
             rankings: list[list[Hit]] = []
             if way != "vectors":

@@ -277,6 +277,10 @@ def test_runs_in_step_are_the_same_as_one_by_one():
     assert [run.text() for run in together] == [run.text() for run in single]
     assert [run.n_tokens for run in together] == [12 * len(run.steps) for run in single]
     assert endpoint.sent[0]["schema"] == schema and endpoint.sent[0]["max_tokens"] == 120
+    for kind in KINDS:  # an answer in the last turn that is allowed is an answer
+        narrow = Agent(agent.policy, TOOLS, AgentLimits(max_steps=KINDS[kind] + 1))
+        task = draw_task(VILLAGE, random.Random(1), kind)
+        assert [run.reason for run in run_together(narrow, [task.question] * 2)] == ["answered"] * 2
     found = examine_agent(agent, 2, 9, VILLAGE)
     assert [share_right(runs) for runs in found.values()] == [1.0] * 4
 

@@ -11,6 +11,7 @@ from dense_search import HNSWIndex
 from document_index import PASSAGES, SHARED, VECTORS, DocumentIndex
 from document_loaders import document_of
 from lexical_search import analyse
+from text_chunks import ChunkConfig
 
 
 class HashedWords:
@@ -134,6 +135,66 @@ def test_damage_is_noticed(tmp_path) -> None:
             DocumentIndex.load(tmp_path, encoder)
     with pytest.raises(ValueError, match="no document index"):
         DocumentIndex.load(tmp_path / "nowhere")
+
+
+CITIES = {
+    "oslo.md": "# Oslo\n\nOslo lies at the fjord; ferries cross the fjord to the islands of the fjord.",
+    "kiel.md": "# Kiel\n\nKiel has a fjord and a canal that ships take between two seas.",
+    "graz.md": "# Graz\n\nGraz has a hill with a clock tower, far away from every coast.",
+}
+
+
+@pytest.mark.parametrize(("encoder", "way"), WAYS)
+def test_the_best_comes_first_once_however_often_a_shelf_is_named(encoder, way) -> None:
+    index = DocumentIndex(encoder)
+    index.add("a", [document(source, text) for source, text in CITIES.items()])
+    found = index.search("ferries to the islands of the fjord", ["a"], way=way)
+    assert found[0].chunk.source == "oslo.md" and [one.score for one in found] == sorted(
+        (one.score for one in found), reverse=True
+    )
+    assert index.search("ferries to the islands of the fjord", ["a", "a"], way=way) == found
+    if way != "vectors":
+        assert index.search("a towering ferry", ["a"], way=way)[0].chunk.source != "kiel.md"  # endings do not count
+
+
+def test_many_passages_of_one_section_leave_room_for_another() -> None:
+    long = " ".join(f"The fjord of Oslo has the island number {n}, and a ferry goes there." for n in range(40))
+    index = DocumentIndex(config=ChunkConfig(max_tokens=20))
+    assert index.add("a", [document("oslo.md", f"# Oslo\n\n{long}"), document("kiel.md", CITIES["kiel.md"])]) > 20
+    found = index.search("fjord island ferry", ["a"], k=2)
+    assert [one.chunk.source for one in found] == ["oslo.md", "kiel.md"]
+
+
+def test_the_last_heading_counts_three_times_and_equal_passages_once() -> None:
+    index = DocumentIndex()
+    text = "# Alpha\n\nSome words to begin with, quite a few of them.\n\n## Beta\n\nOther words of a part, and more."
+    assert index.add("a", [document("one.md", text)]) == 2 == index.add("b", [document(f"{n}.md", text) for n in "xy"])
+    shelf = index.shelves["a"]
+    [(number, terms)] = [(id, counts) for id, counts in shelf.words.terms.items() if counts["beta"]]
+    assert (terms["alpha"], terms["beta"] - shelf.chunks[number].text.count("Beta")) == (1, 3)
+    assert index.sources("nobody") == [] and set(index.shelves) == {"a", "b"}
+
+
+def test_vectors_stay_with_their_passages_and_another_encoder_is_known_by_little(tmp_path) -> None:
+    encoder = HashedWords()
+    index = DocumentIndex(encoder)
+    index.add("a", [document(source, text) for source, text in CITIES.items()])
+    index.save(tmp_path)
+    again = DocumentIndex.load(tmp_path, encoder)
+    for query in ("ferries to the islands", "a canal that ships take", "a hill with a tower"):
+        ours, theirs = (one.search(query, ["a"], way="vectors") for one in (again, index))
+        assert ours == theirs and len(ours) == 3
+
+    class Turned:
+        def embed(self, texts):
+            made = encoder.embed(texts)
+            turned = made + 0.1 * np.roll(made, 1, axis=1)
+            return turned / np.linalg.norm(turned, axis=1, keepdims=True)
+
+    [one], [other] = encoder.embed(["x y"]), Turned().embed(["x y"])
+    assert 0.98 < one @ other < 0.999
+    with pytest.raises(ValueError, match="indexed with another encoder"):
+        DocumentIndex.load(tmp_path, Turned())
 
 
 def test_edges_and_bad_input() -> None:
