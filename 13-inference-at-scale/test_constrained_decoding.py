@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
-from byte_automata import build_dfa, expression_of
+from byte_automata import build_dfa, expression_dfa, expression_of
 from constrained_decoding import (
     TokenAutomaton,
     TokenBytes,
@@ -113,7 +113,36 @@ def test_sentencepiece_tokens_and_strange_ones() -> None:
         TokenBytes(strange)
 
 
+def test_a_token_that_was_added_spells_its_text() -> None:
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    tokenizer.add_tokens(["naïve!"])
+    assert TokenBytes(tokenizer).spelled[-1] == "naïve!".encode()
+
+
 # Masks
+
+
+@pytest.mark.parametrize("pattern", ["(ab)*c", "a(bc|d)*e?", "x|abab", "[abc]{0,5}", "(a|b)(c|ab)*", "c+b?"])
+@pytest.mark.parametrize("texts", [("ab", "c"), ("a", "bc", "e", "cc"), ("abab", "b", "ca"), ("x", "cb", "c", "bab")])
+def test_states_that_no_tokens_complete_are_found(pattern: str, texts: tuple[str, ...]) -> None:
+    words = TokenBytes(Spelled(*texts, "<end>"))
+    dfa = expression_dfa(pattern)
+    whole = {state for state in range(len(dfa.table)) if dfa.accepting[state]}
+    while more := {
+        state
+        for state in range(len(dfa.table))
+        if state not in whole and any(dfa.run(text.encode(), state) in whole for text in texts)
+    }:
+        whole |= more
+    if 0 not in whole:
+        with pytest.raises(ValueError, match="no tokens of this vocabulary spell"):
+            TokenAutomaton(dfa, words)
+        return
+    found = TokenAutomaton(dfa, words)
+    assert set(np.nonzero(~found.stuck)[0].tolist()) == whole
+    for token_id in (-1, len(texts), len(words)):  # none of them spells anything
+        with pytest.raises(ValueError, match="is not allowed here"):
+            found.advance(0, token_id)
 
 
 def test_a_mask_holds_exactly_the_tokens_that_can_be_completed() -> None:
@@ -399,3 +428,14 @@ def test_words_of_any_vocabulary_are_found_by_search() -> None:
     for state in rng.sample(range(constraint.dfa.dead), 12):
         one_by_one = [bool(data) and constraint.dfa.run(data, state) != constraint.dfa.dead for data in WORDS.spelled]
         assert constraint.allowed(state).tolist() == one_by_one
+
+
+def test_numbers_are_those_of_json_and_none_is_beyond_a_float() -> None:
+    whole, number = (build_dfa(schema_tree({"type": kind})) for kind in ("integer", "number"))
+    for text in ("0", "-0", "7", "-120", "9" * 18):
+        assert whole.matches(text) and number.matches(text) and json.loads(text) == int(text)
+    largest = f"-{'9' * 18}.{'9' * 24}E+99"
+    for text in ("0.5", "1e5", "1E-7", "10.25e+10", f"0.{'0' * 23}1", largest):
+        assert number.matches(text) and not whole.matches(text) and abs(json.loads(text)) < 1e120
+    for text in ("", "-", "01", "+1", "--1", "1.", ".5", "1e", "1e100", "9" * 19, f"0.{'1' * 25}", "1e5.0"):
+        assert not whole.matches(text) and not number.matches(text)
