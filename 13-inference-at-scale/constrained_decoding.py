@@ -197,7 +197,7 @@ def in_string(node: Node) -> Node:
         return Chain(tuple(in_string(part) for part in node.parts))
     if isinstance(node, Either):
         return Either(tuple(in_string(branch) for branch in node.branches))
-    return Repeat(in_string(node.node), node.least, node.most, node.between and in_string(node.between))
+    return Repeat(in_string(node.node), node.least, node.most)  # nothing stands between in a regular expression
 
 
 def without(low: int, high: int) -> list[tuple[int, int]]:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
-from byte_automata import build_dfa, expression_dfa, expression_of
+from byte_automata import MAX_REPEAT, build_dfa, expression_dfa, expression_of
 from constrained_decoding import (
+    MAX_SCHEMA_DEPTH,
     TokenAutomaton,
     TokenBytes,
     exact_outputs,
@@ -439,3 +440,31 @@ def test_numbers_are_those_of_json_and_none_is_beyond_a_float() -> None:
         assert number.matches(text) and not whole.matches(text) and abs(json.loads(text)) < 1e120
     for text in ("", "-", "01", "+1", "--1", "1.", ".5", "1e", "1e100", "9" * 19, f"0.{'1' * 25}", "1e5.0"):
         assert not whole.matches(text) and not number.matches(text)
+
+
+def test_characters_of_a_string_are_written_as_json_wants_them() -> None:
+    string = build_dfa(schema_tree({"type": "string"}))
+    for code in (*range(0x30), 0x5B, 0x5C, 0x5D, 0x7F, 0x80, 0xD7FF, 0xE000, 0x10FFFF):
+        raw = f'"{chr(code)}"'
+        assert string.matches(json.dumps(chr(code), ensure_ascii=False))
+        assert string.matches(raw) == (code >= 0x20 and chr(code) not in '"\\')  # RFC 8259, section 7
+
+
+def test_schemas_in_schemas_are_read_to_the_limit_and_equal_values_are_equal_in_any_order() -> None:
+    def nested(n: int) -> dict:
+        return {"type": "null"} if n == 0 else {"type": "array", "items": nested(n - 1), "maxItems": 1}
+
+    assert build_dfa(schema_tree(nested(MAX_SCHEMA_DEPTH))).matches("[" * 16 + "null" + "]" * 16)
+    with pytest.raises(ValueError, match="more than 16 schemas deep"):
+        schema_tree(nested(MAX_SCHEMA_DEPTH + 1))
+    one = schema_tree({"enum": [{"a": 1, "b": 2}, 7], "const": {"b": 2, "a": 1}})
+    assert build_dfa(one).matches('{"a": 1, "b": 2}') and not build_dfa(one).matches("7")
+
+
+def test_bounds_are_whole_numbers_up_to_the_limit_and_may_be_equal() -> None:
+    two = build_dfa(schema_tree({"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 2}))
+    assert [two.matches(f"[{', '.join(['null'] * n)}]") for n in (1, 2, 3)] == [False, True, False]
+    schema_tree({"type": "string", "maxLength": MAX_REPEAT})
+    for wrong in (MAX_REPEAT + 1, True, -1, 2.0):
+        with pytest.raises(ValueError, match="maxLength at . must be a whole number"):
+            schema_tree({"type": "string", "maxLength": wrong})
