@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hybrid_search import (
     dcg,
     ndcg,
     one_per_section,
+    ranking_loss,
     recall_at,
     reciprocal_rank,
     reciprocal_rank_fusion,
@@ -106,6 +108,7 @@ def test_recall_and_reciprocal_rank_by_hand() -> None:
     for call in (lambda: recall_at([1], set(), 1), lambda: ndcg([1], {}, 1), lambda: ndcg([1], {1: -1.0, 2: 3.0}, 1)):
         with pytest.raises(ValueError, match="needs"):
             call()
+    assert recall_at([1, 2], [2, 2], 5) == 1.0  # a right one that is named twice is one
 
 
 SUBJECTS = "attention tokens gradients caches experts pruning beams layers ranks floors".split()
@@ -144,6 +147,30 @@ def test_rows_hold_one_right_passage_and_the_wanted_number_of_others(trained) ->
         assert len({tuple(row[at:]) for row, at in zip(parts, place, strict=True)}) == 3  # three passages
 
 
+def test_the_first_passage_alone_is_about_what_is_asked(trained) -> None:
+    chunks, model, _ = trained
+    batches = RankingBatches(chunks, model, seed=3)
+    for step in range(12):
+        for question in batches(step)["token_ids"]:
+            rows = [[id for id in row if id != model.tokenizer.pad_id] for row in question.tolist()]
+            place = rows[0].index(model.tokenizer.im_sep_id)
+            asked, *passages = (
+                model.tokenizer.decode(ids) for ids in (rows[0][:place], *(row[place:] for row in rows))
+            )
+            [subject] = [word for word in SUBJECTS if word in asked]
+            if subject != SUBJECTS[0]:  # which is in the title, and so in all passages
+                assert [subject in passage for passage in passages] == [True, False, False]
+
+
+def test_the_loss_is_the_sum_over_the_questions(trained) -> None:
+    chunks, model, _ = trained
+    token_ids = RankingBatches(chunks, model, seed=0)(0)["token_ids"]
+    with torch.no_grad():
+        whole, n = ranking_loss(model, {"token_ids": token_ids})
+        each = [ranking_loss(model, {"token_ids": token_ids[row : row + 1]})[0] for row in range(len(token_ids))]
+    assert n == len(token_ids) == 5 and whole.item() == pytest.approx(sum(loss.item() for loss in each), rel=1e-5)
+
+
 def test_rows_fit_and_shapes_hold(checked_shapes) -> None:
     import hybrid_search
 
@@ -161,6 +188,8 @@ def test_one_passage_for_each_section() -> None:
     chunks = dict(enumerate(cut_documents([document_of("a.md", "markdown", text)])))
     assert [chunk.headings for chunk in chunks.values()] == [("A",), ("A",), ("A",), ("B",)]
     assert [hit.id for hit in one_per_section(hits(1, 0, 3, 2), chunks)] == [1, 3]
+    chunks[4] = replace(chunks[3], source="b.md")  # another document's section of the same name
+    assert [hit.id for hit in one_per_section(hits(3, 4, 1), chunks)] == [3, 4, 1]
 
 
 def pooled_by_torch(text: TextEncoder, token_ids: torch.Tensor) -> torch.Tensor:
