@@ -48,11 +48,12 @@ def check_query(query: str) -> str:
 
 
 def singular(word: str) -> str:
-    """Harman's rule for plurals: -ies to -y, -es to -e, -s away, each with its exceptions; short words stay."""
+    """Harman's rule for plurals: -ies to -y, -s away, each with its exceptions; short words stay.
+
+    Her rule between the two, -es to -e, takes the letter that the last one takes.
+    """
     if len(word) > 4 and word.endswith("ies") and word[-4] not in "ae":
         return word[:-3] + "y"
-    if len(word) > 4 and word.endswith("es") and word[-3] not in "aeo":
-        return word[:-1]
     if len(word) > 3 and word.endswith("s") and word[-2] not in "us":
         return word[:-1]
     return word

@@ -16,6 +16,7 @@ from lexical_search import (
     analyse,
     analyse_english,
     bm25_naively,
+    check_query,
     saturated,
     singular,
     stem,
@@ -122,6 +123,8 @@ def test_words_of_many_scripts(text: str, terms: list[str]) -> None:
 def test_plurals() -> None:
     for plural, one in ("queries", "query"), ("losses", "losse"), ("biases", "biase"), ("bus", "bus"), ("loss", "loss"):
         assert singular(plural) == one
+    for plural, one in ("zeies", "zeie"), ("zaies", "zaie"), ("shoes", "shoe"), ("trees", "tree"), ("ones", "one"):
+        assert singular(plural) == one
     for plural, one in ("tokens", "token"), ("caches", "cache"), ("is", "is"), ("gas", "gas"), ("axes", "axe"):
         assert singular(plural) == one
 
@@ -130,6 +133,7 @@ def test_english_endings_and_words_of_questions() -> None:
     assert analyse_english("What is the trained model of training trains?") == ["train", "model", "train", "train"]
     assert analyse_english("How to divide by it: dividing?") == ["divid", "divid"]
     assert analyse_english("\u81ea\u7136 d 64") == ["\u81ea\u7136", "d", "64"]
+    assert [stem(word) for word in ("runs", "trains", "baked", "played")] == ["runs", "train", "baked", "play"]
     assert len({stem(word) for word in "token tokens tokenization tokenizing".split()}) <= 2
 
 
@@ -154,3 +158,12 @@ def test_edges() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_what_is_only_asked_for_is_not_kept_and_the_longest_question_is_one() -> None:
+    index = BM25Index()
+    index.add(1, "known words")
+    assert index.search("strange terms " * 50, 3) == [] and set(index.postings) == {"known", "word"}
+    assert check_query("x" * MAX_QUERY) == "x" * MAX_QUERY
+    with pytest.raises(ValueError, match="the limit is"):
+        check_query("x" * (MAX_QUERY + 1))
