@@ -457,6 +457,7 @@ def test_schemas_in_schemas_are_read_to_the_limit_and_equal_values_are_equal_in_
     assert build_dfa(schema_tree(nested(MAX_SCHEMA_DEPTH))).matches("[" * 16 + "null" + "]" * 16)
     with pytest.raises(ValueError, match="more than 16 schemas deep"):
         schema_tree(nested(MAX_SCHEMA_DEPTH + 1))
+    assert build_dfa(schema_tree({"type": "object"}, depth=0)).matches('{"a": 1, "b": "c"}')  # has members all the same
     one = schema_tree({"enum": [{"a": 1, "b": 2}, 7], "const": {"b": 2, "a": 1}})
     assert build_dfa(one).matches('{"a": 1, "b": 2}') and not build_dfa(one).matches("7")
 
@@ -468,3 +469,66 @@ def test_bounds_are_whole_numbers_up_to_the_limit_and_may_be_equal() -> None:
     for wrong in (MAX_REPEAT + 1, True, -1, 2.0):
         with pytest.raises(ValueError, match="maxLength at . must be a whole number"):
             schema_tree({"type": "string", "maxLength": wrong})
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "number", "enum": [True, 1, 2.5]}, ["1", "2.5"], ["true"]),
+        ({"type": "integer", "enum": [True, 1, 2.0, 2.5]}, ["1", "2.0"], ["true", "2.5"]),
+        ({"type": "boolean", "enum": [True, 1]}, ["true"], ["1"]),
+        (
+            {"properties": {'a"b\\': {"type": "null"}}, "type": "object"},
+            ['{"a\\"b\\\\":null}', "{}"],
+            ['{"a"b\\":null}'],
+        ),
+        ({"type": "object", "additionalProperties": False}, ["{}"], ['{"a": 1}']),
+        ({"type": "object", "properties": {}}, ["{}"], ['{"a": 1}']),
+        ({"type": "object"}, ["{}", '{"a": 1}'], ["[]"]),
+    ],
+)
+def test_values_by_hand(schema: dict, right: list[str], wrong: list[str]) -> None:
+    found = build_dfa(schema_tree(schema))
+    for text in right:
+        jsonschema.validate(json.loads(text), schema)
+        assert found.matches(text)
+    assert not any(found.matches(text) for text in wrong)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "object", "additionalProperties": {"type": "null"}}, "additionalProperties at . is not supported"),
+        ({"type": "string", "pattern": "a", "minLength": 1}, "pattern beside minLength or maxLength"),
+        ({"type": "string", "pattern": "a", "maxLength": 1}, "pattern beside minLength or maxLength"),
+        ({"anyOf": [{"type": "null"}], "type": "null"}, "'type' at . is not supported here, only anyOf"),
+    ],
+)
+def test_what_would_be_read_by_half_is_refused(schema: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        schema_tree(schema)
+
+
+@pytest.mark.parametrize(
+    "around", [lambda s: {"anyOf": [s]}, lambda s: {"type": "object", "properties": {"a": s}}, lambda s: {"items": s}]
+)
+def test_schemas_in_schemas_of_every_kind_count(around) -> None:
+    schema: dict = {"type": "null"}
+    for _ in range(MAX_SCHEMA_DEPTH + 1):
+        schema = {"type": "array"} | around(schema) if "items" in around(schema) else around(schema)
+    with pytest.raises(ValueError, match="more than 16 schemas deep"):
+        schema_tree(schema)
+
+
+def test_an_answer_as_long_as_the_limit_is_enumerated_and_the_order_of_properties_is_kept() -> None:
+    words = TokenBytes(Spelled("a", "<end>"))
+    even = torch.tensor([0.5, 0.5])
+    found = exact_outputs(lambda ids: even, regex_constraint("aaa", words), 1, longest=3)
+    assert list(found.constrained) == [(0, 0, 0)]
+    with pytest.raises(ValueError, match="more than 2 tokens"):
+        exact_outputs(lambda ids: even, regex_constraint("aaa", words), 1, longest=2)
+    with pytest.raises(ValueError, match=r"depth=0 must be in 1..5"):
+        json_constraint(WORDS, depth=0)
+    names = {"b": {"type": "null"}, "a": {"type": "null"}}
+    ordered = schema_constraint({"type": "object", "properties": names, "required": ["a", "b"]}, WORDS)
+    assert ordered.dfa.matches('{"b":null,"a":null}') and not ordered.dfa.matches('{"a":null,"b":null}')
