@@ -9,6 +9,8 @@ Serves /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics. 
 server_schema.py, what a connection may do in http_limits.py, how the engine is reached in engine_thread.py.
 """
 
+from interrupts import ENDING
+
 import asyncio
 import contextlib
 import hmac
@@ -611,6 +613,21 @@ class GracefulServer(uvicorn.Server):
             sys.exit(1)
         if signal.SIGINT in self.signals:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own, and a closed terminal (SIGHUP), which drains as SIGTERM does; nohup keeps it running."""
+        taken: dict[int, Any] = {}
+        with super().capture_signals():
+            if threading.current_thread() is threading.main_thread():
+                for each in ENDING:
+                    if signal.getsignal(each) not in (signal.SIG_IGN, self.handle_exit):
+                        taken[each] = signal.signal(each, self.handle_exit)
+            try:
+                yield
+            finally:
+                for each, handler in taken.items():
+                    signal.signal(each, handler)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self.signals.append(sig)

@@ -1043,3 +1043,17 @@ def test_a_server_ends_as_it_was_told(told, failure, end, monkeypatch) -> None:
     with pytest.raises(end) if end else contextlib.nullcontext():
         server.serve_at(None)
     assert service.draining
+
+
+def test_a_closed_terminal_drains_a_server_unless_nohup_started_it() -> None:
+    service = SimpleNamespace(draining=False)
+    for handler, heard in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        server, before = GracefulServer(uvicorn.Config(None), service), signal.signal(signal.SIGHUP, handler)
+        try:
+            with server.capture_signals():
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert server.signals == [signal.SIGHUP] * heard
+    assert service.draining
