@@ -287,8 +287,15 @@ def test_where_a_request_goes(url: str, where: tuple, monkeypatch) -> None:
         asyncio.run(ask())
 
 
-def test_a_request_as_it_is_sent() -> None:
+def test_a_request_as_it_is_sent(monkeypatch) -> None:
     """With the path of the address before its own, and closed by the client when it has what it wants."""
+    connect, held = asyncio.open_connection, []  # what nobody holds is closed by Python itself
+
+    async def holding(*args, **settings):
+        held.append(await connect(*args, **settings))
+        return held[-1]
+
+    monkeypatch.setattr(asyncio, "open_connection", holding)
 
     async def ask() -> bytes:
         sent = asyncio.get_running_loop().create_future()
