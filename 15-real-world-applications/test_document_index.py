@@ -153,8 +153,8 @@ def test_the_best_comes_first_once_however_often_a_shelf_is_named(encoder, way) 
         (one.score for one in found), reverse=True
     )
     assert index.search("ferries to the islands of the fjord", ["a", "a"], way=way) == found
-    if way != "vectors":
-        assert index.search("a towering ferry", ["a"], way=way)[0].chunk.source != "kiel.md"  # endings do not count
+    if way == "words":  # endings do not count
+        assert [one.chunk.source for one in index.search("towering", ["a"], way=way)] == ["graz.md"]
 
 
 def test_many_passages_of_one_section_leave_room_for_another() -> None:
