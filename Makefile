@@ -34,12 +34,13 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# The environment is made once, and again only when the list of dependencies changes.
+# The environment is made once, and again only when the list of dependencies changes. pip is what venv makes last: one
+# that was interrupted has none, and is completed.
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "venv failed; on Debian and Ubuntu: sudo apt install python3-venv"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "venv failed; on Debian and Ubuntu: sudo apt install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet -r requirements.txt $(PIP_FLAGS)
 	@touch $@
 

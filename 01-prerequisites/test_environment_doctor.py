@@ -124,3 +124,23 @@ def test_every_bad_finding_has_a_remedy(findings) -> None:
     assert len(CHECKS) == 12 and 'Finding("BAD", ' in source
     for finding in findings:
         assert finding.grade == "ok" or finding.remedy, finding.what
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_completes_an_environment_whose_making_was_interrupted(tmp_path: Path) -> None:
+    """After Ctrl-C in `python -m venv` there is a python and no pip: every later `make` ended in "No module named pip"."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> asked\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(python, tmp_path / ".venv/bin/python")
+    command = ["make", f"PYTHON={python}", "VENV=.venv", "run"]
+    for expected in (True, False):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        assert ("-m venv .venv" in (tmp_path / "asked").read_text()) == expected
+        for path in (tmp_path / "asked", tmp_path / ".venv/installed"):
+            path.unlink()
+        shutil.copy(python, tmp_path / ".venv/bin/pip")
