@@ -128,7 +128,7 @@ def test_every_bad_finding_has_a_remedy(findings) -> None:
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def test_make_completes_an_environment_whose_making_was_interrupted(tmp_path: Path) -> None:
-    """After Ctrl-C in `python -m venv` there is a python and no pip: every later `make` ended in "No module named pip"."""
+    """After Ctrl-C in `python -m venv` there is a python and no pip: every later `make` failed for want of it."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / name).touch()
