@@ -141,9 +141,11 @@ def test_states_that_no_tokens_complete_are_found(pattern: str, texts: tuple[str
         return
     found = TokenAutomaton(dfa, words)
     assert set(np.nonzero(~found.stuck)[0].tolist()) == whole
-    for token_id in (-1, len(texts), len(words)):  # none of them spells anything
+    for token_id in (len(texts), len(words)):  # none of them spells anything
         with pytest.raises(ValueError, match="is not allowed here"):
             found.advance(0, token_id)
+    with pytest.raises(ValueError, match=r"token -1 \(None\) is not allowed here"):
+        regex_constraint("a", TokenBytes(Spelled("<end>", "a"))).advance(0, -1)
 
 
 def test_a_mask_holds_exactly_the_tokens_that_can_be_completed() -> None:

@@ -220,7 +220,8 @@ def test_stopping_ends_what_runs_and_refuses_what_comes() -> None:
     with_thread(ask)
 
 
-def test_the_thread_has_the_number_of_cores_that_the_process_was_given() -> None:
+@pytest.mark.parametrize("n_threads", [1, 2])  # one of the two is not what a new thread takes by itself
+def test_the_thread_has_the_number_of_cores_that_the_process_was_given(n_threads: int) -> None:
     found = []
 
     class Asking(Breaking):
@@ -231,9 +232,13 @@ def test_the_thread_has_the_number_of_cores_that_the_process_was_given() -> None
     async def ask(thread: EngineThread):
         await whole(await thread.submit(PROMPTS[0], [GREEDY]))
 
-    torch.set_num_threads(1)
-    with_thread(ask, Asking(RuntimeError()))
-    assert set(found) == {1}
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        with_thread(ask, Asking(RuntimeError()))
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {n_threads}
 
 
 def test_a_buffer_must_hold_something() -> None:
@@ -242,12 +247,14 @@ def test_a_buffer_must_hold_something() -> None:
 
 
 def test_each_choice_has_a_buffer_of_its_own_size() -> None:
-    answer = Answer(SimpleNamespace(max_pending=4, abort=lambda request_ids: None), 3)
+    aborted: list[set[str]] = []
+    answer = Answer(SimpleNamespace(max_pending=4, abort=lambda request_ids: aborted.append(set(request_ids))), 3)
     for _ in range(12):
         answer.put(RequestOutput(next(iter(answer.choices)), [1], "a"))
-    assert answer.failure is None
+    assert answer.failure is None and not aborted
     answer.put(RequestOutput(next(iter(answer.choices)), [1], "a"))
     assert isinstance(answer.failure, SlowReader) and "12 pieces" in str(answer.failure)
+    assert aborted == [set(answer.choices)]  # the engine is told at once, all choices
 
 
 def test_an_answer_that_is_closed_has_ended() -> None:

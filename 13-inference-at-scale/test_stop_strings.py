@@ -1,5 +1,9 @@
 """Text that grows: the same as a search in the whole, however it is cut into tokens."""
 
+import itertools
+import random
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,3 +191,39 @@ def test_a_decoder_that_reads_anew_what_was_said_stops_nothing() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a stop string needs at least one character, got \('a', ''\)"):
         TextStream(COURSE, ("a", ""))
+
+
+def test_what_of_a_stop_string_stands_at_the_end_is_known_after_every_character() -> None:
+    rng = random.Random(0)
+    for length in range(1, 8):
+        for stop in map("".join, itertools.product("ab", repeat=length)):
+            pattern, text = StopPattern(stop), ""
+            for char in rng.choices("ab", k=60):
+                text += char
+                complete = pattern.push(char)
+                assert pattern.matched == max(n for n in range(length + 1) if text.endswith(stop[:n]))
+                assert complete == text.endswith(stop)
+                if complete:
+                    break
+
+
+def test_half_a_character_behind_a_stop_string_is_not_shown() -> None:
+    bytes_of = {0: b"an end\xc3", 1: b"an en\xc3"}
+    tokenizer = SimpleNamespace(spellings=bytes_of, special_tokens=(), token_bytes=bytes_of.__getitem__)
+    for token_id, shown, rest in ((0, ("an ", True), ""), (1, ("an ", False), "en\ufffd")):
+        stream = TextStream(tokenizer, stop=("end",))
+        assert stream.push([token_id]) == shown and stream.flush() == rest
+
+
+def test_the_blank_before_an_answer_depends_on_how_a_long_prompt_ends() -> None:
+    class Joining:
+        """Words with blanks between them, none after a dash, which is 0."""
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(
+                ("-" if word == 0 else f" {word}" if last else f"{word}")
+                for last, word in zip([0, *ids[:-1]], ids, strict=True)
+            )
+
+    for context, shown in (([3] * 20 + [0], "7"), ([0] * 20 + [3], " 7")):
+        assert TextStream(Joining(), context=context).push([7]) == (shown, False)
