@@ -220,7 +220,7 @@ def test_stopping_ends_what_runs_and_refuses_what_comes() -> None:
     with_thread(ask)
 
 
-@pytest.mark.parametrize("n_threads", [1, 2])  # one of the two is not what a new thread takes by itself
+@pytest.mark.parametrize("n_threads", [1, 2])
 def test_the_thread_has_the_number_of_cores_that_the_process_was_given(n_threads: int) -> None:
     found = []
 
