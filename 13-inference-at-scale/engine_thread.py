@@ -164,7 +164,6 @@ class EngineThread:
     def fail_all(self, failure: Exception) -> None:
         answers, self.answers = set(self.answers.values()), {}
         for answer in answers:
-            answer.running = set()
             answer.fail(failure)
             if answer.admitted is not None and not answer.admitted.done():
                 answer.admitted.set_exception(failure)

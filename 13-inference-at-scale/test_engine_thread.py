@@ -262,6 +262,7 @@ def test_an_answer_that_is_closed_has_ended() -> None:
         answer = await thread.submit(PROMPTS[0], [LONG])
         await anext(answer)
         answer.close()
+        await until(lambda: is_empty(thread))  # no step follows that would tell
         return await whole(answer)
 
     assert all(reason is None for _, _, reason in with_thread(ask).values())
