@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -168,6 +169,14 @@ def forks() -> None:
 
     if not hasattr(os, "fork") or torch.cuda.is_available():
         pytest.skip("no forked process can train here; where there is a GPU, CUDA_VISIBLE_DEVICES= hides it")
+
+
+@pytest.fixture
+def default_hangup() -> Iterator[None]:
+    """For tests of a closed terminal: under nohup, which hands on that its signal is ignored, it is obeyed within."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 # No network beyond this machine

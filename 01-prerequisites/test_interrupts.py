@@ -37,6 +37,7 @@ def test_other_errors_keep_their_traceback(capsys) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("default_hangup")
 def test_only_the_first_signal_is_taken_and_only_within_the_block(monkeypatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(Terminated) as ended, terminable():

@@ -176,6 +176,7 @@ def test_interrupt_exits_130_without_a_traceback(capsys) -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.usefixtures("default_hangup")
 def test_sigterm_and_a_closed_terminal_end_a_verb_as_ctrl_c_does(signum: int, code: int, capsys, monkeypatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     cleared = []

@@ -77,6 +77,7 @@ def in_child(work: Callable[[], object], said: str | Path = os.devnull) -> int:
     try:
         sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115 - it ends with the process
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
         work()
         code = 0
     except SystemExit as ending:
