@@ -49,7 +49,6 @@ from serving_engine import Engine, EngineConfig
 from text_model import TextModel
 from tiny_world import World, join, ratio_of_means
 from tokenization_embeddings import course
-from training_transformers import TrainConfig
 from weight_quantization import QuantFormat
 from workbench import (
     RunConfig,
@@ -104,15 +103,6 @@ class LifeConfig:
         names = ("vocab_size", "n_texts", "python", "n_pretrain", "pretrain_steps", "n_examples", "chat_steps")
         chosen = asdict(self) | {"from_nothing": None, "again": None}
         return {name: value for name, value in chosen.items() if value is not None and (name in names) == made}
-
-
-@dataclass(frozen=True)
-class OngoingChat(ChatConfig):
-    """Topic 11's settings, with a training that goes on from its last checkpoint."""
-
-    @property
-    def training(self) -> TrainConfig:
-        return replace(super().training, resume=True)
 
 
 @dataclass
@@ -338,9 +328,8 @@ def chatty(life: Life) -> dict[str, Any]:
     config = life.config
     exam = AnswerConfig(config.n_questions, min(300, config.n_documents))
 
-    def train(run: RunConfig, begun: bool) -> None:
-        how = OngoingChat if begun else ChatConfig
-        chat(how(n_examples=config.n_examples, chat_steps=config.chat_steps), exam, run, life.base_folder)
+    def train(run: RunConfig, begun: bool) -> None:  # what was begun it goes on with by itself
+        chat(ChatConfig(n_examples=config.n_examples, chat_steps=config.chat_steps), exam, run, life.base_folder)
 
     made = life.make("chat", train)
     thread, before = follow(*load_chat_model(life.chat_folder), life), life.rows["base"]["threads"]["base"]

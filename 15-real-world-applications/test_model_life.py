@@ -23,7 +23,6 @@ from fine_tuning_adaptation import AnswerConfig
 from life_stages import (
     Life,
     LifeConfig,
-    OngoingChat,
     attacked,
     base,
     bits_per_byte,
@@ -119,11 +118,6 @@ def test_a_part_that_was_stopped_is_finished_and_then_kept(tmp_path):
         ValueError, match=r"made with {'pretrain_steps': 4000}; give the same settings, or another --out"
     ):
         life_in(tmp_path, from_nothing=True, pretrain_steps=7).make("base", work)
-
-
-def test_a_training_goes_on_with_the_same_settings():
-    first, second = OngoingChat(chat_steps=9).training, OngoingChat.__mro__[1](chat_steps=9).training
-    assert first.resume and not second.resume and replace(first, resume=False) == second
 
 
 def stage_of(name, lived, stopped):
