@@ -18,7 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
+
+if not torch.cuda.is_available():  # where CUDA builds of PyTorch bring triton along, any test may import it first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from course_pages import LEVELS, course_layers  # noqa: E402
 from workbench import ROOT, first_difference, largest_difference  # noqa: E402
@@ -165,8 +169,6 @@ def checked_shapes() -> Callable:
 @pytest.fixture
 def forks() -> None:
     """For tests that train in a forked process: with a GPU the backward pass has threads, which no fork survives."""
-    import torch
-
     if not hasattr(os, "fork") or torch.cuda.is_available():
         pytest.skip("no forked process can train here; where there is a GPU, CUDA_VISIBLE_DEVICES= hides it")
 

@@ -1,14 +1,11 @@
-"""Topic 09: the Triton kernels against SDPA; on a GPU where there is one, in Triton's interpreter elsewhere."""
-
-import os
+"""Topic 09: the Triton kernels against SDPA; on a GPU where there is one, elsewhere in Triton's interpreter (which
+conftest.py asks for before anything imports triton)."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 pytest.importorskip("triton", reason="the kernels need the package triton, which comes with CUDA builds of PyTorch")
 
 from flash_kernel import flash_kernel  # noqa: E402
