@@ -157,6 +157,7 @@ def test_a_filler_is_named_or_the_end_fills() -> None:
     config = ModelConfig(vocab_size=40, bos_id=2, eos_id=3)
     assert (config.pad_id, config.padding_idx) == (3, None)
     assert CausalLM(config).token_emb.padding_idx is None
+    assert config_to_folder(config)["pad_token_id"] is None and config_from_folder(config_to_folder(config)) == config
     endless = ModelConfig(vocab_size=40, bos_id=2, eos_id=40)
     assert (endless.pad_id, endless.padding_idx) == (2, None)
     model = CausalLM(replace(config, pad_id=0, tie_embeddings=False))
